@@ -1,0 +1,177 @@
+"""Schema of a training run: the sections ``run model objective data parallel optim checkpoint validation track``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field
+
+from opensora_dist.config.base import Section
+
+
+class RunConfig(Section):
+    """What the run is called and how long it goes."""
+
+    name: str = Field("run", min_length=1, description="Name of the run.")
+    dir: str = Field("runs/run", min_length=1, description="Run directory: config, metrics, checkpoints, samples, report.")
+    steps: int = Field(1000, ge=1, description="Optimizer steps.")
+    seed: int = Field(0, ge=0, description="The one seed; every random draw is keyed by it, a purpose, a sample and a step.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is a GPU.")
+    dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="Compute precision; weights stay float32 (float64).")
+    log_every: int = Field(10, ge=1, description="Steps between progress lines and metric flushes.")
+
+
+class ModelSize(NamedTuple):
+    """Depth, width and heads of a published size."""
+
+    depth: int
+    width: int
+    heads: int
+
+
+SIZES = {
+    "S": ModelSize(12, 384, 6),
+    "B": ModelSize(12, 768, 12),
+    "L": ModelSize(24, 1024, 16),
+    "XL": ModelSize(28, 1152, 16),
+}
+
+
+class ImportConfig(Section):
+    """Foreign weights to start from."""
+
+    format: Literal["open_sora", "pixart"] = Field("open_sora", description="Open-Sora 1.0 STDiT, or the PixArt-alpha image model.")
+    path: str = Field(min_length=1, description="A .safetensors file, or a .pth read with weights_only.")
+
+
+class ModelConfig(Section):
+    """The diffusion transformer."""
+
+    name: Literal["stdit", "dit"] = Field("stdit", description="stdit: factorised space and time; dit: joint attention.")
+    size: Literal["S", "B", "L", "XL"] = Field("S", description="Published size; depth, width and heads override it.")
+    depth: int | None = Field(None, ge=1, description="Blocks.")
+    width: int | None = Field(None, ge=4, description="Width of the residual stream; a multiple of heads and of 4.")
+    heads: int | None = Field(None, ge=1, description="Attention heads.")
+    patch: tuple[int, int, int] = Field((1, 2, 2), description="Latent [frames, height, width] per token.")
+    mlp_ratio: float = Field(4.0, gt=0, description="Hidden width of the MLP over the model's width.")
+    space_scale: float = Field(1.0, gt=0, description="Spatial positions are index / space_scale (0.5: 256 px from a 512 px image model).")
+    time_scale: float = Field(1.0, gt=0, description="Temporal positions are index / time_scale.")
+    init_from: ImportConfig | None = Field(None, description="Foreign weights to start from.")
+
+    @property
+    def shape(self) -> ModelSize:
+        """Depth, width and heads after overrides."""
+        size = SIZES[self.size]
+        return ModelSize(self.depth or size.depth, self.width or size.width, self.heads or size.heads)
+
+
+class IddpmConfig(Section):
+    """Discrete diffusion with learned sigma (Open-Sora 1.0)."""
+
+    name: Literal["iddpm"] = "iddpm"
+    timesteps: int = Field(1000, ge=2, description="Diffusion steps of the linear schedule.")
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="Probability that a sample's caption is replaced by the null caption.")
+
+
+class RectifiedFlowConfig(Section):
+    """Straight paths from data to noise; the model predicts data minus noise."""
+
+    name: Literal["rectified_flow"] = "rectified_flow"
+    logit_mean: float = Field(0.0, description="Mean of the logit-normal draw of sigma.")
+    logit_std: float = Field(1.0, gt=0, description="Standard deviation of the logit-normal draw of sigma.")
+    shift: Literal["none", "constant", "resolution_frames", "token_line"] = Field(
+        "none", description="Noise shift: none; constant (shift_value); resolution_frames (Open-Sora 1.2); token_line (2.0)."
+    )
+    shift_value: float = Field(1.0, gt=0, description="The ratio r of shift=constant: sigma' = r sigma / (1 + (r-1) sigma).")
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="Probability that a sample's caption is replaced by the null caption.")
+
+
+ObjectiveConfig = Annotated[IddpmConfig | RectifiedFlowConfig, Field(discriminator="name")]
+
+
+class DataConfig(Section):
+    """The prepared data set and the batch."""
+
+    path: str | None = Field(None, description="Folder made by `opensora-dist data prepare`.")
+    global_batch: int = Field(8, ge=1, description="Samples per optimizer step, over all ranks and micro-batches.")
+    loss_weight: Literal["sample", "token"] = Field("sample", description="What counts once in the loss: a sample, or a token.")
+    reader_threads: int = Field(1, ge=1, le=8, description="Threads that read shards.")
+    prefetch_batches: int = Field(2, ge=1, description="Micro-batches read ahead.")
+
+
+class ZeroConfig(Section):
+    """Who holds parameters, gradients and optimizer state."""
+
+    backend: Literal["native"] = Field("native", description="native: PyTorch DDP and FSDP2.")
+    stage: Literal[0, 2, 3] = Field(0, description="0 replicates; 2 shards gradients and optimizer; 3 shards parameters too.")
+
+
+class ParallelConfig(Section):
+    """How ranks share the work."""
+
+    nproc: int | None = Field(None, ge=1, description="Ranks on this machine when torchrun has not set them; default: one per GPU, or 1.")
+    dp_replicate: int = Field(1, ge=1, description="Groups of ranks that hold copies of each other's shards (HSDP).")
+    grad_accum: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
+    zero: ZeroConfig = ZeroConfig()
+    timeout_s: float = Field(600.0, gt=0, description="Seconds after which a stuck collective ends the run.")
+
+
+class OptimConfig(Section):
+    """AdamW, its schedule and the moving average."""
+
+    lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, on matrices only.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="Learning rate after warm-up.")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Last learning rate over lr, for cosine and linear.")
+    clip_norm: float = Field(1.0, gt=0, description="Global gradient norm above which gradients are scaled down.")
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="Decay of the fp32 moving average; early steps use (1+n)/(10+n) where that is less.")
+
+
+class CheckpointConfig(Section):
+    """When state is committed, and what a start does with what it finds."""
+
+    every_steps: int = Field(500, ge=1, description="Steps between checkpoints; the last step always writes one.")
+    keep_last: int = Field(3, ge=1, description="Checkpoints kept; the only verified one is never pruned.")
+    resume: Literal["auto", "never"] = Field("auto", description="auto continues from the newest checkpoint that verifies; never refuses a used run directory.")
+
+
+class ValidationConfig(Section):
+    """Videos drawn from the moving average during training."""
+
+    every_steps: int = Field(0, ge=0, description="Steps between validation videos; 0 draws none.")
+    prompts: tuple[str, ...] = Field((), description="Captions to draw.")
+    clip: tuple[int, int, int] | None = Field(None, description="[frames, height, width] in pixels; default: the data set's largest bucket.")
+    sampler: Literal["ddpm", "ddim", "dpm_solver", "flow_euler"] | None = Field(None, description="Default: flow_euler for rectified_flow, dpm_solver for iddpm.")
+    sampling_steps: int = Field(20, ge=1, description="Model evaluations per video (twice that with guidance).")
+    cfg_scale: float = Field(3.0, ge=1, description="Classifier-free guidance; 1 turns it off.")
+
+
+class WandbConfig(Section):
+    """Weights & Biases; the key comes from the environment (WANDB_API_KEY)."""
+
+    mode: Literal["off", "offline", "online"] = Field("off", description="offline needs no network.")
+    project: str = Field("opensora_dist", min_length=1, description="Project name.")
+
+
+class TrackConfig(Section):
+    """Where metrics go besides metrics.jsonl, which is always written."""
+
+    wandb: WandbConfig = WandbConfig()
+    tensorboard: bool = Field(False, description="Write TensorBoard event files under <run>/tensorboard.")
+
+
+class TrainConfig(Section):
+    """A whole training run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = RectifiedFlowConfig()
+    data: DataConfig = DataConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    track: TrackConfig = TrackConfig()

@@ -1,0 +1,115 @@
+"""Video files in and out (PyAV), and contact sheets. Frames are uint8 RGB arrays of shape [T, H, W, 3]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.error import FFmpegError
+from numpy.typing import NDArray
+from PIL import Image
+
+from opensora_dist.core.errors import DataError
+from opensora_dist.core.io import atomic_path
+
+Frames = NDArray[np.uint8]
+
+
+def iter_frames(path: Path) -> Iterator[tuple[float, NDArray[np.uint8]]]:
+    """Decodes a video frame by frame: (seconds from the first frame, frame [H, W, 3]).
+
+    Counts and durations in containers lie, so nothing here trusts them.
+
+    Raises:
+        DataError: The file is missing, empty, has no video stream, or breaks off in the middle.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; check the path in the caption table")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty (0 bytes); fetch or render it again")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise DataError(f"{path}: no video stream; expected a video file")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            rate = stream.average_rate or Fraction(25)
+            first: float | None = None
+            for index, frame in enumerate(container.decode(stream)):
+                time_s = float(frame.time) if frame.time is not None else float(index / rate)
+                first = time_s if first is None else first
+                yield time_s - first, frame.to_ndarray(format="rgb24")
+    except FFmpegError as error:
+        raise DataError(f"{path}: can't be decoded ({error}); re-encode it, or leave it out") from error
+
+
+def read_video(path: Path) -> tuple[Frames, float]:
+    """A whole video: frames [T, H, W, 3] and the mean frames per second.
+
+    Raises:
+        DataError: As ``iter_frames``, or the video holds no frame.
+    """
+    times: list[float] = []
+    frames: list[NDArray[np.uint8]] = []
+    for time_s, frame in iter_frames(path):
+        times.append(time_s)
+        frames.append(frame)
+    if not frames:
+        raise DataError(f"{path}: holds no video frame; leave it out")
+    span_s = times[-1] - times[0]
+    fps = (len(frames) - 1) / span_s if span_s > 0 else 1.0
+    return np.stack(frames), fps
+
+
+def write_video(path: Path, frames: Frames, *, fps: float, crf: int = 18) -> None:
+    """Writes H.264 mp4 (yuv420p) atomically. Odd heights and widths are padded by one edge pixel, as H.264 needs even ones.
+
+    Args:
+        path: Where to; parent folders are made.
+        frames: uint8 [T, H, W, 3].
+        fps: Frames per second.
+        crf: x264 quality, 0 (lossless) to 51.
+    """
+    assert frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3, (frames.dtype, frames.shape)
+    _, height, width, _ = frames.shape
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    with atomic_path(path) as partial, av.open(str(partial), "w", format="mp4") as container:
+        # One encoding thread: x264's output depends on the number of threads, and clips must be equal on every machine.
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream.options = {"crf": str(crf), "preset": "medium", "threads": "1"}
+        for frame in frames:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def contact_sheet(path: Path, videos: Sequence[Frames], *, columns: int = 8, captions: Sequence[str] = ()) -> None:
+    """Writes a PNG with one row per video and ``columns`` frames of it, evenly spaced; captions go above the rows."""
+    from PIL import ImageDraw
+
+    assert videos, "a contact sheet of no video"
+    rows: list[Image.Image] = []
+    for i, frames in enumerate(videos):
+        picks = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
+        strip = np.concatenate([np.pad(frames[p], ((1, 1), (1, 1), (0, 0))) for p in picks], axis=1)
+        scale = max(1, 96 // frames.shape[1])
+        image = Image.fromarray(strip).resize((strip.shape[1] * scale, strip.shape[0] * scale), Image.Resampling.NEAREST)
+        if captions:
+            framed = Image.new("RGB", (image.width, image.height + 14), "white")
+            framed.paste(image, (0, 14))
+            ImageDraw.Draw(framed).text((2, 1), captions[i], fill="black")
+            image = framed
+        rows.append(image)
+    sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    with atomic_path(path) as partial:
+        sheet.save(partial)

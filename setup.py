@@ -1,0 +1,59 @@
+"""Package metadata. Tool settings (ruff, mypy, pytest, import-linter) live in pyproject.toml."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "opensora_dist/__init__.py").read_text()).group(1)
+
+# The upper bound on torch keeps the tested range whole and lets pip pick a CPU build where one is offered.
+CORE = [
+    "torch>=2.11,<2.14",
+    "numpy>=1.26",
+    "safetensors>=0.5",
+    "pyyaml>=6",
+    "pydantic>=2.9,<3",
+    "rich>=13",
+    "fsspec>=2024.6",
+    "xxhash>=3.4",
+    "webdataset>=1.0.2,<2",
+    "pyarrow>=21",
+    "av>=14,<19",
+    "pillow>=10",
+    "diffusers>=0.35,<0.43",
+]
+EXTRAS = {
+    "prepare": ["opencv-python-headless>=4.10"],
+    "hf": ["transformers>=4.57,<6", "sentencepiece>=0.2", "tokenizers", "accelerate>=1.0"],
+    "track": ["wandb>=0.20", "tensorboard>=2.17"],
+    "deepspeed": ["deepspeed>=0.18,<0.20"],
+    "kernels": ["triton>=3.2,<3.8"],
+}
+DEV = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "ruff>=0.8",
+    "mypy>=1.13",
+    "import-linter>=2.1",
+    "types-PyYAML",
+]
+
+setup(
+    name="opensora-dist",
+    version=VERSION,
+    description="Distributed training of Sora-style video diffusion transformers, from raw video to sampled video",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["opensora_dist", "opensora_dist.*"]),
+    package_data={"opensora_dist": ["py.typed", "recipes/configs/*.yaml"]},
+    install_requires=CORE,
+    extras_require={**EXTRAS, "all": sorted({r for rs in EXTRAS.values() for r in rs}), "dev": DEV},
+    entry_points={"console_scripts": ["opensora-dist=opensora_dist.cli.main:main"]},
+)
