@@ -1,0 +1,276 @@
+"""The commit protocol: a checkpoint is published whole or it does not exist.
+
+    step-00000500.partial-1f2e3d4c/   every rank writes here
+    step-00000500.replaced-1f2e3d4c/  an older step-00000500, for the moment between two renames
+    step-00000500/                    committed: MANIFEST.json was written last, then the folder was renamed
+    latest                            a text file naming the newest commit, moved after the rename
+
+Killed at any point, the folder holds every earlier checkpoint, and perhaps the new one: a ``.partial`` folder is never looked at,
+and the next commit removes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from opensora_dist.checkpoint.manifest import MANIFEST_NAME, FileEntry, describe_files, list_files, verify, write_manifest
+from opensora_dist.core.errors import CheckpointError
+from opensora_dist.core.io import fsync_dir, write_text
+from opensora_dist.core.logging import get_logger
+
+CHECKPOINTS_DIR = "checkpoints"
+LATEST_NAME = "latest"
+
+_COMMITTED = re.compile(r"step-(\d+)(\.replaced-[0-9a-f]+)?")
+_PARTIAL = re.compile(r"step-\d+\.partial-[0-9a-f]+")
+_log = get_logger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejected:
+    """A checkpoint that can't be used, and why."""
+
+    path: Path
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumable:
+    """What there is to resume from.
+
+    Args:
+        path: The newest checkpoint that verifies; None where there is none.
+        rejected: Newer ones that were passed over.
+    """
+
+    path: Path | None
+    rejected: tuple[Rejected, ...]
+
+
+def step_name(step: int) -> str:
+    """The folder name of a step: ``step-00000500``."""
+    return f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step of a committed folder."""
+    match = _COMMITTED.fullmatch(Path(folder).name)
+    assert match, f"{folder} is no step folder"
+    return int(match[1])
+
+
+def commit(
+    root: Path,
+    *,
+    step: int,
+    write: Callable[[Path], None],
+    metadata: Mapping[str, Any],
+    keep_last: int,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Publishes one checkpoint. Collective over ``group`` if torch.distributed is initialised: every rank calls it.
+
+    Args:
+        root: The run's ``checkpoints`` folder, on a file system that all ranks share.
+        step: Optimizer steps done. An existing checkpoint of this step is replaced.
+        write: Puts this rank's files into the folder it is given; called on every rank, and may hold collectives of its own.
+        metadata: Goes into the manifest: ``config_hash``, ``layout``, ...; JSON values.
+        keep_last: Checkpoints kept, this one included. Newer steps (which a resume must have rejected) are left alone.
+        group: Ranks that take part; its backend must take CPU tensors (gloo). None is all ranks.
+    Returns:
+        The committed folder.
+    Raises:
+        CheckpointError: On every rank, naming the ranks that failed and why. Older checkpoints are as they were.
+    """
+    root = Path(root)
+    final = root / step_name(step)
+    commit_id = _gather_text(uuid.uuid4().hex[:8], group)[0]
+    partial = root / f"{final.name}.partial-{commit_id}"
+    lead = _rank(group) == 0
+    try:
+        # Every rank enters every phase below, whatever happened to it: each one ends in a collective that shares the outcome.
+        _together("stage", lambda: _stage(partial) if lead else None, group)
+        _together("write", lambda: write(partial), group)
+        listing = _together("list", lambda: list_files(partial) if lead else [], group)
+        names: list[str] = json.loads(_gather_text(json.dumps(listing), group)[0])
+        mine = _together("hash", lambda: describe_files(partial, names[_rank(group) :: _world(group)]), group)
+        shares = _gather_text(json.dumps({name: asdict(entry) for name, entry in mine.items()}), group)
+        files = {name: FileEntry(**entry) for share in shares for name, entry in json.loads(share).items()}
+        _together("publish", lambda: _publish(partial, final, step, metadata, files) if lead else None, group)
+    except CheckpointError:
+        # All ranks are past the failed phase, so nobody still writes here. What can't be removed now, the next commit removes.
+        if lead:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if lead:
+        _prune(root, committed=final, keep_last=keep_last)
+    return final
+
+
+def find_resumable(root: Path, *, group: dist.ProcessGroup | None = None) -> Resumable:
+    """The newest checkpoint that verifies. Collective if torch.distributed is initialised; rank 0 reads and tells the others.
+
+    Args:
+        root: A ``checkpoints`` folder; may be absent.
+        group: As in ``commit``.
+    """
+    root = Path(root)
+    found = _together("verify", lambda: _find(root) if _rank(group) == 0 else None, group)
+    if found is not None:
+        said = [found.path.name if found.path else None, [[r.path.name, r.problems] for r in found.rejected]]
+    else:
+        said = []
+    name, rejected = json.loads(_gather_text(json.dumps(said), group)[0])
+    return Resumable(
+        path=root / name if name else None,
+        rejected=tuple(Rejected(path=root / folder, problems=tuple(problems)) for folder, problems in rejected),
+    )
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint that a user means by a run directory, its ``checkpoints`` folder, or a step folder. Not collective.
+
+    Raises:
+        CheckpointError: Nothing is there, or nothing that verifies; the message says what was found instead.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: no such folder; give a run directory, its {CHECKPOINTS_DIR}/ folder, or one step-N folder in it"
+        )
+    if (path / MANIFEST_NAME).is_file() or _COMMITTED.fullmatch(path.name):
+        if problems := verify(path):
+            raise CheckpointError(f"{path} does not verify, use an older step-N beside it:\n" + _indent(problems))
+        return path
+    root = path / CHECKPOINTS_DIR if (path / CHECKPOINTS_DIR).is_dir() else path
+    found = _find(root)
+    if found.path is None and found.rejected:
+        lines = [f"{r.path.name}: {problem}" for r in found.rejected for problem in r.problems]
+        raise CheckpointError(f"{root}: no checkpoint verifies; restore one from a copy, or train again:\n" + _indent(lines))
+    if found.path is None:
+        unfinished = any(_PARTIAL.fullmatch(p.name) for p in root.iterdir())
+        why = "only one whose saving was cut off" if unfinished else "none was saved yet"
+        raise CheckpointError(f"{root}: no checkpoint ({why}); give a run that reached checkpoint.every_steps or its last step")
+    for r in found.rejected:
+        _log.warning("%s does not verify (%s); using %s", r.path, "; ".join(r.problems), found.path.name)
+    return found.path
+
+
+def _find(root: Path) -> Resumable:
+    rejected: list[Rejected] = []
+    for folder in _committed(root):
+        problems = verify(folder)
+        if not problems:
+            return Resumable(path=folder, rejected=tuple(rejected))
+        rejected.append(Rejected(path=folder, problems=tuple(problems)))
+    return Resumable(path=None, rejected=tuple(rejected))
+
+
+def _committed(root: Path) -> list[Path]:
+    """Step folders, newest first; of one step, the one in place before the one it replaced."""
+    if not root.is_dir():
+        return []
+    folders = [p for p in root.iterdir() if p.is_dir() and _COMMITTED.fullmatch(p.name)]
+    return sorted(folders, key=lambda p: (-step_of(p), p.name))
+
+
+def _stage(partial: Path) -> None:
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    for entry in partial.parent.iterdir():
+        if _PARTIAL.fullmatch(entry.name):  # of a save that died: one run has one writer, so it can't be alive
+            shutil.rmtree(entry)
+    partial.mkdir()
+
+
+def _publish(partial: Path, final: Path, step: int, metadata: Mapping[str, Any], files: Mapping[str, FileEntry]) -> None:
+    write_manifest(partial, step=step, metadata=metadata, files=files)
+    for name in files:
+        _fsync_file(partial / name)
+    for folder in (partial, *(p for p in partial.rglob("*") if p.is_dir())):
+        fsync_dir(folder)
+    if final.exists():
+        # A folder can't be renamed over another, so the old one steps aside; ``find_resumable`` knows its name.
+        os.rename(final, final.with_name(partial.name.replace(".partial-", ".replaced-")))
+    os.rename(partial, final)
+    fsync_dir(final.parent)
+    write_text(final.parent / LATEST_NAME, final.name + "\n")
+
+
+def _prune(root: Path, *, committed: Path, keep_last: int) -> None:
+    """Removes what the checkpoint just committed, which was hashed a moment ago, makes superfluous."""
+    older = [p for p in _committed(root) if step_of(p) < step_of(committed)]
+    replaced = [p for p in _committed(root) if step_of(p) == step_of(committed) and p != committed]
+    for folder in [*replaced, *older[keep_last - 1 :]]:
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:  # the new checkpoint stands; a full disk will show itself at the next commit
+            _log.warning("can't remove the old checkpoint %s (%s); remove it by hand", folder, error)
+
+
+def _together(phase: str, action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """Runs ``action`` and tells all ranks how it went, so that either all go on or all raise."""
+    result: T | None = None
+    failure = ""
+    cause: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must learn of it; it is raised below
+        cause = error
+        failure = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    failures = _gather_text(failure, group)
+    if any(failures):
+        said = dict.fromkeys(f for f in failures if f)
+        lines = [f"rank {', '.join(str(r) for r, g in enumerate(failures) if g == f)}: {f}" for f in said]
+        raise CheckpointError(
+            f"checkpoint failed in phase '{phase}'; older checkpoints are untouched:\n" + _indent(lines)
+        ) from cause
+    return result  # type: ignore[return-value]  # no failure anywhere, so ``action`` returned
+
+
+def _gather_text(text: str, group: dist.ProcessGroup | None) -> list[str]:
+    """Every rank's text, by rank. As bytes in tensors: ``all_gather_object`` would pickle."""
+    if not dist.is_initialized():
+        return [text]
+    world = _world(group)
+    data = text.encode()
+    lengths = torch.zeros(world, dtype=torch.int64)
+    dist.all_gather_into_tensor(lengths, torch.tensor([len(data)]), group=group)
+    width = max(1, int(lengths.max()))
+    mine = torch.zeros(width, dtype=torch.uint8)
+    mine[: len(data)] = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
+    rows = torch.zeros(world * width, dtype=torch.uint8)
+    dist.all_gather_into_tensor(rows, mine, group=group)
+    return [row[: int(length)].numpy().tobytes().decode() for row, length in zip(rows.view(world, width), lengths)]
+
+
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def _world(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def _fsync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _indent(lines: list[str] | tuple[str, ...]) -> str:
+    return "\n".join(f"  {line}" for line in lines)
