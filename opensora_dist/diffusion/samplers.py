@@ -1,0 +1,214 @@
+"""From noise to latents: diffusers' schedulers, set up so that they invert our objectives, and classifier-free guidance."""
+
+# B batch, C latent channels, T H W latent frames, height, width
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from opensora_dist.core.errors import ConfigError
+from opensora_dist.core.types import Thw
+from opensora_dist.diffusion.base import Objective
+from opensora_dist.diffusion.iddpm import Iddpm
+from opensora_dist.diffusion.rectified_flow import TIMESTEP_SCALE, RectifiedFlow, shift_sigma
+
+
+class ModelFn(Protocol):
+    """A denoiser with its captions already bound.
+
+    ``drop_caption_B`` is True where the null caption is to be used. With guidance the batch is doubled, so the captions of B
+    samples must be repeated when ``x_BCTHW`` has 2B entries.
+    """
+
+    def __call__(self, x_BCTHW: Tensor, timestep_B: Tensor, drop_caption_B: Tensor) -> Tensor:
+        """The model's raw output, [B, channel_multiplier * C, T, H, W]."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """A scheduler ready to step, the level of each step, and what of the model's output [B, *, T, H, W] the scheduler takes."""
+
+    scheduler: Any
+    levels: list[float]
+    to_scheduler: Callable[[Tensor], Tensor]
+
+
+def _noise_channels(output: Tensor) -> Tensor:
+    return output.chunk(2, dim=1)[0]
+
+
+def _ddpm(objective: Iddpm, steps: int, latent: Thw) -> _Plan:
+    """Ancestral sampling with the learned variance; timesteps spread from last to first, as improved diffusion respaces."""
+    if steps < 2:
+        raise ConfigError(
+            f"sampling_steps={steps} with sampler=ddpm: ancestral sampling needs at least 2; use sampler=dpm_solver"
+        )
+    scheduler = DDPMScheduler(
+        num_train_timesteps=objective.timesteps,
+        trained_betas=objective.betas.numpy(),
+        variance_type="learned_range",
+        clip_sample=False,
+    )
+    # diffusers adds noise after every timestep but 0, so the last one must be 0.
+    scheduler.set_timesteps(timesteps=np.linspace(objective.timesteps - 1, 0, steps).round().astype(int).tolist())
+    return _Plan(scheduler=scheduler, levels=scheduler.timesteps.tolist(), to_scheduler=lambda output: output)
+
+
+def _iddpm_solver(objective: Iddpm, steps: int, *, order: int) -> _Plan:
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=objective.timesteps,
+        trained_betas=objective.betas.numpy(),
+        solver_order=order,
+        timestep_spacing="trailing",
+    )
+    scheduler.set_timesteps(steps)
+    # The solver's own learned variance option cuts to 3 channels; it needs the noise only, so we hand it just that.
+    return _Plan(scheduler=scheduler, levels=scheduler.timesteps.tolist(), to_scheduler=_noise_channels)
+
+
+def _ddim(objective: Iddpm, steps: int, latent: Thw) -> _Plan:
+    """DDIM with eta 0, which is DPM-Solver++ of order 1 (arXiv 2211.01095, section 4).
+
+    diffusers' own DDIM scheduler steps to t - timesteps // steps rather than to the next timestep, and so leaves noise wherever
+    steps does not divide timesteps.
+    """
+    return _iddpm_solver(objective, steps, order=1)
+
+
+def _dpm_solver(objective: Iddpm, steps: int, latent: Thw) -> _Plan:
+    """DPM-Solver++ of order 2."""
+    return _iddpm_solver(objective, steps, order=2)
+
+
+def _flow_dpm_solver(objective: RectifiedFlow, steps: int, latent: Thw) -> _Plan:
+    """DPM-Solver++ of order 2 on the straight path; it starts at sigma 0.999, as log-SNR is infinite at 1."""
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=objective.shift_ratio(latent)
+    )
+    scheduler.set_timesteps(steps)
+    # Levels from the sigmas: the scheduler's timesteps are rounded to integers.
+    return _Plan(scheduler=scheduler, levels=scheduler.sigmas[:-1].tolist(), to_scheduler=torch.neg)
+
+
+def _flow_euler(objective: RectifiedFlow, steps: int, latent: Thw) -> _Plan:
+    """Euler steps from sigma 1 to 0, even before the shift."""
+    ratio = objective.shift_ratio(latent)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=int(TIMESTEP_SCALE))
+    scheduler.set_timesteps(sigmas=[shift_sigma(1 - i / steps, ratio) for i in range(steps)])
+    # diffusers' velocity points from data to noise, ours from noise to data.
+    return _Plan(scheduler=scheduler, levels=scheduler.sigmas[:-1].tolist(), to_scheduler=torch.neg)
+
+
+_IDDPM_SAMPLERS = {"dpm_solver": _dpm_solver, "ddim": _ddim, "ddpm": _ddpm}
+_FLOW_SAMPLERS = {"flow_euler": _flow_euler, "dpm_solver": _flow_dpm_solver}
+_NAMES = {Iddpm.name: list(_IDDPM_SAMPLERS), RectifiedFlow.name: list(_FLOW_SAMPLERS)}
+
+
+def samplers_of(objective_name: str) -> list[str]:
+    """The samplers that work with an objective, the default first."""
+    return _NAMES[objective_name]
+
+
+def default_sampler(objective_name: str) -> str:
+    """The sampler an objective is sampled with where none is named."""
+    return samplers_of(objective_name)[0]
+
+
+def check_sampler(objective_name: str, sampler: str) -> None:
+    """Refuses a sampler that can't invert the objective.
+
+    Raises:
+        ConfigError: Naming the samplers that can.
+    """
+    if sampler not in samplers_of(objective_name):
+        known = ", ".join(samplers_of(objective_name))
+        raise ConfigError(f"sampler={sampler} does not work with objective.name={objective_name}; use one of: {known}")
+
+
+def _plan(objective: Objective, *, sampler: str, steps: int, latent: Thw) -> _Plan:
+    if isinstance(objective, Iddpm):
+        if steps > objective.timesteps:
+            raise ConfigError(f"sampling_steps={steps} exceeds objective.timesteps={objective.timesteps}; use at most that many")
+        plan = _IDDPM_SAMPLERS[sampler](objective, steps, latent)
+    else:
+        assert isinstance(objective, RectifiedFlow), objective
+        plan = _FLOW_SAMPLERS[sampler](objective, steps, latent)
+    if hasattr(plan.scheduler, "set_begin_index"):
+        # Otherwise the first step is looked up by its timestep, and found wrong where rounding made two steps alike.
+        plan.scheduler.set_begin_index(0)
+    return plan
+
+
+def guide(model_fn: ModelFn, x_BCTHW: Tensor, timestep_B: Tensor, *, cfg_scale: float, guided_channels: int | None) -> Tensor:
+    """The model's output with classifier-free guidance: uncond + cfg_scale (cond - uncond), from one doubled batch.
+
+    Args:
+        cfg_scale: 1 asks the model once, with captions, and returns that.
+        guided_channels: Leading channels guidance applies to; the others keep the captioned output. None: all latent channels,
+            never the variance. (Open-Sora 1.0 guides 3 of its 4.)
+    """
+    batch, channels = x_BCTHW.shape[:2]
+    keep = torch.zeros(batch, dtype=torch.bool, device=x_BCTHW.device)
+    if cfg_scale == 1:
+        return model_fn(x_BCTHW, timestep_B, keep)
+    output = model_fn(torch.cat([x_BCTHW, x_BCTHW]), torch.cat([timestep_B, timestep_B]), torch.cat([keep, ~keep]))
+    cond, uncond = output.chunk(2)
+    cut = channels if guided_channels is None else guided_channels
+    guided = uncond[:, :cut] + cfg_scale * (cond[:, :cut] - uncond[:, :cut])
+    return torch.cat([guided, cond[:, cut:]], dim=1)
+
+
+@torch.no_grad()
+def sample_latents(
+    model_fn: ModelFn,
+    *,
+    objective: Objective,
+    sampler: str | None,
+    steps: int,
+    cfg_scale: float,
+    noise_BCTHW: Tensor,
+    latent: Thw,
+    guided_channels: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draws latents from a model.
+
+    Args:
+        model_fn: The denoiser; it sees twice the batch where ``cfg_scale`` is not 1.
+        objective: What it was trained with.
+        sampler: One of ``samplers_of(objective.name)``; None takes the default.
+        steps: Model evaluations (each of a doubled batch with guidance).
+        cfg_scale: Guidance; 1 turns it off.
+        noise_BCTHW: Standard normal start.
+        latent: Latent shape of the whole samples, which sets the noise shift.
+        guided_channels: As in ``guide``.
+        generator: For ``ddpm``, which draws noise in every step.
+    Returns:
+        Normalised latents [B, C, T, H, W], float32, or float64 where the noise is (diffusers computes its steps in float32).
+    Raises:
+        ConfigError: Sampler, steps or guided channels that don't fit the objective.
+    """
+    batch, channels = noise_BCTHW.shape[:2]
+    sampler = default_sampler(objective.name) if sampler is None else sampler
+    check_sampler(objective.name, sampler)
+    if steps < 1:
+        raise ConfigError(f"sampling_steps={steps} must be at least 1")
+    if guided_channels is not None and not 1 <= guided_channels <= channels:
+        raise ConfigError(f"guided_channels={guided_channels} must be between 1 and the {channels} latent channels, or left out")
+    if sampler == "ddpm" and generator is None:
+        raise ValueError("sampler=ddpm draws noise in every step; pass a generator from parallel.keys.Keys")
+    plan = _plan(objective, sampler=sampler, steps=steps, latent=latent)
+    x = noise_BCTHW if noise_BCTHW.dtype == torch.float64 else noise_BCTHW.float()
+    for level, time in zip(plan.levels, plan.scheduler.timesteps, strict=True):
+        level_B = torch.full((batch,), level, dtype=torch.float64, device=x.device)
+        output = guide(model_fn, x, objective.timestep(level_B), cfg_scale=cfg_scale, guided_channels=guided_channels)
+        x = plan.scheduler.step(plan.to_scheduler(output.to(x.dtype)), time, x, generator=generator, return_dict=False)[0]
+    return x
