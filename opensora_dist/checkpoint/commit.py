@@ -245,15 +245,13 @@ def _gather_text(text: str, group: dist.ProcessGroup | None) -> list[str]:
     if not dist.is_initialized():
         return [text]
     world = _world(group)
-    data = text.encode()
-    lengths = torch.zeros(world, dtype=torch.int64)
-    dist.all_gather_into_tensor(lengths, torch.tensor([len(data)]), group=group)
-    width = max(1, int(lengths.max()))
-    mine = torch.zeros(width, dtype=torch.uint8)
-    mine[: len(data)] = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
-    rows = torch.zeros(world * width, dtype=torch.uint8)
-    dist.all_gather_into_tensor(rows, mine, group=group)
-    return [row[: int(length)].numpy().tobytes().decode() for row, length in zip(rows.view(world, width), lengths)]
+    data = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)  # frombuffer refuses an empty buffer
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
+    dist.all_gather(lengths, torch.tensor([len(data)]), group=group)
+    width = max(int(n) for n in lengths)
+    rows = [torch.zeros(width, dtype=torch.uint8) for _ in range(world)]
+    dist.all_gather(rows, torch.nn.functional.pad(data, (0, width - len(data))), group=group)
+    return [row[: int(n) - 1].numpy().tobytes().decode() for row, n in zip(rows, lengths)]
 
 
 def _rank(group: dist.ProcessGroup | None) -> int:

@@ -1,0 +1,124 @@
+"""Ranks on this machine without torchrun: start them, pass signals on, end all when one fails, leave none behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import torch.distributed as dist
+
+from opensora_dist.core.logging import get_logger
+
+_log = get_logger(__name__)
+_GRACE_S = 20.0
+_POLL_S = 0.05
+_TAIL_LINES = 30
+
+
+def _die_with_parent() -> None:
+    """In the child, before exec: SIGKILL when the parent is gone, so that kill -9 of the parent leaves no rank (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def run_ranks(args: Sequence[str], *, nproc: int, log_dir: Path) -> int:
+    """Runs ``python -m opensora_dist ARGS`` as ``nproc`` ranks and waits for all.
+
+    Rank 0 writes to this terminal, the others to ``log_dir/rank-N.log``. SIGTERM, SIGINT and SIGUSR1 are passed to every rank. When a
+    rank fails, the others get SIGTERM and, 20 s later, SIGKILL; the end of its log is shown.
+
+    Returns:
+        0 when every rank returned 0, else the first failing rank's exit code (1 where a signal ended it).
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    # The parent hosts the rendezvous store on a port the system picks, as torchrun's agent does: no port to guess, no race for it.
+    store = dist.TCPStore("127.0.0.1", 0, nproc, is_master=True, wait_for_workers=False)
+    threads = max(1, (os.cpu_count() or 1) // nproc)
+    ranks: list[subprocess.Popen[bytes]] = []
+
+    def forward(signum: int, _frame: FrameType | None) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(signum)
+
+    forwarded = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    previous = {s: signal.signal(s, forward) for s in forwarded}
+    try:
+        for rank in range(nproc):
+            env = {
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(nproc),
+                "LOCAL_WORLD_SIZE": str(nproc),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0"),
+                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+                "PYTHONUNBUFFERED": "1",
+            }
+            command = [sys.executable, "-m", "opensora_dist", *args]
+            if rank == 0:
+                ranks.append(subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_die_with_parent))
+            else:
+                with open(_rank_log(log_dir, rank), "wb") as log:
+                    ranks.append(
+                        subprocess.Popen(
+                            command,
+                            env=env,
+                            stdout=log,
+                            stderr=subprocess.STDOUT,
+                            stdin=subprocess.DEVNULL,
+                            start_new_session=True,
+                            preexec_fn=_die_with_parent,
+                        )
+                    )
+        return _wait(ranks, log_dir=log_dir)
+    finally:
+        _end(ranks)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def _rank_log(log_dir: Path, rank: int) -> Path:
+    return log_dir / f"rank-{rank}.log"
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], *, log_dir: Path) -> int:
+    while True:
+        codes = [p.poll() for p in ranks]
+        failed = [(rank, code) for rank, code in enumerate(codes) if code not in (None, 0)]
+        if failed:
+            rank, code = failed[0]
+            assert code is not None
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+            _log.error("rank %d %s; ending the other ranks", rank, how)
+            _end(ranks)
+            if rank != 0:
+                tail = _rank_log(log_dir, rank).read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+                _log.error("last lines of %s:\n%s", _rank_log(log_dir, rank), "\n".join(tail))
+            return code if code > 0 else 1
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(_POLL_S)
+
+
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    alive = [p for p in ranks if p.poll() is None]
+    for process in alive:
+        process.terminate()
+    deadline = time.monotonic() + _GRACE_S
+    for process in alive:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

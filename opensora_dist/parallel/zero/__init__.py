@@ -1,0 +1,1 @@
+"""ZeRO backends behind one protocol: who holds parameters, gradients and optimizer state."""

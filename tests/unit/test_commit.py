@@ -1,0 +1,221 @@
+"""The commit protocol, one process: killed or failing anywhere, what was committed before can be used."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from opensora_dist.checkpoint import commit as commit_module
+from opensora_dist.checkpoint.commit import LATEST_NAME, commit, find_resumable, resolve, step_name
+from opensora_dist.checkpoint.manifest import read_manifest, verify
+from opensora_dist.checkpoint.store import read_tensors, save_tensors
+from opensora_dist.core.errors import CheckpointError
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing after it runs."""
+
+
+def _save(root: Path, step: int, *, value: float | None = None, keep_last: int = 3) -> Path:
+    def write(folder: Path) -> None:
+        save_tensors({"w": torch.full((8,), float(step) if value is None else value)}, folder / "model")
+        (folder / "trainer.json").write_text(json.dumps({"step": step}))
+
+    return commit(root, step=step, write=write, metadata={"config_hash": "c0", "layout": {"world": 1}}, keep_last=keep_last)
+
+
+def _names(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir())
+
+
+def _value(folder: Path | None) -> float:
+    assert folder is not None
+    return float(read_tensors(folder / "model")["w"][0])
+
+
+def test_a_commit_verifies_and_latest_names_it(tmp_path: Path) -> None:
+    folder = _save(tmp_path / "checkpoints", 5)
+    assert folder.name == step_name(5)
+    assert verify(folder) == []
+    assert (folder.parent / LATEST_NAME).read_text().strip() == folder.name
+    assert read_manifest(folder).metadata["layout"] == {"world": 1}
+    assert find_resumable(folder.parent).path == folder
+
+
+def test_old_ones_are_pruned_and_the_new_one_never_is(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        _save(tmp_path, step, keep_last=2)
+    assert _names(tmp_path) == [LATEST_NAME, step_name(3), step_name(4)]
+    _save(tmp_path, 5, keep_last=1)
+    assert _names(tmp_path) == [LATEST_NAME, step_name(5)]
+
+
+def test_pruning_after_a_fallback_keeps_the_only_verified_one(tmp_path: Path) -> None:
+    for step in (10, 20):
+        _save(tmp_path, step)
+    (tmp_path / step_name(20) / "trainer.json").write_text("damaged")
+    _save(tmp_path, 15, keep_last=1)  # resumed from 10
+    found = find_resumable(tmp_path)
+    assert found.path == tmp_path / step_name(15)
+    assert [r.path.name for r in found.rejected] == [step_name(20)]
+
+
+@pytest.mark.parametrize("phase", ["stage", "write", "list", "hash", "publish"])
+def test_a_failure_in_any_phase_leaves_the_old_checkpoint_and_no_partial(tmp_path: Path, monkeypatch, phase: str) -> None:
+    _save(tmp_path, 1)
+    together = commit_module._together
+
+    def failing(name, action, group):
+        def full_disk():
+            action()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        return together(name, full_disk if name == phase else action, group)
+
+    monkeypatch.setattr(commit_module, "_together", failing)
+    with pytest.raises(CheckpointError, match=f"phase '{phase}'.*\n.*rank 0: OSError.*No space left"):
+        _save(tmp_path, 2)
+    monkeypatch.undo()
+    assert not [n for n in _names(tmp_path) if "partial" in n]
+    assert verify(tmp_path / step_name(1)) == []
+    if phase != "publish":  # there it failed only after the rename
+        assert find_resumable(tmp_path).path == tmp_path / step_name(1)
+    assert _value(_save(tmp_path, 3)) == 3.0
+
+
+KILL_POINTS = [
+    "_stage",
+    "write",
+    "list_files",
+    "describe_files",
+    "write_manifest",
+    "_fsync_file",
+    "os.rename",
+    "fsync_dir",
+    "write_text",
+    "_prune",
+]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("point", KILL_POINTS)
+def test_killed_anywhere_something_whole_is_found_and_the_next_save_works(
+    tmp_path: Path, monkeypatch, point: str, when: str
+) -> None:
+    _save(tmp_path, 1)
+
+    def deadly(function):
+        def call(*args, **kwargs):
+            if when == "after":
+                function(*args, **kwargs)
+            raise Killed
+
+        return call
+
+    if point == "write":
+        monkeypatch.setattr(f"{__name__}.save_tensors", deadly(save_tensors))
+    elif point == "os.rename":
+        monkeypatch.setattr(commit_module.os, "rename", deadly(commit_module.os.rename))
+    else:
+        monkeypatch.setattr(commit_module, point, deadly(getattr(commit_module, point)))
+    with pytest.raises(Killed):
+        _save(tmp_path, 2)
+    monkeypatch.undo()
+    found = find_resumable(tmp_path)
+    assert _value(found.path) in (1.0, 2.0)
+    assert found.rejected == ()
+    assert _value(_save(tmp_path, 3, keep_last=1)) == 3.0
+    assert _names(tmp_path) == [LATEST_NAME, step_name(3)]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_replacing_a_step_is_atomic(tmp_path: Path, monkeypatch, renames: int) -> None:
+    _save(tmp_path, 1, value=0.0)
+    _save(tmp_path, 2, value=1.0)
+    rename, done = commit_module.os.rename, []
+
+    def deadly(*args):
+        if len(done) == renames:
+            raise Killed
+        done.append(args)
+        rename(*args)
+        if len(done) == renames == 2:
+            raise Killed
+
+    monkeypatch.setattr(commit_module.os, "rename", deadly)
+    with pytest.raises(Killed):
+        _save(tmp_path, 2, value=2.0)
+    monkeypatch.undo()
+    assert _value(find_resumable(tmp_path).path) == (2.0 if renames == 2 else 1.0)
+    assert _value(_save(tmp_path, 2, value=3.0)) == 3.0
+    assert _names(tmp_path) == [LATEST_NAME, step_name(1), step_name(2)]
+
+
+def _flip(folder: Path) -> None:
+    (file,) = (folder / "model").iterdir()
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 4
+    file.write_bytes(data)
+
+
+def _truncate(folder: Path) -> None:
+    (file,) = (folder / "model").iterdir()
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+DAMAGES = {
+    "bit flip": _flip,
+    "truncation": _truncate,
+    "missing file": lambda folder: (folder / "trainer.json").unlink(),
+    "missing folder": lambda folder: shutil.rmtree(folder / "model"),
+    "extra file": lambda folder: (folder / "model" / "stray.safetensors").touch(),
+    "missing manifest": lambda folder: (folder / "MANIFEST.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damage_is_found_before_loading_and_the_previous_one_is_used(tmp_path: Path, damage) -> None:
+    for step in (1, 2):
+        _save(tmp_path, step)
+    damage(tmp_path / step_name(2))
+    found = find_resumable(tmp_path)
+    assert found.path == tmp_path / step_name(1)
+    assert found.rejected[0].path == tmp_path / step_name(2)
+    assert found.rejected[0].problems
+    assert resolve(tmp_path) == tmp_path / step_name(1)
+    with pytest.raises(CheckpointError, match="does not verify"):
+        resolve(tmp_path / step_name(2))
+
+
+def test_resolve_takes_a_run_its_checkpoints_or_a_step(tmp_path: Path) -> None:
+    folder = _save(tmp_path / "run" / "checkpoints", 7)
+    assert resolve(tmp_path / "run") == resolve(tmp_path / "run" / "checkpoints") == resolve(folder) == folder
+
+
+def test_resolve_says_what_is_there_instead(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        resolve(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="none was saved yet"):
+        resolve(tmp_path)
+    (tmp_path / "step-00000001.partial-0a1b").mkdir()
+    with pytest.raises(CheckpointError, match="saving was cut off"):
+        resolve(tmp_path)
+    _flip(_save(tmp_path, 3))
+    with pytest.raises(CheckpointError, match=r"(?s)no checkpoint verifies.*content hash"):
+        resolve(tmp_path)
+
+
+def test_a_pickle_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing in it is pickled"):
+        commit(tmp_path, step=1, write=lambda p: torch.save({}, p / "state.pt"), metadata={}, keep_last=1)
+    assert find_resumable(tmp_path).path is None
+
+
+def test_an_absent_root_has_nothing_to_resume_from(tmp_path: Path) -> None:
+    found = find_resumable(tmp_path / "checkpoints")
+    assert (found.path, found.rejected) == (None, ())
