@@ -67,9 +67,10 @@ def _iddpm_solver(objective: Iddpm, steps: int, *, order: int) -> _Plan:
         num_train_timesteps=objective.timesteps,
         trained_betas=objective.betas.numpy(),
         solver_order=order,
-        timestep_spacing="trailing",
     )
-    scheduler.set_timesteps(steps)
+    # The scheduler's own trailing spacing, which these are, has a step too many for one in sixteen values of ``steps``.
+    trailing = np.linspace(objective.timesteps, 0, steps + 1)[:-1].round().astype(int) - 1
+    scheduler.set_timesteps(timesteps=trailing.tolist())
     # The solver's own learned variance option cuts to 3 channels; it needs the noise only, so we hand it just that.
     return _Plan(scheduler=scheduler, levels=scheduler.timesteps.tolist(), to_scheduler=_noise_channels)
 

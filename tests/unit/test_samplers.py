@@ -161,8 +161,9 @@ def test_cfg_scale_one_asks_the_model_once_per_step_with_captions():
     assert calls == [(2, False)] * 3
 
 
+@pytest.mark.parametrize("steps", [12, 61, 434])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm_solver"])
-def test_sampling_starts_at_the_last_timestep_and_runs_each_step_once(sampler):
+def test_sampling_starts_at_the_last_timestep_and_runs_each_step_once(sampler, steps):
     times = []
 
     def model(x, timestep, drop):
@@ -173,13 +174,13 @@ def test_sampling_starts_at_the_last_timestep_and_runs_each_step_once(sampler):
         model,
         objective=IDDPM,
         sampler=sampler,
-        steps=12,
+        steps=steps,
         cfg_scale=1.0,
         noise_BCTHW=noise(),
         latent=LATENT,
         generator=torch.Generator().manual_seed(0),
     )
-    assert len(times) == 12
+    assert len(set(times)) == len(times) == steps
     assert times[0] == 999
     assert times == sorted(times, reverse=True)
     assert sampler != "ddpm" or times[-1] == 0
