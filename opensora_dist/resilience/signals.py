@@ -26,7 +26,7 @@ class StopFlag:
     """Catches stop signals while the block runs; the loop asks ``requested`` at each step's edge.
 
     The handler sets a flag and does nothing else: a signal may come in the middle of a collective or of a checkpoint, and may
-    come twice. Only a second Ctrl-C raises ``KeyboardInterrupt``: whoever presses it again doesn't want to wait. Main thread only,
+    come twice. Only a second Ctrl-C raises ``KeyboardInterrupt``: whoever presses it again won't wait. Main thread only,
     as Python's signal handlers are.
     """
 
