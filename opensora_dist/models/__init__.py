@@ -1,0 +1,1 @@
+"""Video diffusion transformers: one skeleton, its blocks, initial values and importers of published weights."""

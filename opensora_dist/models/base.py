@@ -1,0 +1,154 @@
+"""The skeleton of the video transformers: embed, blocks, final layer. A model adds its block and where positions go."""
+
+# B batch, C latent channels, T H W latent frames, height, width (token grid after patching), S tokens per frame, D width,
+# Y text tokens, E text width
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from opensora_dist.config.train import ModelConfig
+from opensora_dist.core.errors import ConfigError
+from opensora_dist.core.types import Thw
+from opensora_dist.models.layers import Block, CaptionEmbedder, FinalLayer, PatchEmbed, TimestepEmbedder, linear_flops
+from opensora_dist.models.positions import Positions
+
+# Branches that start as the identity, so that an image model's weights stay what they were, and an output that starts at zero.
+_ZERO = ("attn_temp.proj.weight", "cross_attn.proj.weight", "final_layer.linear.weight")
+_NARROW = ("t_embedder.mlp.", "t_block.", "y_embedder.y_proj.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelIo:
+    """What a model is given and gives, set by codec, text encoder and objective.
+
+    Args:
+        in_channels: Latent channels.
+        out_channels: Channels of the output (twice as many where sigma is learned).
+        text_width: Size of a text token vector.
+        max_tokens: Longest caption.
+    """
+
+    in_channels: int
+    out_channels: int
+    text_width: int
+    max_tokens: int
+
+
+class VideoTransformer(nn.Module, ABC):
+    """A text-conditioned diffusion transformer over latent video of any frames, height and width.
+
+    Parameters have no meaningful value until ``init.init_weights`` has run, so that a model may be built on the meta device.
+
+    Args:
+        config: Section ``model``.
+        io: Channels and text.
+    """
+
+    block_class: ClassVar[type[Block]]
+
+    def __init__(self, config: ModelConfig, io: ModelIo) -> None:
+        super().__init__()
+        depth, width, heads = config.shape
+        assert width % heads == width % 4 == 0, f"width {width}, heads {heads}: config.rules refuses this"
+        self.io = io
+        self.patch = Thw(*config.patch)
+        self.positions = Positions(width=width, space_scale=config.space_scale, time_scale=config.time_scale)
+        self.x_embedder = PatchEmbed(io.in_channels, width=width, patch=self.patch)
+        self.t_embedder = TimestepEmbedder(width)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.y_embedder = CaptionEmbedder(io.text_width, width=width, max_tokens=io.max_tokens)
+        mlp_hidden = int(width * config.mlp_ratio)
+        self.blocks = nn.ModuleList(self.block_class(width, heads=heads, mlp_hidden=mlp_hidden) for _ in range(depth))
+        self.final_layer = FinalLayer(width, patch_values=self.patch.count * io.out_channels)
+
+    @abstractmethod
+    def add_positions(self, x_BTSD: Tensor, *, grid: Thw) -> tuple[Tensor, Tensor | None]:
+        """Tokens with the positions that the input carries, and the [T, D] positions that the first block is to add, if any."""
+
+    def forward(
+        self,
+        x_BCTHW: Tensor,
+        timestep_B: Tensor,
+        text_BYE: Tensor,
+        text_mask_BY: Tensor | None,
+        *,
+        drop_caption_B: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            x_BCTHW: Noised latents.
+            timestep_B: What the objective calls the noise level, as given.
+            text_BYE: Caption vectors; padding may hold anything.
+            text_mask_BY: True (1) where a text token is valid, in any pattern; None if all are.
+            drop_caption_B: bool, True where the null caption stands in; the mask stays the sample's.
+        Returns:
+            [B, out_channels, T, H, W] in float32; float64 in a float64 model.
+        Raises:
+            ConfigError: The patch doesn't divide the latents.
+        """
+        grid = self.token_grid(Thw(*x_BCTHW.shape[2:]))
+        dtype = self.x_embedder.proj.weight.dtype
+        x, tpe_TD = self.add_positions(self.x_embedder(x_BCTHW.to(dtype), grid=grid), grid=grid)
+        t_BD = self.t_embedder(timestep_B, dtype=dtype)
+        t_B6D = self.t_block(t_BD).unflatten(-1, (6, -1))
+        if text_mask_BY is not None:
+            text_mask_BY = text_mask_BY.bool()  # tokenizers give integers
+        text_BYD = self.y_embedder(text_BYE.to(dtype), text_mask_BY=text_mask_BY, drop_caption_B=drop_caption_B)
+        for i, block in enumerate(self.blocks):
+            x = block(x, t_B6D=t_B6D, text_BYD=text_BYD, text_mask_BY=text_mask_BY, tpe_TD=tpe_TD if i == 0 else None)
+        out = self._unpatchify(self.final_layer(x, t_BD=t_BD), grid=grid)
+        return out.to(torch.float64 if dtype == torch.float64 else torch.float32)
+
+    def _unpatchify(self, x_BTSP: Tensor, *, grid: Thw) -> Tensor:
+        pt, ph, pw = self.patch
+        x = x_BTSP.view(-1, grid.t, grid.h, grid.w, pt, ph, pw, self.io.out_channels).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.reshape(-1, self.io.out_channels, grid.t * pt, grid.h * ph, grid.w * pw)
+
+    def token_grid(self, latent: Thw) -> Thw:
+        """Tokens of a latent, by frames, rows and columns.
+
+        Raises:
+            ConfigError: ``model.patch`` doesn't divide the latent.
+        """
+        if any(size % patch for size, patch in zip(latent, self.patch)):
+            raise ConfigError(
+                f"model.patch={self.patch} must divide the latent's frames, height and width, which are {latent}; "
+                "choose another patch, or clips whose latents it divides"
+            )
+        return Thw(latent.t // self.patch.t, latent.h // self.patch.h, latent.w // self.patch.w)
+
+    def flops(self, latent: Thw, *, text_tokens: int) -> int:
+        """Forward FLOPs of one sample's matrix products and attention, 2 per multiply-add.
+
+        The one formula behind the planner and the measured use of a device. ``text_tokens`` counts padding too: it is computed.
+        """
+        grid = self.token_grid(latent)
+        block = self.blocks[0]
+        assert isinstance(block, Block)
+        edges = self.x_embedder.flops(grid.count) + linear_flops(self.final_layer, tokens=grid.count)
+        conditioning = linear_flops(self.t_embedder, tokens=1) + linear_flops(self.t_block, tokens=1)
+        conditioning += linear_flops(self.y_embedder, tokens=text_tokens)
+        return edges + conditioning + len(self.blocks) * block.flops(grid, text_tokens=text_tokens)
+
+    def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Gives one whole parameter or buffer its initial value, in place.
+
+        Args:
+            name: As in ``state_dict``.
+            tensor: Contiguous, unsharded.
+            generator: Of this parameter alone, so that no value depends on which others exist.
+        """
+        if name.endswith(("scale_shift_table", "y_embedding")):
+            tensor.normal_(std=tensor.shape[-1] ** -0.5, generator=generator)
+        elif name.endswith((".bias", *_ZERO)):
+            tensor.zero_()
+        elif name.startswith(_NARROW):
+            tensor.normal_(std=0.02, generator=generator)
+        else:
+            nn.init.xavier_uniform_(tensor.flatten(1), generator=generator)

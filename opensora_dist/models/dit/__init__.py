@@ -1,0 +1,1 @@
+"""DiT for video: joint attention over all tokens of a clip."""

@@ -1,0 +1,266 @@
+"""The layers of Open-Sora 1.0's transformer, under its parameter names. Models differ only in how a block attends to itself."""
+
+# B batch, T token frames, S tokens per frame, L tokens of a sequence, D width, N heads, K head dim, Y text tokens, E text width
+
+from __future__ import annotations
+
+import enum
+import math
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opensora_dist.core.types import Thw
+from opensora_dist.ops.attention import attention
+
+TIMESTEP_FREQUENCIES = 256
+
+
+class Axis(enum.Enum):
+    """The tokens that see each other in a self-attention."""
+
+    SPACE = "space"  # those of one frame
+    TIME = "time"  # those at one place
+    JOINT = "joint"  # all
+
+
+def linear_flops(module: nn.Module, *, tokens: int) -> int:
+    """Forward FLOPs of every linear inside ``module``, 2 per multiply-add, when each sees ``tokens`` tokens."""
+    return 2 * tokens * sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    """The one normalisation of the model: adaLN brings the affine part."""
+    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+
+
+def modulate(x_BTSD: Tensor, *, shift_B11D: Tensor, scale_B11D: Tensor) -> Tensor:
+    """adaLN's affine map, the same for every token of a sample."""
+    return x_BTSD * (1 + scale_B11D) + shift_B11D
+
+
+class Mlp(nn.Module):
+    """Linear, tanh-GELU, linear."""
+
+    def __init__(self, width: int, *, hidden: int, out: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return out
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over the tokens of a sequence."""
+
+    def __init__(self, width: int, *, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        q_BNLK, k_BNLK, v_BNLK = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        out: Tensor = self.proj(attention(q_BNLK, k_BNLK, v_BNLK).transpose(1, 2).flatten(2))
+        return out
+
+    def flops(self, grid: Thw, *, axis: Axis) -> int:
+        """Forward FLOPs for one sample of this token grid."""
+        length = {Axis.SPACE: grid.h * grid.w, Axis.TIME: grid.t, Axis.JOINT: grid.count}[axis]
+        return linear_flops(self, tokens=grid.count) + 4 * grid.count * length * self.proj.in_features
+
+
+def attend(attn: SelfAttention, x_BTSD: Tensor, axis: Axis) -> Tensor:
+    """Self-attention along ``axis``, from the residual layout to the residual layout.
+
+    Every self-attention of a model goes through here, so that it is the one place where tokens of a sample meet.
+
+    Args:
+        attn: The projections.
+        x_BTSD: All tokens of each sample.
+    Returns:
+        [B, T, S, D], for ``Axis.TIME`` as a transposed view.
+    """
+    B, T, S, _ = x_BTSD.shape
+    out: Tensor
+    if axis is Axis.SPACE:
+        out = attn(x_BTSD.flatten(0, 1)).unflatten(0, (B, T))
+    elif axis is Axis.TIME:
+        # Transposing the input moves D numbers per token; transposing q, k and v would move 3 D.
+        out = attn(x_BTSD.transpose(1, 2).flatten(0, 1)).unflatten(0, (B, S)).transpose(1, 2)
+    else:
+        out = attn(x_BTSD.flatten(1, 2)).unflatten(1, (T, S))
+    return out
+
+
+class CrossAttention(nn.Module):
+    """Video tokens look at the caption's valid tokens."""
+
+    def __init__(self, width: int, *, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_linear = nn.Linear(width, width)
+        self.kv_linear = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BTSD: Tensor, *, text_BYD: Tensor, text_mask_BY: Tensor | None) -> Tensor:
+        _, T, S, _ = x_BTSD.shape
+        q_BNLK = self.q_linear(x_BTSD).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k_BNYK, v_BNYK = self.kv_linear(text_BYD).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        out_BNLK = attention(q_BNLK, k_BNYK, v_BNYK, mask_BM=text_mask_BY)
+        out: Tensor = self.proj(out_BNLK.transpose(1, 2).flatten(2)).unflatten(1, (T, S))
+        return out
+
+    def flops(self, tokens: int, *, text_tokens: int) -> int:
+        """Forward FLOPs for one sample."""
+        video = linear_flops(self.q_linear, tokens=tokens) + linear_flops(self.proj, tokens=tokens)
+        text = linear_flops(self.kv_linear, tokens=text_tokens)
+        return video + text + 4 * tokens * text_tokens * self.proj.in_features
+
+
+class Block(nn.Module, ABC):
+    """One adaLN-single block: self-attention as the model defines it, cross-attention to the caption, MLP.
+
+    Source: PixArt-alpha, arXiv 2310.00426 (one modulation for all blocks, a learned table per block).
+    """
+
+    def __init__(self, width: int, *, heads: int, mlp_hidden: int) -> None:
+        super().__init__()
+        self.norm1 = layer_norm(width)
+        self.attn = SelfAttention(width, heads=heads)
+        self.cross_attn = CrossAttention(width, heads=heads)
+        self.norm2 = layer_norm(width)
+        self.mlp = Mlp(width, hidden=mlp_hidden, out=width)
+        self.scale_shift_table = nn.Parameter(torch.empty(6, width))
+
+    @abstractmethod
+    def mix_tokens(
+        self, x_BTSD: Tensor, *, shift_B11D: Tensor, scale_B11D: Tensor, gate_B11D: Tensor, tpe_TD: Tensor | None
+    ) -> Tensor:
+        """The residual stream after self-attention; ``tpe_TD`` are temporal positions where this block is to add them."""
+
+    @abstractmethod
+    def mix_flops(self, grid: Thw) -> int:
+        """Forward FLOPs of ``mix_tokens`` for one sample."""
+
+    def forward(
+        self, x_BTSD: Tensor, *, t_B6D: Tensor, text_BYD: Tensor, text_mask_BY: Tensor | None, tpe_TD: Tensor | None = None
+    ) -> Tensor:
+        """
+        Args:
+            x_BTSD: Residual stream.
+            t_B6D: The timestep's part of shift, scale and gate for attention and for the MLP.
+            text_BYD: Embedded caption.
+            text_mask_BY: bool, True where a text token is valid; None if all are.
+            tpe_TD: Temporal positions, for the one block that adds them.
+        """
+        modulation_B611D = (self.scale_shift_table + t_B6D)[:, :, None, None]
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation_B611D.unbind(1)
+        x = self.mix_tokens(x_BTSD, shift_B11D=shift_msa, scale_B11D=scale_msa, gate_B11D=gate_msa, tpe_TD=tpe_TD)
+        x = x + self.cross_attn(x, text_BYD=text_BYD, text_mask_BY=text_mask_BY)
+        out: Tensor = x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_B11D=shift_mlp, scale_B11D=scale_mlp))
+        return out
+
+    def flops(self, grid: Thw, *, text_tokens: int) -> int:
+        """Forward FLOPs for one sample of this token grid."""
+        cross = self.cross_attn.flops(grid.count, text_tokens=text_tokens)
+        return self.mix_flops(grid) + cross + linear_flops(self.mlp, tokens=grid.count)
+
+
+class PatchEmbed(nn.Module):
+    """Latents to tokens. The published weight is a convolution's; since patches don't overlap, it is applied as a linear."""
+
+    def __init__(self, in_channels: int, *, width: int, patch: Thw) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv3d(in_channels, width, kernel_size=(patch.t, patch.h, patch.w), stride=(patch.t, patch.h, patch.w))
+
+    def forward(self, x_BCTHW: Tensor, *, grid: Thw) -> Tensor:
+        """[B, C, T * pt, H * ph, W * pw] to [B, T, S, D]."""
+        B, C, *_ = x_BCTHW.shape
+        x = x_BCTHW.reshape(B, C, grid.t, self.patch.t, grid.h, self.patch.h, grid.w, self.patch.w)
+        patches = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(2, 3)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+    def flops(self, tokens: int) -> int:
+        """Forward FLOPs for one sample."""
+        return 2 * tokens * self.proj.in_channels * self.patch.count * self.proj.out_channels
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps, as given (0..999 or 1000 sigma), to vectors of the model's width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, timestep_B: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """
+        Args:
+            timestep_B: Any real dtype.
+            dtype: Of the model. The angles stay in float32 in a bfloat16 model, where 999 would read 1000.
+        Returns:
+            [B, D].
+        """
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        half = TIMESTEP_FREQUENCIES // 2
+        # In float32 the order of operations shows: sin(999 w) moves by 6e-5 with the last bit of w. This is the published order.
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=exact, device=timestep_B.device) / half)
+        angle = timestep_B[:, None].to(exact) * frequencies
+        out: Tensor = self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(dtype))
+        return out
+
+
+class CaptionEmbedder(nn.Module):
+    """Text-encoder vectors to the model's width; holds the null caption that stands in for a dropped one."""
+
+    y_embedding: Tensor
+
+    def __init__(self, text_width: int, *, width: int, max_tokens: int) -> None:
+        super().__init__()
+        self.y_proj = Mlp(text_width, hidden=width, out=width)
+        self.register_buffer("y_embedding", torch.empty(max_tokens, text_width))
+
+    def forward(self, text_BYE: Tensor, *, text_mask_BY: Tensor | None, drop_caption_B: Tensor | None) -> Tensor:
+        """
+        Args:
+            text_BYE: Vectors of the text encoder, in the model's dtype; what padding holds doesn't matter.
+            text_mask_BY: bool, True where a token is valid; a dropped caption keeps its mask.
+            drop_caption_B: bool, True where the null caption replaces the sample's.
+        Returns:
+            [B, Y, D].
+        Raises:
+            ValueError: A caption to drop has more tokens than the null caption.
+        """
+        Y = text_BYE.shape[1]
+        if drop_caption_B is not None:
+            if len(self.y_embedding) < Y:
+                raise ValueError(
+                    f"text has {Y} tokens, the null caption {len(self.y_embedding)}: a caption can be dropped only if it is no "
+                    "longer; cut text to the model's max_tokens"
+                )
+            text_BYE = torch.where(drop_caption_B[:, None, None], self.y_embedding[:Y].to(text_BYE.dtype), text_BYE)
+        if text_mask_BY is not None:
+            # Attention gives padding a weight of zero, but zero times infinity is NaN: padding must be finite, too.
+            text_BYE = text_BYE.masked_fill(~text_mask_BY[:, :, None], 0)
+        out: Tensor = self.y_proj(text_BYE)
+        return out
+
+
+class FinalLayer(nn.Module):
+    """Tokens to patches of latents, modulated by the timestep embedding itself (not by ``t_block``)."""
+
+    def __init__(self, width: int, *, patch_values: int) -> None:
+        super().__init__()
+        self.norm_final = layer_norm(width)
+        self.linear = nn.Linear(width, patch_values)
+        self.scale_shift_table = nn.Parameter(torch.empty(2, width))
+
+    def forward(self, x_BTSD: Tensor, *, t_BD: Tensor) -> Tensor:
+        shift, scale = (self.scale_shift_table + t_BD[:, None])[:, :, None, None].unbind(1)
+        out: Tensor = self.linear(modulate(self.norm_final(x_BTSD), shift_B11D=shift, scale_B11D=scale))
+        return out

@@ -1,0 +1,1 @@
+"""STDiT: attention factorised over space and time."""
