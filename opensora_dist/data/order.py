@@ -1,0 +1,137 @@
+"""Which samples make which global batch: a pure function of the data set, the seed and the step.
+
+Ranks don't appear here. A run that resumes at step k, on any number of ranks, sees what the run that was never stopped saw;
+there is no state to save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+
+from opensora_dist.core.errors import ConfigError, DataError
+from opensora_dist.core.logging import get_logger
+from opensora_dist.core.types import Thw
+from opensora_dist.data.index import Index
+from opensora_dist.parallel.keys import Keys
+
+_LOG = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalBatch:
+    """The samples of one optimizer step, all of one shape.
+
+    Args:
+        rows: Rows of the index.
+        bucket: Their clip shape in pixels.
+        latent: Their latent shape.
+        epoch: How often the data set was gone through before.
+        digest: xxh3-64 (hex) of their keys, for comparing runs.
+    """
+
+    rows: tuple[int, ...]
+    bucket: Thw
+    latent: Thw
+    epoch: int
+    digest: str
+
+
+class Order:
+    """The order of a data set.
+
+    In each epoch, each bucket is shuffled and cut into global batches; the tail that fills none is dropped for that epoch
+    (another epoch drops others). The batches of all buckets are shuffled together. ``dropped`` counts, per bucket and reason, the
+    samples an epoch leaves out.
+
+    Args:
+        index: The data set.
+        keys: The run's keys; the order is theirs alone.
+        global_batch: Samples per step.
+    Raises:
+        DataError: No bucket fills one global batch.
+    """
+
+    def __init__(self, index: Index, *, keys: Keys, global_batch: int) -> None:
+        self._index = index
+        self._keys = keys
+        self._global_batch = global_batch
+        self._buckets = [(bucket, rows) for bucket, rows in index.buckets.items() if len(rows) >= global_batch]
+        if not self._buckets:
+            counts = ", ".join(f"{bucket}: {len(rows)}" for bucket, rows in index.buckets.items())
+            most = max(len(rows) for rows in index.buckets.values())
+            raise DataError(
+                f"data.global_batch={global_batch} is more than any bucket of {index.folder} holds, and a batch has one shape "
+                f"(samples per bucket: {counts}); use data.global_batch={most} or less, prepare more clips, or list fewer "
+                "clip.buckets when preparing"
+            )
+        self.dropped = {
+            f"{bucket}: " + ("tail of each epoch" if len(rows) >= global_batch else "fewer than a global batch"): int(count)
+            for bucket, rows in index.buckets.items()
+            if (count := len(rows) % global_batch)
+        }
+        for reason, count in self.dropped.items():  # info: every rank makes this order, and rank 0 alone logs info
+            _LOG.info("data.global_batch=%d leaves out %d samples per epoch (bucket %s)", global_batch, count, reason)
+        self.batches_per_epoch = sum(len(rows) // global_batch for _, rows in self._buckets)
+        self._plan = lru_cache(maxsize=2)(self._make_plan)  # two: readers cross into the next epoch before the consumer does
+
+    def batch(self, step: int) -> GlobalBatch:
+        """The global batch of a step, in constant time once its epoch was planned."""
+        epoch, number = divmod(step, self.batches_per_epoch)
+        rows = self._plan(epoch)[number].tolist()
+        digest = xxhash.xxh3_64_hexdigest("\n".join(self._index.key[rows]).encode())
+        latent = self._index.latent_shape(rows[0])
+        return GlobalBatch(rows=tuple(rows), bucket=self._index.clip_shape(rows[0]), latent=latent, epoch=epoch, digest=digest)
+
+    def _make_plan(self, epoch: int) -> NDArray[np.int64]:
+        """All batches of an epoch, [batches_per_epoch, global_batch] rows."""
+        batches = []
+        for bucket, rows in self._buckets:
+            shuffled = rows[self._permutation(f"order:{bucket}", epoch=epoch, size=len(rows))]
+            whole = len(rows) // self._global_batch * self._global_batch
+            batches.append(shuffled[:whole].reshape(-1, self._global_batch))
+        return np.concatenate(batches)[self._permutation("order:batches", epoch=epoch, size=self.batches_per_epoch)]
+
+    def _permutation(self, purpose: str, *, epoch: int, size: int) -> NDArray[np.int64]:
+        draws = torch.empty(size, dtype=torch.int64).random_(generator=self._keys.generator(purpose, step=epoch))
+        return np.argsort(draws.numpy(), kind="stable")
+
+
+def micro_rows(rows: Sequence[int], *, data_rank: int, data_size: int, accum: int, micro: int) -> tuple[int, ...]:
+    """The rows of one micro-batch of one data rank: contiguous slices, rank by rank, micro-batch by micro-batch.
+
+    Args:
+        rows: A global batch.
+        data_rank: Which of the ``data_size`` ranks that see different samples.
+        accum: Micro-batches per step.
+        micro: Which of them.
+    Raises:
+        ConfigError: The global batch does not divide.
+    """
+    if len(rows) % (data_size * accum):
+        raise ConfigError(
+            f"data.global_batch={len(rows)} must be a multiple of data ranks x parallel.grad_accum = {data_size} x {accum}; "
+            f"use a multiple of {data_size * accum}, or another number of ranks or micro-batches"
+        )
+    size = len(rows) // (data_size * accum)
+    start = (data_rank * accum + micro) * size
+    return tuple(rows[start : start + size])
+
+
+def position_weights(rule: str, positions: Sequence[int]) -> list[float]:
+    """The weight of each latent position of each sample of a global batch; weight x positions sums to 1 over the batch.
+
+    Args:
+        rule: ``sample``: each sample counts alike, whatever its size; ``token``: each position counts alike.
+        positions: Latent positions (t h w) of each sample of the *global* batch.
+    """
+    if rule == "sample":
+        return [1 / (len(positions) * p) for p in positions]
+    assert rule == "token", rule
+    return [1 / sum(positions)] * len(positions)

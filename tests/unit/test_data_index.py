@@ -1,0 +1,136 @@
+"""Opening an index: what fits is offered as arrays, what doesn't is refused with every problem named."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from dataset_factory import SPEC, write_dataset
+
+from opensora_dist.core.errors import DataError
+from opensora_dist.core.index import INDEX_NAME, ShardRow, read_index, write_index
+from opensora_dist.core.types import Thw
+from opensora_dist.data.index import Index
+from opensora_dist.parallel import keys
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "set"
+
+
+def rewrite(folder, *, spec=None, shards=None, **values):
+    """Writes the index of ``folder`` again with some cells of row 3 changed."""
+    file = read_index(folder)
+    written = write_dataset(folder.parent / "again", samples={(2, 16, 24): 7, (4, 16, 16): 5})
+    rows = [w.row for w in written.values()]
+    rows[3] = dataclasses.replace(rows[3], **values)
+    write_index(folder, rows=rows, shards=file.shards if shards is None else shards, spec=spec or file.spec)
+
+
+def test_an_index_offers_its_samples_by_bucket(folder):
+    written = write_dataset(folder, samples={(2, 16, 24): 7, (4, 16, 16): 5})
+    index = Index.open(folder)
+    assert len(index) == 12
+    assert index.spec == SPEC
+    assert index.dataset_hash == read_index(folder).dataset_hash
+    assert {b: len(rows) for b, rows in index.buckets.items()} == {Thw(2, 16, 24): 7, Thw(4, 16, 16): 5}
+    for bucket, rows in index.buckets.items():
+        for row in rows:
+            stored = written[index.key[row]]
+            assert index.clip_shape(row) == bucket
+            assert index.latent_shape(row) == Thw(stored.latents.shape[0], *stored.latents.shape[2:])
+            assert index.text_tokens[row] == len(stored.text)
+            assert index.sample_id(row) == keys.sample_id(stored.row.key)
+            assert index.shard_path(row) == folder / stored.row.shard
+            assert index.latents.xxh3[row] == stored.row.latents_xxh3
+
+
+def test_every_missing_and_short_shard_is_named(folder):
+    write_dataset(folder, samples={(2, 16, 24): 22})
+    (folder / "shard-00001.tar").unlink()
+    short = folder / "shard-00003.tar"
+    size = short.stat().st_size
+    with open(short, "r+b") as handle:
+        handle.truncate(size - 512)
+    with pytest.raises(DataError) as error:
+        Index.open(folder)
+    text = str(error.value)
+    assert "2 of 5 shards" in text
+    assert "shard-00001.tar: missing" in text
+    assert f"shard-00003.tar: {size - 512:,} bytes, expected {size:,}" in text
+    assert "data prepare" in text
+
+
+def test_a_folder_without_an_index_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no such index"):
+        Index.open(tmp_path)
+
+
+def test_the_index_of_another_program_is_refused(tmp_path):
+    pq.write_table(pa.table({"path": ["a.mp4"], "text": ["a"]}), tmp_path / INDEX_NAME)
+    with pytest.raises(DataError, match="not an index of opensora_dist"):
+        Index.open(tmp_path)
+
+
+def test_an_index_without_samples_is_refused(folder):
+    write_dataset(folder, samples={(2, 16, 24): 3})
+    table = pq.read_table(folder / INDEX_NAME)
+    pq.write_table(table.slice(0, 0), folder / INDEX_NAME)
+    with pytest.raises(DataError, match="lists no sample"):
+        Index.open(folder)
+
+
+def test_a_description_of_another_release_is_refused(folder):
+    write_dataset(folder, samples={(2, 16, 24): 7, (4, 16, 16): 5})
+    spec = SPEC.model_dump(mode="json")
+    del spec["fps"]
+    rewrite(folder, spec=spec)
+    with pytest.raises(DataError, match=r"(?s)does not fit this release.*fps"):
+        Index.open(folder)
+
+
+@pytest.mark.parametrize(
+    "values, rule",
+    [
+        ({"shard": "other.tar"}, "its shard is not listed"),
+        ({"dtype": "int16"}, "its precision is none of float16, float32"),
+        ({"text_tokens": 0, "text_bytes": 0}, "it has no text token"),
+        ({"latents_bytes": 10}, "its latents' bytes do not match their shape"),
+        ({"text_bytes": 10}, "its text's bytes do not match their tokens"),
+        ({"text_offset": 1 << 40}, "its bytes lie outside its shard"),
+        ({"latents_offset": -1}, "its bytes lie outside its shard"),
+        ({"key": "clip-00000"}, "another sample has the same key"),
+        ({"clip_t": 4, "clip_h": 16, "clip_w": 16, "latent_w": 1}, "another shape than those of its clip shape"),
+    ],
+)
+def test_an_index_that_contradicts_itself_is_refused(folder, values, rule):
+    write_dataset(folder, samples={(2, 16, 24): 7, (4, 16, 16): 5})
+    rewrite(folder, **values)
+    with pytest.raises(DataError, match=rf"\d+ samples, first 'clip-\d+': .*{rule}"):
+        Index.open(folder)
+
+
+def test_shard_names_that_leave_the_folder_are_refused(folder):
+    write_dataset(folder, samples={(2, 16, 24): 7, (4, 16, 16): 5})
+    shutil.copy(folder / "shard-00000.tar", folder.parent / "outside.tar")
+    rewrite(folder, shards=[ShardRow(name="../outside.tar", num_bytes=1, num_samples=1, xxh3="0")])
+    with pytest.raises(DataError, match=r"'\.\./outside\.tar': not a plain file name"):
+        Index.open(folder)
+
+
+def test_latent_statistics_of_another_channel_count_are_refused(folder):
+    write_dataset(folder, samples={(2, 16, 24): 7, (4, 16, 16): 5})
+    rewrite(folder, spec=SPEC.model_dump(mode="json") | {"latent_std": (1.0, 1.0, 0.0, 1.0)})
+    with pytest.raises(DataError, match="latent_mean and latent_std must hold 4 values each, all of latent_std positive"):
+        Index.open(folder)
+
+
+def test_rows_of_a_bucket_are_all_rows_once(folder):
+    write_dataset(folder, samples={(2, 16, 24): 7, (4, 16, 16): 5})
+    rows = np.concatenate(list(Index.open(folder).buckets.values()))
+    assert sorted(rows) == list(range(12))

@@ -1,0 +1,131 @@
+"""The order of samples is a pure function of data set, seed and step."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from dataset_factory import write_dataset
+
+from opensora_dist.core.errors import ConfigError, DataError
+from opensora_dist.core.types import Thw
+from opensora_dist.data.index import Index
+from opensora_dist.data.order import Order, micro_rows, position_weights
+from opensora_dist.parallel.keys import Keys
+
+SMALL, LARGE, RARE = Thw(2, 16, 24), Thw(4, 16, 16), Thw(8, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("set")
+    write_dataset(folder, samples={SMALL: 26, LARGE: 13, RARE: 3})
+    return Index.open(folder)
+
+
+def order(index, *, seed=0, global_batch=4):
+    return Order(index, keys=Keys(seed), global_batch=global_batch)
+
+
+def test_an_epoch_sees_each_sample_at_most_once_and_what_is_dropped_is_counted(index):
+    o = order(index)
+    assert o.batches_per_epoch == 6 + 3
+    assert o.dropped == {
+        f"{SMALL}: tail of each epoch": 2,
+        f"{LARGE}: tail of each epoch": 1,
+        f"{RARE}: fewer than a global batch": 3,
+    }
+    for epoch in range(3):
+        batches = [o.batch(epoch * 9 + i) for i in range(9)]
+        seen = Counter(row for b in batches for row in b.rows)
+        assert set(seen.values()) == {1}
+        assert len(seen) + sum(o.dropped.values()) == len(index)
+        assert {b.epoch for b in batches} == {epoch}
+
+
+def test_a_batch_has_one_shape(index):
+    o = order(index)
+    for step in range(18):
+        batch = o.batch(step)
+        assert {index.clip_shape(row) for row in batch.rows} == {batch.bucket}
+        assert {index.latent_shape(row) for row in batch.rows} == {batch.latent}
+        assert len(batch.rows) == 4
+
+
+def test_batches_of_all_buckets_are_mixed_and_epochs_differ(index):
+    o = order(index)
+    buckets = [o.batch(step).bucket for step in range(9)]
+    assert sorted(buckets) != buckets
+    assert [o.batch(s).rows for s in range(9)] != [o.batch(9 + s).rows for s in range(9)]
+    assert {row for s in range(9 * 20) for row in o.batch(s).rows} == {
+        row for bucket in (SMALL, LARGE) for row in index.buckets[bucket]
+    }  # over epochs tails are not lost
+
+
+def test_the_order_at_a_step_does_not_depend_on_how_one_got_there(index):
+    forward = [order(index).batch(0)] + [(o := order(index)).batch(s) for s in range(1, 30)]
+    o = order(index)
+    backward = [o.batch(s) for s in reversed(range(30))][::-1]
+    assert forward == backward
+
+
+def test_another_seed_gives_another_order(index):
+    assert [order(index).batch(s).rows for s in range(9)] != [order(index, seed=1).batch(s).rows for s in range(9)]
+
+
+def test_digests_tell_batches_apart(index):
+    o = order(index)
+    digests = [o.batch(s).digest for s in range(18)]
+    assert len(set(digests)) == 18
+    assert all(len(d) == 16 for d in digests)
+    assert digests == [order(index).batch(s).digest for s in range(18)]
+
+
+def test_plans_are_made_once_per_epoch(index, monkeypatch):
+    o, calls = order(index), []
+    permutation = o._permutation
+    monkeypatch.setattr(
+        o, "_permutation", lambda p, *, epoch, size: calls.append(epoch) or permutation(p, epoch=epoch, size=size)
+    )
+    for step in (8, 9, 7, 10, 8, 9):  # a reader that is ahead, a consumer that is behind
+        o.batch(step)
+    assert Counter(calls) == {0: 3, 1: 3}
+
+
+def test_a_bucket_that_just_fills_a_batch_is_used(index):
+    o = order(index, global_batch=3)
+    assert RARE in {o.batch(s).bucket for s in range(o.batches_per_epoch)}
+
+
+def test_a_global_batch_no_bucket_fills_is_refused_with_counts_and_ways_out(index):
+    with pytest.raises(DataError) as error:
+        order(index, global_batch=27)
+    for part in ("data.global_batch=27", "2x16x24: 26", "4x16x16: 13", "8x16x16: 3", "data.global_batch=26 or less", "buckets"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("data_size, accum", [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2)])
+def test_all_layouts_cut_the_same_global_batch(data_size, accum):
+    rows = tuple(range(100, 116))
+    parts = [
+        micro_rows(rows, data_rank=r, data_size=data_size, accum=accum, micro=m) for r in range(data_size) for m in range(accum)
+    ]
+    assert tuple(row for part in parts for row in part) == rows
+    assert len({len(part) for part in parts}) == 1
+
+
+def test_a_global_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ConfigError, match=r"data.global_batch=8 must be a multiple of .* = 3 x 2; use a multiple of 6"):
+        micro_rows(range(8), data_rank=0, data_size=3, accum=2, micro=0)
+
+
+@pytest.mark.parametrize("rule", ["sample", "token"])
+def test_weights_sum_to_one_over_the_global_batch(rule):
+    positions = [6, 6, 24, 1]
+    weights = position_weights(rule, positions)
+    assert sum(w * p for w, p in zip(weights, positions, strict=True)) == pytest.approx(1, rel=1e-15)
+
+
+def test_weights_count_samples_or_positions_alike():
+    assert position_weights("sample", [2, 4]) == [1 / 4, 1 / 8]
+    assert position_weights("token", [2, 4]) == [1 / 6, 1 / 6]
