@@ -1,0 +1,41 @@
+"""``events.jsonl``: what happened to a run, when (started, resumed, saved, skipped, stopped, failed)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from opensora_dist.observe.jsonl import drop_torn_line, to_line
+
+EVENTS_NAME = "events.jsonl"
+
+
+class EventLog:
+    """Appends events, each on the disk's side of the process before ``log`` returns. One process of a run has one: rank 0.
+
+    Args:
+        run_dir: The run directory; made if absent.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        path = Path(run_dir) / EVENTS_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drop_torn_line(path)
+        self._handle = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open as long as the run
+
+    def log(self, event: str, fields: Mapping[str, Any] | None = None) -> None:
+        """Writes ``{"time": ISO 8601 UTC, "event": event, **fields}``.
+
+        Args:
+            event: A verb in the past ("started", "checkpoint_saved").
+            fields: JSON values; a field called ``parameters`` or ``step`` is shown in the report.
+        """
+        fields = fields or {}
+        assert not {"time", "event"} & fields.keys(), fields
+        self._handle.write(to_line({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}))
+
+    def close(self) -> None:
+        """Closes the file; a second call does nothing."""
+        self._handle.close()
