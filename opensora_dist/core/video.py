@@ -81,7 +81,8 @@ def write_video(path: Path, frames: Frames, *, fps: float, crf: int = 18) -> Non
         # One encoding thread: x264's output depends on the number of threads, and clips must be equal on every machine.
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "medium", "threads": "1"}
+        # No macroblock tree: on small frames its assembly reads memory it never wrote, and no two files are the same.
+        stream.options = {"crf": str(crf), "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
         for frame in frames:
             for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")):
                 container.mux(packet)
