@@ -52,6 +52,12 @@ def flip_bit(index, row, offset):
     path.write_bytes(data)
 
 
+def num_open(folder):
+    """Descriptors of this process on files of ``folder``."""
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    return sum(os.readlink(link).startswith(str(folder)) for link in links if os.path.islink(link))
+
+
 def reader_threads():
     return [t for t in threading.enumerate() if t.name.startswith("shard-reader")]
 
@@ -85,12 +91,11 @@ def test_few_files_are_open_at_once(tmp_path, monkeypatch):
     write_dataset(tmp_path, samples={SMALL: 12}, shard_samples=1)
     monkeypatch.setattr(reader_module, "_MAX_OPEN_FILES", 3)
     reader = ShardReader(Index.open(tmp_path))
-    before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
         reader.read(list(range(12)))
-        assert len(os.listdir("/proc/self/fd")) == before + 3
+        assert num_open(tmp_path) == 3
     reader.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert num_open(tmp_path) == 0
 
 
 @pytest.mark.parametrize("kind", ["latents", "text"])
@@ -219,11 +224,10 @@ def test_threads_end_when_the_consumer_breaks_early(dataset):
             break
     assert not reader_threads()
     data.close()  # again
-    before = len(os.listdir("/proc/self/fd"))
     for _ in loader(index, num_steps=1000):  # without a context manager
         break
     assert not reader_threads()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert num_open(index.folder) == 0
 
 
 def test_threads_end_after_the_last_step(dataset):

@@ -127,6 +127,18 @@ def test_flow_euler_is_the_sum_of_velocity_times_sigma_steps():
     torch.testing.assert_close(torch.tensor(times), torch.tensor([[1000 * s] * 2 for s in sigmas[:-1]]))
 
 
+def test_flow_dpm_solver_is_told_shifted_levels_unrounded():
+    objective = RectifiedFlow(RectifiedFlowConfig(shift="constant", shift_value=3.0), spatial_factor=8)
+    times = []
+
+    def model(x, timestep, drop):
+        times.append(timestep[0].item())
+        return x
+
+    sample_latents(model, objective=objective, sampler="dpm_solver", steps=3, cfg_scale=1.0, noise_BCTHW=noise(), latent=LATENT)
+    assert times == pytest.approx([1000 * 3 * s / (1 + 2 * s) for s in (0.999, 0.666, 0.333)], rel=1e-6)
+
+
 @pytest.mark.parametrize("guided, channels", [(None, 4), (3, 3)])
 def test_guidance_extrapolates_from_the_uncaptioned_output_in_one_doubled_batch(guided, channels):
     x, calls = noise(channels=4, latent=Thw(1, 2, 2)), []
