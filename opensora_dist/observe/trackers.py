@@ -151,7 +151,7 @@ class Trackers:
         for tracker in self._trackers:
             try:
                 action(tracker)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001
                 # Foreign code and a network: anything can come, and none of it is worth a run. Counted, and said at the end.
                 self.failures[tracker.name] += 1
                 if self.failures[tracker.name] == 1:

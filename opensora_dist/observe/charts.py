@@ -1,0 +1,176 @@
+"""Line charts as inline SVG: no script library, no font, no file beside the page."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 640, 260
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 30
+_MAX_POINTS = 600
+_LOG_RATIO = 30.0  # a curve that spans more than this reads better on a logarithmic axis
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One line of a chart: ``values[i]`` at ``steps[i]``; None breaks the line.
+
+    Args:
+        name: Shown in the legend and under the pointer.
+        style: CSS class: "raw" (thin, pale) or "main".
+    """
+
+    name: str
+    steps: Sequence[int]
+    values: Sequence[float | None]
+    style: str = "main"
+
+
+def smooth(values: Sequence[float | None], *, span: int) -> list[float | None]:
+    """Exponential moving average over about ``span`` values, without the bias of its first ones; a gap stays a gap."""
+    decay = 1 - 1 / max(1, span)
+    total = weight = 0.0
+    out: list[float | None] = []
+    for value in values:
+        if value is None:
+            out.append(None)
+            continue
+        total = decay * total + (1 - decay) * value if span > 1 else value
+        weight = decay * weight + (1 - decay) if span > 1 else 1.0
+        out.append(total / weight)
+    return out
+
+
+def nice_ticks(low: float, high: float, *, count: int = 5) -> list[float]:
+    """About ``count`` round numbers (1, 2, 2.5, 5 times a power of ten) within [low, high]."""
+    span = high - low
+    if span <= 0:
+        return [low]
+    raw = span / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * power >= raw)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten within [low, high]; powers alone where those would be too many."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors: tuple[float, ...] = (1.0, 2.0, 5.0) if len(decades) <= 3 else (1.0,)
+    return [f * 10.0**d for d in decades for f in factors if low <= f * 10.0**d <= high]
+
+
+def thin(series: Series) -> Series:
+    """At most about 600 points, keeping the lowest and the highest of each stretch, so that no spike is lost."""
+    count = len(series.steps)
+    if count <= _MAX_POINTS:
+        return series
+    size = math.ceil(count / (_MAX_POINTS // 2))
+    keep: set[int] = {0, count - 1}
+    for start in range(0, count, size):
+        known = [(v, i) for i in range(start, min(count, start + size)) if (v := series.values[i]) is not None]
+        keep |= {min(known)[1], max(known)[1]} if known else {start}
+    picks = sorted(keep)
+    return Series(
+        name=series.name, steps=[series.steps[i] for i in picks], values=[series.values[i] for i in picks], style=series.style
+    )
+
+
+def format_tick(value: float) -> str:
+    """A short label: 0.002, 15, 12k, 1e-06."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e9 or abs(value) < 1e-4:
+        return f"{value:.1g}"
+    for limit, unit in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:g}{unit}"
+    return f"{value:g}"
+
+
+def line_chart(title: str, lines: Sequence[Series], *, unit: str = "", from_zero: bool = False) -> str:
+    """A chart of one or more lines over steps, as an HTML figure.
+
+    Args:
+        title: Heading.
+        lines: Drawn in order, the last on top.
+        unit: Of the values.
+        from_zero: Start the axis at 0, for quantities whose size matters; then it is never logarithmic.
+    """
+    lines = [thin(s) for s in lines]
+    known = [(step, v) for s in lines for step, v in zip(s.steps, s.values, strict=True) if v is not None]
+    heading = f"<figcaption>{html.escape(title)}{f' <small>{html.escape(unit)}</small>' if unit else ''}</figcaption>"
+    if not known:
+        return f'<figure class="chart">{heading}<p class="empty">No values yet.</p></figure>'
+    first, last = min(s for s, _ in known), max(s for s, _ in known)
+    low, high = min(v for _, v in known), max(v for _, v in known)
+    logarithmic = not from_zero and low > 0 and high / low > _LOG_RATIO
+    if from_zero:
+        low = min(0.0, low)
+    if not logarithmic:
+        pad = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
+        high += pad
+        low -= 0.0 if from_zero and low >= 0 else pad
+
+    def across(step: float) -> float:
+        return _LEFT + (WIDTH - _LEFT - _RIGHT) * ((step - first) / (last - first) if last > first else 0.5)
+
+    def up(value: float) -> float:
+        if logarithmic:
+            share = (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
+        else:
+            share = (value - low) / (high - low)
+        return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * share
+
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title, quote=True)} by step"'
+        f" data-lines='{_pointer_data(lines, across, up)}'>"
+    ]
+    for tick in log_ticks(low, high) if logarithmic else nice_ticks(low, high):
+        y = up(tick)
+        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{format_tick(tick)}</text>')
+    for tick in nice_ticks(first, last, count=6):
+        if tick == int(tick):
+            parts.append(
+                f'<text class="tick" x="{across(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{format_tick(tick)}</text>'
+            )
+    parts.append(f'<path class="axis" d="M{_LEFT} {HEIGHT - _BOTTOM}H{WIDTH - _RIGHT}"/>')
+    parts += [_path(s, across, up) for s in lines]
+    parts.append('<g class="pointer"><path d=""/></g></svg><output></output>')
+    legend = "".join(f'<span class="key {s.style}">{html.escape(s.name)}</span>' for s in lines) if len(lines) > 1 else ""
+    note = '<span class="key note">log scale</span>' if logarithmic else ""
+    return f'<figure class="chart">{heading}<div class="legend">{legend}{note}</div>{"".join(parts)}</figure>'
+
+
+def _path(series: Series, across: Callable[[float], float], up: Callable[[float], float]) -> str:
+    commands: list[str] = []
+    dots: list[str] = []
+    values = list(series.values)
+    for i, (step, value) in enumerate(zip(series.steps, values, strict=True)):
+        if value is None:
+            continue
+        starts = i == 0 or values[i - 1] is None
+        commands.append(f"{'M' if starts else 'L'}{across(step):.1f} {up(value):.1f}")
+        if starts and (i + 1 == len(values) or values[i + 1] is None):  # a point without neighbours makes no line
+            dots.append(f'<circle class="dot {series.style}" cx="{across(step):.1f}" cy="{up(value):.1f}" r="3"/>')
+    return f'<path class="line {series.style}" d="{"".join(commands)}"/>{"".join(dots)}'
+
+
+def _pointer_data(lines: Sequence[Series], across: Callable[[float], float], up: Callable[[float], float]) -> str:
+    """What the page's script needs to show values under the pointer: per line its name and [x, y, step, value] rows."""
+    data = [
+        {
+            "name": s.name,
+            "points": [
+                [round(across(step), 1), round(up(v), 1), step, float(f"{v:.5g}")]
+                for step, v in zip(s.steps, s.values, strict=True)
+                if v is not None
+            ],
+        }
+        for s in lines
+    ]
+    return html.escape(json.dumps(data, separators=(",", ":")), quote=True)
