@@ -65,7 +65,7 @@ class VideoTransformer(nn.Module, ABC):
         self.y_embedder = CaptionEmbedder(io.text_width, width=width, max_tokens=io.max_tokens)
         mlp_hidden = int(width * config.mlp_ratio)
         self.blocks = nn.ModuleList(self.block_class(width, heads=heads, mlp_hidden=mlp_hidden) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch_values=self.patch.count * io.out_channels)
+        self.final_layer = FinalLayer(width, patch_values=self.patch.volume * io.out_channels)
 
     @abstractmethod
     def add_positions(self, x_BTSD: Tensor, *, grid: Thw) -> tuple[Tensor, Tensor | None]:
@@ -107,7 +107,7 @@ class VideoTransformer(nn.Module, ABC):
 
     def _unpatchify(self, x_BTSP: Tensor, *, grid: Thw) -> Tensor:
         pt, ph, pw = self.patch
-        x = x_BTSP.view(-1, grid.t, grid.h, grid.w, pt, ph, pw, self.io.out_channels).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        x = x_BTSP.reshape(-1, grid.t, grid.h, grid.w, pt, ph, pw, self.io.out_channels).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.reshape(-1, self.io.out_channels, grid.t * pt, grid.h * ph, grid.w * pw)
 
     def token_grid(self, latent: Thw) -> Thw:
@@ -131,7 +131,7 @@ class VideoTransformer(nn.Module, ABC):
         grid = self.token_grid(latent)
         block = self.blocks[0]
         assert isinstance(block, Block)
-        edges = self.x_embedder.flops(grid.count) + linear_flops(self.final_layer, tokens=grid.count)
+        edges = self.x_embedder.flops(grid.volume) + linear_flops(self.final_layer, tokens=grid.volume)
         conditioning = linear_flops(self.t_embedder, tokens=1) + linear_flops(self.t_block, tokens=1)
         conditioning += linear_flops(self.y_embedder, tokens=text_tokens)
         return edges + conditioning + len(self.blocks) * block.flops(grid, text_tokens=text_tokens)

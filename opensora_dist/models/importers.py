@@ -89,8 +89,10 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"model.init_from.path={path}: holds more than tensors, and loading it could run code; "
             "convert it to .safetensors where you trust it"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise WeightsError(f"model.init_from.path={path}: damaged or not a weights file ({error}); download it again") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise WeightsError(
+            f"model.init_from.path={path}: unreadable, damaged or not a weights file ({error}); check it, or download it again"
+        ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):

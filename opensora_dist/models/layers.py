@@ -70,8 +70,8 @@ class SelfAttention(nn.Module):
 
     def flops(self, grid: Thw, *, axis: Axis) -> int:
         """Forward FLOPs for one sample of this token grid."""
-        length = {Axis.SPACE: grid.h * grid.w, Axis.TIME: grid.t, Axis.JOINT: grid.count}[axis]
-        return linear_flops(self, tokens=grid.count) + 4 * grid.count * length * self.proj.in_features
+        length = {Axis.SPACE: grid.h * grid.w, Axis.TIME: grid.t, Axis.JOINT: grid.volume}[axis]
+        return linear_flops(self, tokens=grid.volume) + 4 * grid.volume * length * self.proj.in_features
 
 
 def attend(attn: SelfAttention, x_BTSD: Tensor, axis: Axis) -> Tensor:
@@ -167,8 +167,8 @@ class Block(nn.Module, ABC):
 
     def flops(self, grid: Thw, *, text_tokens: int) -> int:
         """Forward FLOPs for one sample of this token grid."""
-        cross = self.cross_attn.flops(grid.count, text_tokens=text_tokens)
-        return self.mix_flops(grid) + cross + linear_flops(self.mlp, tokens=grid.count)
+        cross = self.cross_attn.flops(grid.volume, text_tokens=text_tokens)
+        return self.mix_flops(grid) + cross + linear_flops(self.mlp, tokens=grid.volume)
 
 
 class PatchEmbed(nn.Module):
@@ -188,7 +188,7 @@ class PatchEmbed(nn.Module):
 
     def flops(self, tokens: int) -> int:
         """Forward FLOPs for one sample."""
-        return 2 * tokens * self.proj.in_channels * self.patch.count * self.proj.out_channels
+        return 2 * tokens * self.proj.in_channels * self.patch.volume * self.proj.out_channels
 
 
 class TimestepEmbedder(nn.Module):
