@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 640, 260
+_WIDTH, _WIDE, _HEIGHT = 640, 1312, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 30
 _MAX_POINTS = 600
 _LOG_RATIO = 30.0  # a curve that spans more than this reads better on a logarithmic axis
@@ -30,17 +30,16 @@ class Series:
 
 
 def smooth(values: Sequence[float | None], *, span: int) -> list[float | None]:
-    """Exponential moving average over about ``span`` values, without the bias of its first ones; a gap stays a gap."""
-    decay = 1 - 1 / max(1, span)
-    total = weight = 0.0
-    out: list[float | None] = []
+    """Mean over the ``span`` values around each, so that the curve doesn't lag; fewer at the ends; a gap stays a gap."""
+    sums, counts = [0.0], [0]
     for value in values:
-        if value is None:
-            out.append(None)
-            continue
-        total = decay * total + (1 - decay) * value if span > 1 else value
-        weight = decay * weight + (1 - decay) if span > 1 else 1.0
-        out.append(total / weight)
+        sums.append(sums[-1] + (value or 0.0))
+        counts.append(counts[-1] + (value is not None))
+    half = max(0, span // 2)
+    out: list[float | None] = []
+    for i, value in enumerate(values):
+        low, high = max(0, i - half), min(len(values), i + half + 1)
+        out.append((sums[high] - sums[low]) / (counts[high] - counts[low]) if value is not None else None)
     return out
 
 
@@ -91,7 +90,7 @@ def format_tick(value: float) -> str:
     return f"{value:g}"
 
 
-def line_chart(title: str, lines: Sequence[Series], *, unit: str = "", from_zero: bool = False) -> str:
+def line_chart(title: str, lines: Sequence[Series], *, unit: str = "", from_zero: bool = False, wide: bool = False) -> str:
     """A chart of one or more lines over steps, as an HTML figure.
 
     Args:
@@ -99,12 +98,15 @@ def line_chart(title: str, lines: Sequence[Series], *, unit: str = "", from_zero
         lines: Drawn in order, the last on top.
         unit: Of the values.
         from_zero: Start the axis at 0, for quantities whose size matters; then it is never logarithmic.
+        wide: As wide as the page.
     """
     lines = [thin(s) for s in lines]
+    width = _WIDE if wide else _WIDTH
+    figure = f'<figure class="chart{" wide" if wide else ""}">'
     known = [(step, v) for s in lines for step, v in zip(s.steps, s.values, strict=True) if v is not None]
     heading = f"<figcaption>{html.escape(title)}{f' <small>{html.escape(unit)}</small>' if unit else ''}</figcaption>"
     if not known:
-        return f'<figure class="chart">{heading}<p class="empty">No values yet.</p></figure>'
+        return f'{figure}{heading}<p class="empty">No values yet.</p></figure>'
     first, last = min(s for s, _ in known), max(s for s, _ in known)
     low, high = min(v for _, v in known), max(v for _, v in known)
     logarithmic = not from_zero and low > 0 and high / low > _LOG_RATIO
@@ -116,34 +118,34 @@ def line_chart(title: str, lines: Sequence[Series], *, unit: str = "", from_zero
         low -= 0.0 if from_zero and low >= 0 else pad
 
     def across(step: float) -> float:
-        return _LEFT + (WIDTH - _LEFT - _RIGHT) * ((step - first) / (last - first) if last > first else 0.5)
+        return _LEFT + (width - _LEFT - _RIGHT) * ((step - first) / (last - first) if last > first else 0.5)
 
     def up(value: float) -> float:
         if logarithmic:
             share = (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
         else:
             share = (value - low) / (high - low)
-        return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * share
+        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * share
 
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title, quote=True)} by step"'
+        f'<svg viewBox="0 0 {width} {_HEIGHT}" role="img" aria-label="{html.escape(title, quote=True)} by step"'
         f" data-lines='{_pointer_data(lines, across, up)}'>"
     ]
     for tick in log_ticks(low, high) if logarithmic else nice_ticks(low, high):
         y = up(tick)
-        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"/>')
+        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{width - _RIGHT}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{format_tick(tick)}</text>')
     for tick in nice_ticks(first, last, count=6):
         if tick == int(tick):
             parts.append(
-                f'<text class="tick" x="{across(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{format_tick(tick)}</text>'
+                f'<text class="tick" x="{across(tick):.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{format_tick(tick)}</text>'
             )
-    parts.append(f'<path class="axis" d="M{_LEFT} {HEIGHT - _BOTTOM}H{WIDTH - _RIGHT}"/>')
+    parts.append(f'<path class="axis" d="M{_LEFT} {_HEIGHT - _BOTTOM}H{width - _RIGHT}"/>')
     parts += [_path(s, across, up) for s in lines]
     parts.append('<g class="pointer"><path d=""/></g></svg><output></output>')
     legend = "".join(f'<span class="key {s.style}">{html.escape(s.name)}</span>' for s in lines) if len(lines) > 1 else ""
     note = '<span class="key note">log scale</span>' if logarithmic else ""
-    return f'<figure class="chart">{heading}<div class="legend">{legend}{note}</div>{"".join(parts)}</figure>'
+    return f'{figure}{heading}<div class="legend">{legend}{note}</div>{"".join(parts)}</figure>'
 
 
 def _path(series: Series, across: Callable[[float], float], up: Callable[[float], float]) -> str:

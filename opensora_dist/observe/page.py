@@ -9,7 +9,7 @@ CSS = """
   --bg: #f6f7f9; --card: #ffffff; --text: #1b2130; --dim: #667085; --line: #e4e7ec; --accent: #3559e0; --pale: #a9b9f4;
   --bad: #c0362c; --warn-bg: #fff6e5; --warn: #8a5a00; --code: #f2f4f8; }
 @media (prefers-color-scheme: dark) { :root {
-  --bg: #10131a; --card: #191d27; --text: #e7eaf1; --dim: #98a1b3; --line: #2a303d; --accent: #8aa2ff; --pale: #43527f;
+  --bg: #10131a; --card: #191d27; --text: #e7eaf1; --dim: #98a1b3; --line: #2a303d; --accent: #8aa2ff; --pale: #566aa8;
   --bad: #ff8a80; --warn-bg: #2d2514; --warn: #f0c674; --code: #12151d; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--text);
@@ -79,6 +79,7 @@ pre .k { color: var(--accent); } pre .c { color: var(--dim); }
 .warn { margin: 12px 0 0; padding: 10px 14px; border-radius: 10px; background: var(--warn-bg); color: var(--warn);
   font-size: 14px; }
 footer { margin-top: 48px; color: var(--dim); font-size: 13px; }
+@media (max-width: 700px) { figure.wide { overflow-x: auto; } figure.wide svg { width: 820px; } }
 @media print { body { background: #fff; } details { break-inside: avoid; } }
 """
 
@@ -93,7 +94,7 @@ for (const svg of document.querySelectorAll("svg[data-lines]")) {
       at: l.points.reduce((best, p) => Math.abs(p[0] - x) < Math.abs(best[0] - x) ? p : best) }));
     if (!hits.length) return;
     const top = hits[hits.length - 1].at, circles = hits.map((h) => `<circle cx="${h.at[0]}" cy="${h.at[1]}" r="4"/>`);
-    mark.innerHTML = `<path d="M${top[0]} 10V230"/>` + circles.join("");
+    mark.innerHTML = `<path d="M${top[0]} 10V${view.height - 30}"/>` + circles.join("");
     tip.textContent = `step ${top[2]}\\n` + hits.map((h) => `${h.name}: ${h.at[3]}`).join("\\n");
     const outer = svg.parentNode.getBoundingClientRect();
     const left = box.left - outer.left + top[0] / view.width * box.width;
@@ -102,6 +103,11 @@ for (const svg of document.querySelectorAll("svg[data-lines]")) {
     tip.style.top = box.top - outer.top + Math.max(top[1], 60) / view.height * box.height + "px";
   });
   svg.addEventListener("pointerleave", () => { mark.innerHTML = ""; tip.style.display = "none"; });
+}
+for (const video of document.querySelectorAll("video")) {  // small videos would vanish under their controls
+  video.controls = false;
+  video.addEventListener("pointerenter", () => { video.controls = true; });
+  video.addEventListener("pointerleave", () => { video.controls = false; });
 }
 """
 

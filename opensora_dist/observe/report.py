@@ -111,7 +111,7 @@ def _tiles(metrics: Sequence[Record], events: Sequence[Record], *, planned_steps
             tile(format_seconds(sum(seconds)), "Training time", f"median step {statistics.median(seconds):.3g} s")
         mfu = [v for v in _column(metrics, "mfu") if v is not None]
         if mfu:
-            tile(f"{100 * statistics.median(mfu):.1f}%", "MFU", "model FLOPs use, median")
+            tile(f"{100 * statistics.median(mfu):.1f}%", "MFU", "median")
         memory = [v for v in _column(metrics, "memory_bytes") if v is not None]
         if memory:
             tile(f"{max(memory) / 2**30:.2f} GiB", "Peak memory", "per rank")
@@ -136,7 +136,7 @@ def _curves(metrics: Sequence[Record]) -> str:
 
     wait = [100 * (m.get("data_wait_s") or 0.0) / m["step_s"] if m.get("step_s") else None for m in metrics]
     charts = [
-        line_chart("Loss", pair(_column(metrics, "loss"))).replace('class="chart"', 'class="chart wide"', 1),
+        line_chart("Loss", pair(_column(metrics, "loss")), wide=True),
         line_chart("Gradient norm", pair(_column(metrics, "grad_norm")), unit="before clipping"),
         line_chart("Learning rate", [Series(name="lr", steps=steps, values=_column(metrics, "lr"))], from_zero=True),
         line_chart("Throughput", pair(per_second("samples")), unit="samples/s", from_zero=True),
@@ -267,8 +267,8 @@ def _column(metrics: Sequence[Record], name: str) -> list[Any]:
 
 
 def _span(metrics: Sequence[Record]) -> int:
-    """Steps that smoothing looks back on: a twentieth of the run."""
-    return max(1, min(200, len(metrics) // 20))
+    """Steps that smoothing averages over: a thirtieth of the run."""
+    return max(1, min(200, len(metrics) // 30))
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
