@@ -212,7 +212,7 @@ class DiffusersCodec:
 
     def _inputs(self, clip_CTHW: Tensor) -> tuple[Tensor, ...]:
         """What the model takes for one clip: [1, C, T, H, W], or images [N, C, H, W] a few at a time."""
-        return (clip_CTHW[None],) if self._family.video else clip_CTHW.transpose(0, 1).split(_IMAGES_AT_ONCE)
+        return (clip_CTHW[None],) if self._family.video else torch.split(clip_CTHW.transpose(0, 1), _IMAGES_AT_ONCE)
 
     def _join(self, parts: list[Tensor]) -> Tensor:
         """The inverse of ``_inputs``."""

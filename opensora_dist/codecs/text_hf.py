@@ -49,8 +49,8 @@ class HfTextEncoder:
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise WeightsError(
-                f"text.path={path!r}: can't be loaded ({error}); give a folder saved by save_pretrained of both model and tokenizer "
-                "(*.safetensors), or a hub name this machine can reach"
+                f"text.path={path!r}: can't be loaded ({error}); give a folder saved by save_pretrained of both model and "
+                "tokenizer (*.safetensors), or a hub name this machine can reach"
             ) from error
         # Encoders saved from a language-model head have no pooler, which the hidden states don't pass through.
         lacking = [str(k) for k in (*found["missing_keys"], *found["mismatched_keys"]) if not str(k).startswith("pooler.")]
