@@ -103,21 +103,12 @@ def _optim_problems(config: TrainConfig) -> list[Problem]:
     return problems
 
 
-SAMPLERS = {"iddpm": ("ddpm", "ddim", "dpm_solver"), "rectified_flow": ("flow_euler",)}
-
-
 def _validation_problems(config: TrainConfig) -> list[Problem]:
     problems = []
     validation = config.validation
     if validation.every_steps and not validation.prompts:
         message = f"validation.every_steps={validation.every_steps} but validation.prompts is empty; add prompts, or set every_steps to 0"
         problems.append(Problem(fields=("validation.every_steps", "validation.prompts"), message=message))
-    if validation.sampler and validation.sampler not in SAMPLERS[config.objective.name]:
-        message = (
-            f"validation.sampler={validation.sampler} does not sample objective.name={config.objective.name}; "
-            f"use one of {list(SAMPLERS[config.objective.name])}"
-        )
-        problems.append(Problem(fields=("validation.sampler", "objective.name", "objective"), message=message))
     if validation.clip is not None and min(validation.clip) < 1:
         message = f"validation.clip={list(validation.clip)}: frames, height and width must each be 1 or more"
         problems.append(Problem(fields=("validation.clip",), message=message))

@@ -13,7 +13,7 @@ class Thw(NamedTuple):
     w: int
 
     @property
-    def count(self) -> int:
+    def volume(self) -> int:
         """t * h * w."""
         return self.t * self.h * self.w
 

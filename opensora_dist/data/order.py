@@ -16,13 +16,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from opensora_dist.core.errors import ConfigError, DataError
-from opensora_dist.core.logging import get_logger
 from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index
 from opensora_dist.parallel.keys import Keys
-
-_LOG = get_logger(__name__)
-
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalBatch:
@@ -76,8 +72,6 @@ class Order:
             for bucket, rows in index.buckets.items()
             if (count := len(rows) % global_batch)
         }
-        for reason, count in self.dropped.items():  # info: every rank makes this order, and rank 0 alone logs info
-            _LOG.info("data.global_batch=%d leaves out %d samples per epoch (bucket %s)", global_batch, count, reason)
         self.batches_per_epoch = sum(len(rows) // global_batch for _, rows in self._buckets)
         self._plan = lru_cache(maxsize=2)(self._make_plan)  # two: readers cross into the next epoch before the consumer does
 

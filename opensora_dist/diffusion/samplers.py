@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -178,7 +178,7 @@ def sample_latents(
     noise_BCTHW: Tensor,
     latent: Thw,
     guided_channels: int | None = None,
-    generator: torch.Generator | None = None,
+    generators: Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Draws latents from a model.
 
@@ -191,7 +191,7 @@ def sample_latents(
         noise_BCTHW: Standard normal start.
         latent: Latent shape of the whole samples, which sets the noise shift.
         guided_channels: As in ``guide``.
-        generator: For ``ddpm``, which draws noise in every step.
+        generators: One per video, for ``ddpm``, which draws noise in every step.
     Returns:
         Normalised latents [B, C, T, H, W], float32, or float64 where the noise is (diffusers computes its steps in float32).
     Raises:
@@ -204,12 +204,12 @@ def sample_latents(
         raise ConfigError(f"sampling_steps={steps} must be at least 1")
     if guided_channels is not None and not 1 <= guided_channels <= channels:
         raise ConfigError(f"guided_channels={guided_channels} must be between 1 and the {channels} latent channels, or left out")
-    if sampler == "ddpm" and generator is None:
-        raise ValueError("sampler=ddpm draws noise in every step; pass a generator from parallel.keys.Keys")
+    if sampler == "ddpm" and (generators is None or len(generators) != batch):
+        raise ValueError("sampler=ddpm draws noise in every step; pass one generator per video, from parallel.keys.Keys")
     plan = _plan(objective, sampler=sampler, steps=steps, latent=latent)
     x = noise_BCTHW if noise_BCTHW.dtype == torch.float64 else noise_BCTHW.float()
     for level, time in zip(plan.levels, plan.scheduler.timesteps, strict=True):
         level_B = torch.full((batch,), level, dtype=torch.float64, device=x.device)
         output = guide(model_fn, x, objective.timestep(level_B), cfg_scale=cfg_scale, guided_channels=guided_channels)
-        x = plan.scheduler.step(plan.to_scheduler(output.to(x.dtype)), time, x, generator=generator, return_dict=False)[0]
+        x = plan.scheduler.step(plan.to_scheduler(output.to(x.dtype)), time, x, generator=list(generators or ()) or None, return_dict=False)[0]
     return x

@@ -45,6 +45,10 @@ def flow_oracle(x, timestep, drop):
 IDDPM = Iddpm(IddpmConfig())
 
 
+def generators(count):
+    return [torch.Generator().manual_seed(i) for i in range(count)]
+
+
 @pytest.mark.parametrize("sampler, steps, tolerance", [("ddim", 300, 0.02), ("dpm_solver", 40, 0.02), ("ddpm", 300, 0.02)])
 def test_iddpm_samplers_reproduce_mean_and_std_of_gaussian_data(sampler, steps, tolerance):
     # Gaussian data's true reverse variance lies between the two bounds; near the upper one with many steps.
@@ -56,7 +60,7 @@ def test_iddpm_samplers_reproduce_mean_and_std_of_gaussian_data(sampler, steps, 
         cfg_scale=1.0,
         noise_BCTHW=noise(),
         latent=LATENT,
-        generator=torch.Generator().manual_seed(1),
+        generators=generators(len(noise())),
     )
     assert latents.dtype == torch.float32
     assert latents.mean().item() == pytest.approx(MEAN, abs=tolerance)
@@ -190,7 +194,7 @@ def test_sampling_starts_at_the_last_timestep_and_runs_each_step_once(sampler, s
         cfg_scale=1.0,
         noise_BCTHW=noise(),
         latent=LATENT,
-        generator=torch.Generator().manual_seed(0),
+        generators=generators(len(noise())),
     )
     assert len(set(times)) == len(times) == steps
     assert times[0] == 999
@@ -223,7 +227,7 @@ def test_samplers_that_cannot_invert_an_objective_are_refused_with_those_that_ca
     with pytest.raises(ConfigError, match=r"sampling_steps=0 must be at least 1"):
         sample_wrongly(flow, steps=0)
     with pytest.raises(ConfigError, match=r"sampling_steps=1 with sampler=ddpm"):
-        sample_wrongly(IDDPM, sampler="ddpm", steps=1, generator=torch.Generator())
+        sample_wrongly(IDDPM, sampler="ddpm", steps=1, generators=generators(len(noise())))
     with pytest.raises(ConfigError, match=r"guided_channels=3 must be between 1 and the 2 latent channels"):
         sample_wrongly(flow, guided_channels=3)
 

@@ -25,8 +25,8 @@ class ZeroBackend(Protocol):
         """Around forward and backward of one micro-batch: precision, and no communication before the last micro-batch."""
         ...
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """Around a forward without a backward: precision only."""
+    def inference(self) -> AbstractContextManager[nn.Module]:
+        """A model to call without gradients, in eval mode; on leaving, nothing that was gathered for it is kept."""
         ...
 
     def backward(self, loss: Tensor) -> None:

@@ -59,11 +59,25 @@ class NativeBackend:
         elif isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last_micro)
             self.model.set_is_last_backward(last_micro)
-        with sync, self.autocast():
+        with sync, self._autocast():
             yield
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """bf16 autocast where the run computes in bf16."""
+    @contextmanager
+    def inference(self) -> Iterator[nn.Module]:
+        """The unwrapped model without gradients, in eval mode. Collective under stages 2 and 3."""
+        was_training = self._module.training
+        self._module.eval()
+        try:
+            with torch.no_grad(), self._autocast():
+                yield self._module
+        finally:
+            self._module.train(was_training)
+            for module in self._module.modules():
+                if isinstance(module, FSDPModule):
+                    # Stage 2 keeps gathered weights until a backward; left in place, the next step would train on these.
+                    module.reshard()
+
+    def _autocast(self) -> AbstractContextManager[None]:
         if self._compute_dtype == torch.bfloat16:
             return torch.autocast(self._mesh.device.type, dtype=torch.bfloat16)
         return nullcontext()

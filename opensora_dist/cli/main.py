@@ -1,0 +1,46 @@
+"""Entry point: verbs, exit codes, errors as text rather than tracebacks.
+
+Exit codes: 0 done, or saved and stopped on request; 1 failed; 2 bad usage or config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from opensora_dist import __version__
+from opensora_dist.core.errors import ConfigError, OpensoraError
+from opensora_dist.core.logging import setup_logging
+
+# Verb to the module that adds and runs it. A verb's own imports happen when it runs, so that --help is quick.
+_VERBS = ("demo", "data", "train", "sample", "evaluate", "report")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="opensora-dist",
+        description="Train video diffusion transformers, from raw video to sampled video.",
+        epilog="`opensora-dist demo` shows everything at once, on this machine.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in _VERBS:
+        importlib.import_module(f"opensora_dist.cli.{verb}").add_parser(verbs)
+    args = parser.parse_args(argv)
+    setup_logging()
+    try:
+        code = args.run(args)
+        assert isinstance(code, int)
+        return code
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OpensoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1

@@ -1,0 +1,300 @@
+"""The training recipe: check everything, start ranks, put the parts together, run the loop."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from opensora_dist.codecs.registry import build_codec, build_text_encoder
+from opensora_dist.config.dataset import DatasetSpec
+from opensora_dist.config.load import Problem, dump_yaml, expand, load_config
+from opensora_dist.config.rules import train_problems
+from opensora_dist.config.train import TrainConfig
+from opensora_dist.core.errors import CheckpointError, ConfigError, OpensoraError
+from opensora_dist.core.io import write_json, write_text
+from opensora_dist.core.logging import get_logger, setup_logging
+from opensora_dist.core.types import Thw
+from opensora_dist.data.index import Index
+from opensora_dist.data.loader import Loader
+from opensora_dist.data.order import Order
+from opensora_dist.diffusion.base import Objective
+from opensora_dist.diffusion.samplers import check_sampler
+from opensora_dist.models.base import VideoTransformer
+from opensora_dist.observe.environment import describe_environment
+from opensora_dist.observe.events import EventLog
+from opensora_dist.observe.metrics import MetricLog
+from opensora_dist.observe.progress import TrainProgress
+from opensora_dist.observe.report import write_report
+from opensora_dist.observe.trackers import build_trackers
+from opensora_dist.parallel.keys import Keys
+from opensora_dist.parallel.mesh import Mesh, build_mesh, default_nproc, launched_world, process_group, resolve_device
+from opensora_dist.parallel.spawn import run_ranks
+from opensora_dist.parallel.zero.native import NativeBackend
+from opensora_dist.plan.hardware import peak_flops
+from opensora_dist.recipes.build import initialiser, meta_model
+from opensora_dist.train.ema import Ema
+from opensora_dist.train.generate import SamplingOptions
+from opensora_dist.train.logbook import Logbook
+from opensora_dist.train.loop import BatchCost, Trainer
+from opensora_dist.train.saving import CONFIG_NAME, Saver, TrainerState
+from opensora_dist.train.validation import Validator
+
+_log = get_logger(__name__)
+
+
+def train(path: Path | None, *, overrides: Sequence[str] = ()) -> int:
+    """Trains what a config says; returns the exit code.
+
+    Under a launcher (RANK and WORLD_SIZE are set) this process is one rank. Otherwise it checks the config and the data set first, so
+    that a mistake costs no start-up, and spawns ``parallel.nproc`` ranks of itself where that is more than one.
+
+    Raises:
+        ConfigError: Every problem of the config, the layout and the data set it names.
+        DataError: The data set can't be used.
+    """
+    config = check(path, overrides=overrides)
+    nproc = launched_world() or _world(config)
+    if launched_world() is None and nproc > 1:
+        args = ["train", *([str(path)] if path else []), *overrides]
+        return run_ranks(args, nproc=nproc, log_dir=expand(config.run.dir) / "logs")
+    device = resolve_device(config.run.device)
+    with process_group(device, timeout_s=config.parallel.timeout_s):
+        mesh = build_mesh(device, dp_replicate=config.parallel.dp_replicate, timeout_s=config.parallel.timeout_s)
+        setup_logging(rank=mesh.rank, world=mesh.world)
+        _train_rank(config, mesh)
+    return 0
+
+
+def check(path: Path | None, *, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The config, after every rule that can be checked without a process group or a GPU.
+
+    Raises:
+        ConfigError: All problems at once.
+        DataError: The index can't be read.
+    """
+    return load_config(TrainConfig, path, overrides=overrides, rules=_problems)
+
+
+def _world(config: TrainConfig) -> int:
+    return launched_world() or config.parallel.nproc or default_nproc(config.run.device)
+
+
+def _problems(config: TrainConfig) -> list[Problem]:
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        message = "run.device=cuda, but torch sees no CUDA device here; use run.device=auto or cpu, or check the driver"
+        return [Problem(fields=("run.device",), message=message), *train_problems(config, world=launched_world() or 1)]
+    problems = train_problems(config, world=_world(config))
+    if config.validation.sampler is not None:
+        try:
+            check_sampler(config.objective.name, config.validation.sampler)
+        except ConfigError as error:
+            fields = ("validation.sampler", "objective")
+            problems += [Problem(fields=fields, message=f"validation.{p}") for p in error.problems]
+    # The data set can be asked only where the fields that build a model from it are right.
+    if config.data.path is not None and expand(config.data.path).is_dir() and not problems:
+        problems += _dataset_problems(config)
+    return problems
+
+
+def _dataset_problems(config: TrainConfig) -> list[Problem]:
+    """What does not fit the data set: each shape of clips must be one the model can cut into patches."""
+    assert config.data.path is not None
+    problems: list[Problem] = []
+    try:
+        index = Index.open(expand(config.data.path))
+        Order(index, keys=Keys(config.run.seed), global_batch=config.data.global_batch)
+        model, _ = meta_model(config.model, config.objective, index.spec)
+    except OpensoraError as error:
+        return [Problem(fields=("data.path",), message=str(error))]
+    for bucket, rows in index.buckets.items():
+        try:
+            model.token_grid(index.latent_shape(int(rows[0])))
+        except ConfigError as error:
+            problems += [Problem(fields=("model.patch",), message=f"clips of {bucket}: {p}") for p in error.problems]
+    if config.validation.clip is not None and config.validation.every_steps:
+        try:
+            codec = build_codec(index.spec.codec, device=torch.device("cpu"))
+            model.token_grid(codec.latent_shape(Thw(*config.validation.clip)))
+        except ConfigError as error:
+            problems += [Problem(fields=("validation.clip",), message=f"validation.clip: {p}") for p in error.problems]
+    return problems
+
+
+def _train_rank(config: TrainConfig, mesh: Mesh) -> None:
+    run_dir = expand(config.run.dir)
+    keys = Keys(config.run.seed)
+    dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
+    with ExitStack() as stack:
+        if mesh.is_main:
+            stack.enter_context(_exclusive(run_dir))
+        index = Index.open(expand(config.data.path or ""))
+        order = Order(index, keys=keys, global_batch=config.data.global_batch)
+        model, objective = meta_model(config.model, config.objective, index.spec, dtype=dtype)
+        backend = NativeBackend(
+            model,
+            mesh=mesh,
+            units=list(model.blocks),
+            init=initialiser(keys, config.model.init_from),
+            parallel=config.parallel,
+            optim=config.optim,
+            compute_dtype=torch.bfloat16 if config.run.dtype == "bfloat16" else dtype,
+        )
+        ema = Ema(backend.params, decay=config.optim.ema_decay)
+        saver = Saver(run_dir, config=config, spec=index.spec, mesh=mesh)
+        start = _start_state(config, saver, backend=backend, ema=ema, dataset_hash=index.dataset_hash)
+        state = start.state
+        logbook = _open_logbook(config, mesh, run_dir=run_dir, step=state.step, stack=stack)
+        for name, fields in start.events:
+            logbook.event(name, **fields)
+        num_parameters = sum(p.numel() for p in backend.params.values())
+        logbook.event("start", step=state.step, mesh=str(mesh), parameters=num_parameters, samples=len(index), dropped=order.dropped)
+        for reason, count in order.dropped.items():
+            _log.info("data.global_batch=%d leaves out %d samples per epoch (%s)", config.data.global_batch, count, reason)
+        _log.info("%s with %s parameters on %s", config.model.name, f"{num_parameters:,}", mesh)
+        validator = _build_validator(config, mesh, run_dir=run_dir, index=index, objective=objective, keys=keys)
+
+        def make_loader(step: int) -> Loader:
+            return Loader(
+                index,
+                order,
+                data_rank=mesh.data_rank,
+                data_size=mesh.data_size,
+                accum=config.parallel.grad_accum,
+                start_step=step,
+                num_steps=config.run.steps - step,
+                loss_weight=config.data.loss_weight,
+                reader_threads=config.data.reader_threads,
+                prefetch_batches=config.data.prefetch_batches,
+                dtype=dtype,
+                device=mesh.device,
+            )
+
+        if state.step < config.run.steps:
+            trainer = Trainer(
+                config,
+                run_dir=run_dir,
+                mesh=mesh,
+                keys=keys,
+                backend=backend,
+                ema=ema,
+                objective=objective,
+                state=state,
+                make_loader=make_loader,
+                cost=lambda latent, tokens: _cost(model, latent, text_tokens=tokens),
+                saver=saver,
+                validator=validator,
+                logbook=logbook,
+            )
+            state = trainer.run()
+        else:
+            _log.warning("nothing to do: step %d of run.steps=%d is reached; raise run.steps to go on", state.step, config.run.steps)
+        if validator is not None:
+            validator.close()
+        logbook.event("end", step=state.step, samples=state.samples, validation_failures=validator.failures if validator else 0)
+        # Every rank's validation videos must be there before they are shown.
+        torch.distributed.barrier(group=mesh.control)
+        logbook.show_videos(validator.take_finished() if validator else [])
+    if mesh.is_main:
+        _log.info("report: %s", write_report(run_dir))
+
+
+def _cost(model: VideoTransformer, latent: Thw, *, text_tokens: int) -> BatchCost:
+    """Backward costs twice the forward."""
+    return BatchCost(tokens=model.token_grid(latent).volume, flops=3 * model.flops(latent, text_tokens=text_tokens))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """Where a run starts, and what is to be noted of it once the event log is open."""
+
+    state: TrainerState
+    events: tuple[tuple[str, dict[str, object]], ...]
+
+
+def _start_state(
+    config: TrainConfig, saver: Saver, *, backend: NativeBackend, ema: Ema, dataset_hash: str
+) -> _Start:
+    """A fresh state, or the newest checkpoint's. Collective."""
+    found = saver.find()
+    if config.checkpoint.resume == "never" and (found.path or found.rejected):
+        raise CheckpointError(
+            f"checkpoint.resume=never, but {saver.root} holds checkpoints; use another run.dir, or checkpoint.resume=auto to go on"
+        )
+    events: list[tuple[str, dict[str, object]]] = []
+    for rejected in found.rejected:
+        events.append(("checkpoint_rejected", {"path": rejected.path.name, "problems": list(rejected.problems)}))
+        _log.warning("checkpoint %s does not verify (%s); trying the one before", rejected.path, "; ".join(rejected.problems))
+    if found.path is None:
+        if found.rejected:
+            raise CheckpointError(f"{saver.root}: no checkpoint verifies; restore one, or start again with another run.dir")
+        fresh = TrainerState(step=0, optimizer_steps=0, samples=0, tokens=0, seed=config.run.seed, dataset_hash=dataset_hash)
+        return _Start(state=fresh, events=())
+    state = saver.load(found.path, backend, ema, dataset_hash=dataset_hash)
+    events.append(("resume", {"step": state.step, "path": found.path.name}))
+    _log.info("resumed from %s at step %d", found.path, state.step)
+    return _Start(state=state, events=tuple(events))
+
+
+def _open_logbook(config: TrainConfig, mesh: Mesh, *, run_dir: Path, step: int, stack: ExitStack) -> Logbook:
+    if not mesh.is_main:
+        return Logbook(mesh=mesh, metrics=None, events=None, progress=None, trackers=None, peak_flops=None)
+    write_text(run_dir / CONFIG_NAME, dump_yaml(config))
+    write_json(run_dir / "environment.json", describe_environment())
+    metrics = MetricLog(run_dir, steps_done=step)
+    stack.callback(metrics.close)
+    events = EventLog(run_dir)
+    stack.callback(events.close)
+    progress = stack.enter_context(TrainProgress(total_steps=config.run.steps, steps_done=step, enabled=True))
+    trackers = build_trackers(
+        config.track, run_dir=run_dir, run_name=config.run.name, config_dump=config.model_dump(mode="json"), steps_done=step
+    )
+    stack.callback(trackers.close)
+    peak = peak_flops(mesh.device)
+    how = "data sheet" if mesh.device.type == "cuda" else "measured"
+    events.log("device_peak", {"device": str(mesh.device), "flops_per_s": peak, "how": how})
+    return Logbook(mesh=mesh, metrics=metrics, events=events, progress=progress, trackers=trackers, peak_flops=peak)
+
+
+def _build_validator(
+    config: TrainConfig, mesh: Mesh, *, run_dir: Path, index: Index, objective: Objective, keys: Keys
+) -> Validator | None:
+    validation = config.validation
+    if not validation.every_steps:
+        return None
+    spec: DatasetSpec = index.spec
+    codec = build_codec(spec.codec, device=mesh.device)
+    encoder = build_text_encoder(spec.text, device=mesh.device)
+    clip = Thw(*validation.clip) if validation.clip else max(index.buckets, key=lambda b: b.volume)
+    return Validator(
+        run_dir,
+        prompts=validation.prompts,
+        texts=[t.cpu() for t in encoder.encode(validation.prompts)],
+        latent=codec.latent_shape(clip),
+        spec=spec,
+        codec=codec,
+        objective=objective,
+        options=SamplingOptions(
+            sampler=validation.sampler, steps=validation.sampling_steps, cfg_scale=validation.cfg_scale
+        ),  # fmt: skip
+        keys=keys,
+        mesh=mesh,
+    )
+
+
+@contextmanager
+def _exclusive(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory for this process alone: two runs writing one directory would ruin each other's checkpoints."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"run.dir={str(run_dir)!r} is in use by another process; wait for it, stop it, or choose another run.dir"
+            ) from error
+        yield

@@ -1,0 +1,154 @@
+"""One metrics line per step, without a host sync per step: results stay on the device and are read at log steps together."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from opensora_dist.core.logging import get_logger
+from opensora_dist.observe.events import EventLog
+from opensora_dist.observe.metrics import MetricLog, StepMetrics
+from opensora_dist.observe.progress import TrainProgress
+from opensora_dist.observe.trackers import Trackers
+from opensora_dist.parallel.mesh import Mesh
+from opensora_dist.train.step import StepResult
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepNote:
+    """What the host knows of a step.
+
+    Args:
+        step: Optimizer steps done, this one included.
+        samples: Samples of this step, over all ranks.
+        tokens: Tokens of this step, over all ranks.
+        flops: Model FLOPs of this step, forward and backward, over all ranks.
+        step_s: Seconds from the last step's edge to this one's, without validation and saving.
+        data_wait_s: Seconds of these that this rank waited for data.
+        epoch: How often the data set was gone through before.
+        digest: Identity of the global batch.
+        result: What the step left on the device.
+    """
+
+    step: int
+    lr: float
+    samples: int
+    tokens: int
+    flops: int
+    step_s: float
+    data_wait_s: float
+    epoch: int
+    digest: str
+    result: StepResult
+
+
+class Logbook:
+    """Collects steps on every rank, and writes them on the main one.
+
+    Args:
+        metrics: metrics.jsonl; None on ranks that don't write.
+        events: events.jsonl; None likewise.
+        progress: The display; None likewise.
+        trackers: wandb, TensorBoard; None on ranks that don't write.
+        peak_flops: Peak of one rank's device, for MFU; None where it isn't known.
+    """
+
+    def __init__(
+        self,
+        *,
+        mesh: Mesh,
+        metrics: MetricLog | None,
+        events: EventLog | None,
+        progress: TrainProgress | None,
+        trackers: Trackers | None,
+        peak_flops: float | None,
+    ) -> None:
+        self._mesh, self._metrics, self._events, self._progress = mesh, metrics, events, progress
+        self._trackers, self._peak_flops = trackers, peak_flops
+        self._notes: list[StepNote] = []
+
+    def event(self, name: str, **fields: object) -> None:
+        """Notes something that happened once; the main rank writes it."""
+        if self._events is not None:
+            self._events.log(name, fields)
+
+    def add(self, note: StepNote) -> None:
+        """Keeps a step until the next flush; no sync."""
+        self._notes.append(note)
+
+    def flush(self) -> None:
+        """Sums losses over ranks, writes one line per step. Collective: every rank calls it after the same steps."""
+        notes, self._notes = self._notes, []
+        if not notes:
+            return
+        device = torch.stack([torch.stack([n.result.loss, n.result.grad_norm, n.result.skipped]).double() for n in notes])
+        waits = torch.tensor([[n.data_wait_s] for n in notes], dtype=torch.float64)
+        local = torch.cat([device.cpu(), waits], dim=1)
+        ranks = [torch.empty_like(local) for _ in range(self._mesh.world)]
+        # Gathered and summed by rank here: an all-reduce's order of summation depends on how many steps share it.
+        dist.all_gather(ranks, local, group=self._mesh.control)
+        if self._metrics is None:
+            return
+        table = torch.stack(ranks)
+        window = [
+            self._metrics_of(note, loss=loss, grad_norm=grad_norm, skipped=bool(skipped), data_wait_s=wait_s)
+            for note, loss, (grad_norm, skipped), wait_s in zip(
+                notes, table[:, :, 0].sum(0).tolist(), local[:, 1:3].tolist(), table[:, :, 3].amax(0).tolist(), strict=True
+            )
+        ]
+        for metrics in window:
+            self._metrics.log(metrics)
+            if self._trackers is not None:
+                self._trackers.log(metrics.step, _numbers(metrics))
+            if metrics.extra["skipped"]:
+                self.event("step_skipped", step=metrics.step, batch_digest=metrics.batch_digest, grad_norm=str(metrics.grad_norm))
+                _log.warning(
+                    "step %d skipped: its gradient norm is %s (batch %s)", metrics.step, metrics.grad_norm, metrics.batch_digest
+                )
+        self._metrics.flush()
+        if self._progress is not None:
+            self._progress.update(window)
+
+    def show_videos(self, rounds: Sequence[tuple[int, list[Path]]]) -> None:
+        """Hands finished validation videos, by step, to the trackers."""
+        if self._trackers is not None:
+            for step, paths in rounds:
+                for path in paths:
+                    self._trackers.log_video(step, f"validation/{path.stem}", path)
+
+    def _metrics_of(self, note: StepNote, *, loss: float, grad_norm: float, skipped: bool, data_wait_s: float) -> StepMetrics:
+        peak = self._peak_flops
+        return StepMetrics(
+            step=note.step,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=note.lr,
+            samples=note.samples,
+            tokens=note.tokens,
+            step_s=note.step_s,
+            data_wait_s=data_wait_s,
+            mfu=note.flops / note.step_s / (peak * self._mesh.world) if peak else None,
+            memory_bytes=memory_bytes(self._mesh.device),
+            batch_digest=note.digest,
+            extra={"epoch": note.epoch, "skipped": skipped},
+        )
+
+
+def _numbers(metrics: StepMetrics) -> dict[str, float]:
+    return {name: float(v) for name, v in metrics.record().items() if isinstance(v, int | float)}
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process: of the CUDA allocator on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

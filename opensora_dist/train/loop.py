@@ -1,0 +1,182 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from opensora_dist.config.train import TrainConfig
+from opensora_dist.core.errors import CheckpointError
+from opensora_dist.core.logging import get_logger
+from opensora_dist.core.types import Thw
+from opensora_dist.data.loader import Loader, StepData
+from opensora_dist.diffusion.base import Objective
+from opensora_dist.parallel.keys import Keys
+from opensora_dist.parallel.mesh import Mesh
+from opensora_dist.parallel.zero.base import ZeroBackend
+from opensora_dist.resilience.signals import StopAgreement, StopFlag, clear_marker, write_marker
+from opensora_dist.train.ema import Ema
+from opensora_dist.train.logbook import Logbook, StepNote
+from opensora_dist.train.saving import Saver, TrainerState
+from opensora_dist.train.schedule import learning_rate
+from opensora_dist.train.step import train_step
+from opensora_dist.train.validation import Validator
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchCost:
+    """What a sample of a shape costs: tokens and model FLOPs, forward and backward."""
+
+    tokens: int
+    flops: int
+
+
+class Trainer:
+    """Runs a training from a state to its last step, or until it is asked to stop.
+
+    Args:
+        state: Where to start; step 0, or what a checkpoint held.
+        make_loader: Opens the loader at a step.
+        cost: Tokens and FLOPs of one sample of a latent shape with a number of text tokens.
+        validator: Draws videos; None draws none.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        run_dir: Path,
+        mesh: Mesh,
+        keys: Keys,
+        backend: ZeroBackend,
+        ema: Ema,
+        objective: Objective,
+        state: TrainerState,
+        make_loader: Callable[[int], Loader],
+        cost: Callable[[Thw, int], BatchCost],
+        saver: Saver,
+        validator: Validator | None,
+        logbook: Logbook,
+    ) -> None:
+        self.config, self.run_dir, self.mesh, self.keys = config, run_dir, mesh, keys
+        self.backend, self.ema, self.objective, self.state = backend, ema, objective, state
+        self.make_loader, self.cost = make_loader, cost
+        self.saver, self.validator, self.logbook = saver, validator, logbook
+        self._saved_step = state.step
+        self._edge_s = 0.0
+
+    def run(self) -> TrainerState:
+        """Trains; returns the state reached. Collective."""
+        steps = self.config.run.steps
+        with StopFlag() as flag, self.make_loader(self.state.step) as loader:
+            if self.mesh.is_main:
+                clear_marker(self.run_dir)
+            agreement = StopAgreement(self.mesh.control)
+            self._edge_s = time.perf_counter()
+            for data in loader:
+                self._step(data, wait_s=loader.last_wait_s)
+                if self.state.step % self.config.run.log_every == 0:
+                    self.logbook.flush()
+                    self._collect_videos()
+                self._validate_if_due()
+                self._save_if_due()
+                if agreement.agree(flag.requested) and self.state.step < steps:
+                    self._stop(flag.signal_name)
+                    break
+            agreement.close()
+        self.logbook.flush()
+        if self.state.step == steps:
+            self.save(required=True)
+        return self.state
+
+    def _step(self, data: StepData, *, wait_s: float) -> None:
+        lr = learning_rate(data.step, self.config.optim, steps=self.config.run.steps)
+        result = train_step(
+            self.backend, data, objective=self.objective, keys=self.keys, lr=lr, clip_norm=self.config.optim.clip_norm
+        )  # fmt: skip
+        self.ema.update(step=data.step)
+        first = data.micros[0]
+        cost = self.cost(Thw(*first.latents_BCTHW.shape[2:]), first.text_BYE.shape[1])
+        samples = self.config.data.global_batch
+        self.state = TrainerState(
+            step=data.step + 1,
+            optimizer_steps=0,  # read from the device when it is saved
+            samples=self.state.samples + samples,
+            tokens=self.state.tokens + samples * cost.tokens,
+            seed=self.state.seed,
+            dataset_hash=self.state.dataset_hash,
+        )
+        now = time.perf_counter()
+        self.logbook.add(
+            StepNote(
+                step=self.state.step,
+                lr=lr,
+                samples=samples,
+                tokens=samples * cost.tokens,
+                flops=samples * cost.flops,
+                step_s=now - self._edge_s,
+                data_wait_s=wait_s,
+                epoch=data.epoch,
+                digest=data.digest,
+                result=result,
+            )
+        )
+        self._edge_s = now
+
+    def save(self, *, required: bool) -> None:
+        """Commits a checkpoint of this step, unless it has one. Collective.
+
+        A failed save is loud, and the run goes on to the next one, except where this was the last chance (``required``).
+        """
+        if self._saved_step == self.state.step:
+            return
+        self.logbook.flush()  # or the metrics of the steps up to here would be lost with a kill after this save
+        state = replace(self.state, optimizer_steps=self.backend.optimizer_steps())
+        began = time.perf_counter()
+        try:
+            folder = self.saver.save(self.backend, self.ema, state)
+        except CheckpointError as error:
+            self.logbook.event("checkpoint_failed", step=self.state.step, error=str(error))
+            _log.error("%s", error)
+            if required:
+                raise
+            return
+        self._saved_step = self.state.step
+        self.logbook.event("checkpoint", step=self.state.step, path=folder.name, seconds=time.perf_counter() - began)
+
+    def _save_if_due(self) -> None:
+        if self.state.step % self.config.checkpoint.every_steps == 0:
+            with self._off_the_clock():
+                self.save(required=False)
+
+    def _validate_if_due(self) -> None:
+        every = self.config.validation.every_steps
+        if self.validator is not None and every and self.state.step % every == 0:
+            with self._off_the_clock():
+                self.validator.run(self.backend, self.ema, step=self.state.step)
+            self.logbook.event("validation", step=self.state.step)
+
+    def _collect_videos(self) -> None:
+        if self.validator is not None:
+            self.validator.collect()
+            self.logbook.show_videos(self.validator.take_finished())
+
+    def _stop(self, signal_name: str | None) -> None:
+        """Saves, and leaves the marker that tells a launcher to start the run again."""
+        self.save(required=True)
+        self.logbook.event("stopped", step=self.state.step, signal=signal_name)
+        if self.mesh.is_main:
+            write_marker(self.run_dir, step=self.state.step, signal_name=signal_name)
+        _log.warning("stopped on request after step %d; start the same command again to go on", self.state.step)
+
+    @contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """Time spent here is not a step's: speed is the speed of training."""
+        began = time.perf_counter()
+        yield
+        self._edge_s += time.perf_counter() - began
