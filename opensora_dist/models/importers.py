@@ -86,8 +86,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"model.init_from.path={path}: no such file") from error
     except UnpicklingError as error:
         raise WeightsError(
-            f"model.init_from.path={path}: holds more than tensors, and loading it could run code; "
-            "convert it to .safetensors where you trust it"
+            f"model.init_from.path={path}: not plain tensors: damaged, or holds objects whose loading could run code; "
+            "download it again, or convert it to .safetensors where you trust it"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise WeightsError(
@@ -128,10 +128,10 @@ def _check(
 
 def _position_warnings(name: str, table_1LD: Tensor, positions: Positions) -> list[str]:
     """Says where a position table is not what the model computes, and which scale would give it, if one does."""
-    table = table_1LD.double().flatten(0, -2)
     width = positions.width
-    if table.shape[1] != width:
-        return [f"the file's {name} has width {table.shape[1]}, the model {width}; it is not used, but where does it come from?"]
+    if table_1LD.dim() != 3 or table_1LD.shape[::2] != (1, width) or not table_1LD.numel():
+        return [f"the file's {name} has shape {tuple(table_1LD.shape)}, not [1, tokens, {width}]: it can't be compared"]
+    table = table_1LD[0].double()
     if name == "pos_embed":
         field, scale, columns = "model.space_scale", positions.space_scale, _columns(table)
         rows = len(table) // columns

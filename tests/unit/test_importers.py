@@ -101,7 +101,7 @@ def test_tables_of_no_scale_are_reported_as_such(tmp_path):
     tables = {"pos_embed": torch.full((1, 12, 16), 0.3), "pos_embed_temporal": torch.zeros(1, 5, 12)}
     space, time = read_open_sora(save(open_sora_file() | tables, tmp_path / "w.safetensors"), on_meta())[1].warnings
     assert "nor what any scale does" in space
-    assert "has width 12, the model 16" in time
+    assert time == "the file's pos_embed_temporal has shape (1, 5, 12), not [1, tokens, 16]: it can't be compared"
 
 
 def test_every_missing_unexpected_and_misshapen_name_is_in_the_error(tmp_path):
@@ -215,7 +215,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
             return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
 
     path = save({"state_dict": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(WeightsError, match="holds more than tensors"):
+    with pytest.raises(WeightsError, match="damaged, or holds objects whose loading could run code"):
         read_open_sora(path, on_meta())
     assert not (tmp_path / "ran").exists()
 

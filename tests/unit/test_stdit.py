@@ -170,7 +170,7 @@ def test_xl_2_has_the_published_number_of_parameters_and_names():
     ]
     inner = ["attn.qkv", "attn.proj", "attn_temp.qkv", "attn_temp.proj", "mlp.fc1", "mlp.fc2"]
     inner += ["cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj"]
-    linears += [f"blocks.{i}.{name}" for i in range(28) for name in inner]
+    linears += [f"blocks.{i}.{name}" for i in range(28) for name in inner] + ["final_layer.linear"]
     names = {f"{n}.{kind}" for n, kind in itertools.product(linears, ["weight", "bias"])}
     names |= {f"blocks.{i}.scale_shift_table" for i in range(28)} | {"final_layer.scale_shift_table", "y_embedder.y_embedding"}
     assert set(model.state_dict()) == names
