@@ -23,6 +23,11 @@ _ZERO = ("attn_temp.proj.weight", "cross_attn.proj.weight", "final_layer.linear.
 _NARROW = ("t_embedder.mlp.", "t_block.", "y_embedder.y_proj.")
 
 
+def _autocast_is_on(device: torch.device) -> bool:
+    """Under autocast the residual stream is float32, also where FSDP gathers the weights in bfloat16."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelIo:
     """What a model is given and gives, set by codec, text encoder and objective.
@@ -68,8 +73,12 @@ class VideoTransformer(nn.Module, ABC):
         self.final_layer = FinalLayer(width, patch_values=self.patch.volume * io.out_channels)
 
     @abstractmethod
-    def add_positions(self, x_BTSD: Tensor, *, grid: Thw) -> tuple[Tensor, Tensor | None]:
-        """Tokens with the positions that the input carries, and the [T, D] positions that the first block is to add, if any."""
+    def add_positions(self, x_BTSD: Tensor, *, grid: Thw, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Tokens with the positions that the input carries, and the [T, D] positions that the first block is to add, if any.
+
+        Args:
+            dtype: Of the positions, and so of the residual stream, which starts here.
+        """
 
     def forward(
         self,
@@ -94,7 +103,8 @@ class VideoTransformer(nn.Module, ABC):
         """
         grid = self.token_grid(Thw(*x_BCTHW.shape[2:]))
         dtype = self.x_embedder.proj.weight.dtype
-        x, tpe_TD = self.add_positions(self.x_embedder(x_BCTHW.to(dtype), grid=grid), grid=grid)
+        residual_dtype = torch.float32 if _autocast_is_on(x_BCTHW.device) else dtype
+        x, tpe_TD = self.add_positions(self.x_embedder(x_BCTHW.to(dtype), grid=grid), grid=grid, dtype=residual_dtype)
         t_BD = self.t_embedder(timestep_B, dtype=dtype)
         t_B6D = self.t_block(t_BD).unflatten(-1, (6, -1))
         if text_mask_BY is not None:

@@ -148,6 +148,17 @@ def test_bfloat16_runs_under_autocast_and_in_a_bfloat16_model_with_float32_out(m
         assert (out - exact).norm() < 0.1 * exact.norm()
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_the_residual_stream_is_float32_under_autocast_whatever_the_weights(weights):
+    model, c = random_model(TINY, IO).to(weights), case(2, (2, 4, 4), mask=HOLES)
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        run(model, replace(c, x=c.x.float(), text=c.text.float()))
+    assert seen == [torch.float32] * 2
+
+
 def test_sampling_in_inference_mode_leaves_nothing_that_training_trips_over():
     model, c = random_model(TINY, IO), case(1, (2, 4, 4))
     with torch.inference_mode():

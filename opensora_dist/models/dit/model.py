@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from opensora_dist.core.types import Thw
@@ -33,8 +34,8 @@ class DiT(VideoTransformer):
 
     block_class = DiTBlock
 
-    def add_positions(self, x_BTSD: Tensor, *, grid: Thw) -> tuple[Tensor, Tensor | None]:
-        device, dtype = x_BTSD.device, self.x_embedder.proj.weight.dtype
+    def add_positions(self, x_BTSD: Tensor, *, grid: Thw, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        device = x_BTSD.device
         space_SD = self.positions.space(grid.h, grid.w, device=device, dtype=dtype)
         time_TD = self.positions.time(grid.t, device=device, dtype=dtype)
         return x_BTSD + (space_SD + time_TD[:, None]), None
