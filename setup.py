@@ -55,5 +55,5 @@ setup(
     package_data={"opensora_dist": ["py.typed", "recipes/configs/*.yaml"]},
     install_requires=CORE,
     extras_require={**EXTRAS, "all": sorted({r for rs in EXTRAS.values() for r in rs}), "dev": DEV},
-    entry_points={"console_scripts": ["opensora-dist=opensora_dist.cli.main:main"]},
+    entry_points={"console_scripts": ["opensora-dist=opensora_dist.cli.main:run"]},
 )

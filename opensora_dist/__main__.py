@@ -1,7 +1,5 @@
 """``python -m opensora_dist`` is ``opensora-dist``, so that torchrun can start it with ``-m opensora_dist``."""
 
-import sys
+from opensora_dist.cli.main import run
 
-from opensora_dist.cli.main import main
-
-sys.exit(main())
+run()

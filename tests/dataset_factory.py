@@ -27,6 +27,7 @@ SPEC = DatasetSpec(
     latent_mean=(0.5, -1.0, 2.0, 0.0),
     latent_std=(2.0, 0.5, 1.0, 4.0),
     fps=8.0,
+    buckets=((1, 32, 32),),
 )
 
 
@@ -63,6 +64,7 @@ def write_dataset(
     clips = [clip for clip, count in samples.items() for _ in range(count)]
     rng.shuffle(clips)
     written: dict[str, Written] = {}
+    spec = spec.model_copy(update={"buckets": tuple(sorted(samples, key=lambda clip: -samples[clip]))})
     shards = []
     for start in range(0, len(clips), shard_samples):
         name = f"shard-{start // shard_samples:05d}.tar"

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
+
+from opensora_dist.core.errors import ConfigError
+from opensora_dist.core.types import Thw
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
@@ -27,3 +31,68 @@ def config_of(args: argparse.Namespace) -> Path | None:
 def overrides_of(args: argparse.Namespace) -> list[str]:
     """Everything after the file."""
     return list(args.config if config_of(args) is None else args.config[1:])
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the checkpoint and how to draw from it."""
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CKPT", help="a run directory, its checkpoints folder, or one step folder"
+    )
+    parser.add_argument("--clip", metavar="TxHxW", help="frames, height and width in pixels (default: as trained)")
+    parser.add_argument("--sampler", choices=["ddpm", "ddim", "dpm_solver", "flow_euler"], help="default: the objective's")
+    parser.add_argument("--steps", type=int, default=30, help="model evaluations per video (default 30)")
+    parser.add_argument("--cfg-scale", type=float, default=3.0, help="classifier-free guidance; 1 turns it off (default 3)")
+    parser.add_argument("--guided-channels", type=int, help="guide the first N latent channels only (Open-Sora 1.0: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--batch", type=int, default=8, help="videos drawn at once; changes speed only (default 8)")
+    parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged (default) or raw weights")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto")
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``add_sampling_arguments`` parsed, as keywords of the recipes.
+
+    Raises:
+        ConfigError: All arguments that are out of range.
+    """
+    from opensora_dist.train.generate import SamplingOptions
+
+    problems = []
+    for flag in ("steps", "batch"):
+        if getattr(args, flag) < 1:
+            problems.append(f"--{flag}={getattr(args, flag)} must be at least 1")
+    if args.cfg_scale < 1:
+        problems.append(f"--cfg-scale={args.cfg_scale} must be at least 1, which turns guidance off")
+    if args.seed < 0:
+        problems.append(f"--seed={args.seed} must be 0 or more")
+    clip = None
+    if args.clip is not None:
+        try:
+            clip = parse_clip(args.clip)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    options = SamplingOptions(
+        sampler=args.sampler, steps=args.steps, cfg_scale=args.cfg_scale, guided_channels=args.guided_channels
+    )
+    return {
+        "clip": clip,
+        "options": options,
+        "seed": args.seed,
+        "batch": args.batch,
+        "device": args.device,
+        "weights": args.weights,
+    }
+
+
+def parse_clip(text: str) -> Thw:
+    """``16x64x96`` to frames, height, width.
+
+    Raises:
+        ConfigError: It is not three whole numbers of 1 or more.
+    """
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+    if not match or "0" in match.groups():
+        raise ConfigError(f"clip {text!r} is not FRAMESxHEIGHTxWIDTH, each 1 or more; write e.g. 16x64x64")
+    return Thw(*map(int, match.groups()))

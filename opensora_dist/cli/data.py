@@ -1,2 +1,98 @@
-def add_parser(verbs):
-    pass
+"""``opensora-dist data``: making and preparing data sets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from opensora_dist.cli.arguments import add_config_arguments, config_of, overrides_of
+from opensora_dist.config.describe import describe
+from opensora_dist.config.prepare import PrepareConfig
+from opensora_dist.core.errors import ConfigError
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds the verb and its own verbs."""
+    parser = verbs.add_parser(
+        "data", help="make toy clips; prepare videos for training", description="Make and prepare data sets."
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _add_toy(actions)
+    _add_prepare(actions)
+
+
+def _add_toy(actions: Any) -> None:
+    toy = actions.add_parser(
+        "toy",
+        help="write captioned clips of coloured shapes that move",
+        description="Write H.264 clips of coloured shapes moving over textured backgrounds, exact captions, and ground truth in "
+        "metadata.parquet. Clip i depends on the seed and i alone; a call that was cut off goes on where it was.",
+    )
+    toy.add_argument("out", type=Path, metavar="OUT", help="a folder of its own")
+    toy.add_argument("--clips", type=int, default=64, metavar="N", help="number of clips (default 64)")
+    toy.add_argument("--seed", type=int, default=0, metavar="S", help="chooses the clips (default 0)")
+    toy.add_argument("--sizes", nargs="+", metavar="HxW", help="frame sizes to draw from")
+    toy.add_argument("--lengths", nargs="+", type=int, metavar="T", help="numbers of frames to draw from")
+    toy.add_argument("--moves", nargs="+", type=int, metavar="M", help="movements per clip to draw from")
+    toy.add_argument("--texture", type=float, metavar="X", help="contrast of the background, 0 to 1")
+    toy.set_defaults(run=_run_toy)
+
+
+def _add_prepare(actions: Any) -> None:
+    prepare = actions.add_parser(
+        "prepare",
+        help="turn captioned videos into shards of latents",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Decode, sample, crop and encode a folder of captioned videos into WebDataset shards of latents and text vectors, with one\n"
+            "Parquet index. Run the same command again after an interruption: it goes on behind the last whole shard.\n\n"
+            "  opensora-dist data prepare input.path=videos output.path=shards clip.buckets='[[16, 256, 256]]'"
+        ),
+        epilog="Config keys, with their defaults:\n\n" + describe(PrepareConfig).replace("%", "%%"),
+    )
+    add_config_arguments(prepare)
+    prepare.add_argument("--json", action="store_true", help="print the report as JSON")
+    prepare.set_defaults(run=_run_prepare)
+
+
+def _run_toy(args: argparse.Namespace) -> int:
+    from opensora_dist.observe.progress import Bar
+    from opensora_dist.prepare.toy.generate import generate
+    from opensora_dist.prepare.toy.render import ToyOptions
+
+    asked: dict[str, Any] = {}
+    if args.sizes:
+        asked["sizes"] = tuple(_size(text) for text in args.sizes)
+    for name in ("lengths", "moves"):
+        if getattr(args, name):
+            asked[name] = tuple(getattr(args, name))
+    if args.texture is not None:
+        asked["texture"] = args.texture
+    with Bar("toy clips", total=args.clips) as bar:
+        report = generate(
+            args.out, clips=args.clips, seed=args.seed, options=ToyOptions(**asked), on_progress=lambda done, _: bar.update(done)
+        )
+    print(f"{report.rendered} clips written, {report.kept} kept: {report.metadata}")
+    return 0
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise ConfigError(f"--sizes {text!r} is not HEIGHTxWIDTH; write e.g. 64x96")
+    return int(match[1]), int(match[2])
+
+
+def _run_prepare(args: argparse.Namespace) -> int:
+    from opensora_dist.recipes.prepare import prepare_dataset
+
+    report = prepare_dataset(config_of(args), overrides=overrides_of(args))
+    if args.json:
+        print(json.dumps(asdict(report)))
+        return 0
+    print(report.text())
+    return 0

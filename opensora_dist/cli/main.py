@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from opensora_dist import __version__
 from opensora_dist.core.errors import ConfigError, OpensoraError
@@ -16,6 +19,19 @@ from opensora_dist.core.logging import setup_logging
 
 # Verb to the module that adds and runs it. A verb's own imports happen when it runs, so that --help is quick.
 _VERBS = ("demo", "data", "train", "sample", "evaluate", "report")
+
+
+def run() -> NoReturn:
+    """The process's entry point: runs a verb and exits with its code."""
+    code = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "torch" in sys.modules:
+        # gloo's threads (torch 2.13) may drop their last tensor while the interpreter shuts down, which aborts the process after its
+        # work is done, even with the process group destroyed. Everything is flushed, so nothing is lost by not shutting down.
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from opensora_dist.cli.arguments import add_config_arguments, config_of, overrid
 from opensora_dist.config.describe import describe
 from opensora_dist.config.train import TrainConfig
 
+
 def add_parser(verbs: Any) -> None:
     """Adds the verb."""
     parser = verbs.add_parser(

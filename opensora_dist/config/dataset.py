@@ -24,3 +24,6 @@ class DatasetSpec(Section):
     latent_mean: tuple[float, ...] = Field(description="Per channel; the model sees (latent - mean) / std.")
     latent_std: tuple[float, ...] = Field(description="Per channel; all positive.")
     fps: float = Field(gt=0, description="Frames per second of the clips.")
+    buckets: tuple[tuple[int, int, int], ...] = Field(
+        min_length=1, description="Clip shapes [frames, height, width] that have samples, the one with most first."
+    )

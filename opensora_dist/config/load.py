@@ -45,7 +45,9 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )
 
@@ -59,7 +61,9 @@ def parse_yaml(text: str, *, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}; check indentation and quotes", source=source) from error
+        raise ConfigError(
+            f"not valid YAML: {' '.join(str(error).split())}; check indentation and quotes", source=source
+        ) from error
 
 
 def dump_yaml(config: Section) -> str:
@@ -226,9 +230,13 @@ def _explain(schema: type[Section], path: list[str], detail: ErrorDetails) -> st
         return f"{name}={value!r}: must be one of {expected}{nearest(str(value), re.findall(r'[a-z0-9_]+', expected))}"
     if kind == "union_tag_invalid":
         tags_text = context["expected_tags"]
-        return f"{name}={context['tag']!r}: must be one of {tags_text}{nearest(context['tag'], re.findall(r'[a-z_]+', tags_text))}"
+        return (
+            f"{name}={context['tag']!r}: must be one of {tags_text}{nearest(context['tag'], re.findall(r'[a-z_]+', tags_text))}"
+        )
     if kind == "missing" and path and isinstance(detail["loc"][-1], int):
-        return f"{name}: entry {detail['loc'][-1] + 1} is missing from {value!r}; write all of them, e.g. as the default in `--help`"
+        return (
+            f"{name}: entry {detail['loc'][-1] + 1} is missing from {value!r}; write all of them, e.g. as the default in `--help`"
+        )
     if kind == "union_tag_not_found":
         return f"{name}: say which kind by its `name`"
     hint = {

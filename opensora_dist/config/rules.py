@@ -17,7 +17,9 @@ def prepare_problems(config: PrepareConfig) -> list[Problem]:
         if value is None:
             problems.append(Problem(fields=(name,), message=f"{name} is not set; add it, or pass {name}={example}"))
     if config.input.path is not None and not expand(config.input.path).is_dir():
-        problems.append(Problem(fields=("input.path",), message=f"input.path={config.input.path!r} is not a folder; point it at your videos"))
+        problems.append(
+            Problem(fields=("input.path",), message=f"input.path={config.input.path!r} is not a folder; point it at your videos")
+        )
     for bucket in config.clip.buckets:
         if min(bucket) < 1:
             message = f"clip.buckets holds {list(bucket)}; frames, height and width must each be 1 or more"
@@ -45,7 +47,9 @@ def _model_problems(model: ModelConfig) -> list[Problem]:
         message = f"model.heads={heads} must divide model.width={width}; use one of {fits}"
         problems.append(Problem(fields=("model.heads", "model.width", "model.size"), message=message))
     if width % 4:
-        message = f"model.width={width} must be a multiple of 4 (sin-cos positions take quarters of it); use {width - width % 4 or 4}"
+        message = (
+            f"model.width={width} must be a multiple of 4 (sin-cos positions take quarters of it); use {width - width % 4 or 4}"
+        )
         problems.append(Problem(fields=("model.width",), message=message))
     if min(model.patch) < 1:
         message = f"model.patch={list(model.patch)}: each side must be 1 or more; use [1, 2, 2]"
@@ -95,7 +99,9 @@ def _batch_problems(config: TrainConfig, *, world: int) -> list[Problem]:
 def _optim_problems(config: TrainConfig) -> list[Problem]:
     problems = []
     if config.optim.warmup_steps > config.run.steps:
-        message = f"optim.warmup_steps={config.optim.warmup_steps} exceeds run.steps={config.run.steps}; use at most {config.run.steps}"
+        message = (
+            f"optim.warmup_steps={config.optim.warmup_steps} exceeds run.steps={config.run.steps}; use at most {config.run.steps}"
+        )
         problems.append(Problem(fields=("optim.warmup_steps", "run.steps"), message=message))
     if not all(0 <= b < 1 for b in config.optim.betas):
         message = f"optim.betas={list(config.optim.betas)}: each must be in [0, 1); use [0.9, 0.999]"

@@ -17,7 +17,9 @@ class RunConfig(Section):
     steps: int = Field(1000, ge=1, description="Optimizer steps.")
     seed: int = Field(0, ge=0, description="The one seed; every random draw is keyed by it, a purpose, a sample and a step.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is a GPU.")
-    dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="Compute precision; weights stay float32 (float64).")
+    dtype: Literal["float32", "bfloat16", "float64"] = Field(
+        "float32", description="Compute precision; weights stay float32 (float64)."
+    )
     log_every: int = Field(10, ge=1, description="Steps between progress lines and metric flushes.")
 
 
@@ -40,7 +42,9 @@ SIZES = {
 class ImportConfig(Section):
     """Foreign weights to start from."""
 
-    format: Literal["open_sora", "pixart"] = Field("open_sora", description="Open-Sora 1.0 STDiT, or the PixArt-alpha image model.")
+    format: Literal["open_sora", "pixart"] = Field(
+        "open_sora", description="Open-Sora 1.0 STDiT, or the PixArt-alpha image model."
+    )
     path: str = Field(min_length=1, description="A .safetensors file, or a .pth read with weights_only.")
 
 
@@ -54,7 +58,9 @@ class ModelConfig(Section):
     heads: int | None = Field(None, ge=1, description="Attention heads.")
     patch: tuple[int, int, int] = Field((1, 2, 2), description="Latent [frames, height, width] per token.")
     mlp_ratio: float = Field(4.0, gt=0, description="Hidden width of the MLP over the model's width.")
-    space_scale: float = Field(1.0, gt=0, description="Spatial positions are index / space_scale (0.5: 256 px from a 512 px image model).")
+    space_scale: float = Field(
+        1.0, gt=0, description="Spatial positions are index / space_scale (0.5: 256 px from a 512 px image model)."
+    )
     time_scale: float = Field(1.0, gt=0, description="Temporal positions are index / time_scale.")
     init_from: ImportConfig | None = Field(None, description="Foreign weights to start from.")
 
@@ -70,7 +76,9 @@ class IddpmConfig(Section):
 
     name: Literal["iddpm"] = "iddpm"
     timesteps: int = Field(1000, ge=2, description="Diffusion steps of the linear schedule.")
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="Probability that a sample's caption is replaced by the null caption.")
+    caption_dropout: float = Field(
+        0.1, ge=0, le=1, description="Probability that a sample's caption is replaced by the null caption."
+    )
 
 
 class RectifiedFlowConfig(Section):
@@ -83,7 +91,9 @@ class RectifiedFlowConfig(Section):
         "none", description="Noise shift: none; constant (shift_value); resolution_frames (Open-Sora 1.2); token_line (2.0)."
     )
     shift_value: float = Field(1.0, gt=0, description="The ratio r of shift=constant: sigma' = r sigma / (1 + (r-1) sigma).")
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="Probability that a sample's caption is replaced by the null caption.")
+    caption_dropout: float = Field(
+        0.1, ge=0, le=1, description="Probability that a sample's caption is replaced by the null caption."
+    )
 
 
 ObjectiveConfig = Annotated[IddpmConfig | RectifiedFlowConfig, Field(discriminator="name")]
@@ -109,7 +119,9 @@ class ZeroConfig(Section):
 class ParallelConfig(Section):
     """How ranks share the work."""
 
-    nproc: int | None = Field(None, ge=1, description="Ranks on this machine when torchrun has not set them; default: one per GPU, or 1.")
+    nproc: int | None = Field(
+        None, ge=1, description="Ranks on this machine when torchrun has not set them; default: one per GPU, or 1."
+    )
     dp_replicate: int = Field(1, ge=1, description="Groups of ranks that hold copies of each other's shards (HSDP).")
     grad_accum: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
     zero: ZeroConfig = ZeroConfig()
@@ -127,7 +139,9 @@ class OptimConfig(Section):
     schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="Learning rate after warm-up.")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Last learning rate over lr, for cosine and linear.")
     clip_norm: float = Field(1.0, gt=0, description="Global gradient norm above which gradients are scaled down.")
-    ema_decay: float = Field(0.9999, ge=0, lt=1, description="Decay of the fp32 moving average; early steps use (1+n)/(10+n) where that is less.")
+    ema_decay: float = Field(
+        0.9999, ge=0, lt=1, description="Decay of the fp32 moving average; early steps use (1+n)/(10+n) where that is less."
+    )
 
 
 class CheckpointConfig(Section):
@@ -135,7 +149,9 @@ class CheckpointConfig(Section):
 
     every_steps: int = Field(500, ge=1, description="Steps between checkpoints; the last step always writes one.")
     keep_last: int = Field(3, ge=1, description="Checkpoints kept; the only verified one is never pruned.")
-    resume: Literal["auto", "never"] = Field("auto", description="auto continues from the newest checkpoint that verifies; never refuses a used run directory.")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto continues from the newest checkpoint that verifies; never refuses a used run directory."
+    )
 
 
 class ValidationConfig(Section):
@@ -143,8 +159,12 @@ class ValidationConfig(Section):
 
     every_steps: int = Field(0, ge=0, description="Steps between validation videos; 0 draws none.")
     prompts: tuple[str, ...] = Field((), description="Captions to draw.")
-    clip: tuple[int, int, int] | None = Field(None, description="[frames, height, width] in pixels; default: the data set's largest bucket.")
-    sampler: Literal["ddpm", "ddim", "dpm_solver", "flow_euler"] | None = Field(None, description="Default: flow_euler for rectified_flow, dpm_solver for iddpm.")
+    clip: tuple[int, int, int] | None = Field(
+        None, description="[frames, height, width] in pixels; default: the data set's largest bucket."
+    )
+    sampler: Literal["ddpm", "ddim", "dpm_solver", "flow_euler"] | None = Field(
+        None, description="Default: flow_euler for rectified_flow, dpm_solver for iddpm."
+    )
     sampling_steps: int = Field(20, ge=1, description="Model evaluations per video (twice that with guidance).")
     cfg_scale: float = Field(3.0, ge=1, description="Classifier-free guidance; 1 turns it off.")
 

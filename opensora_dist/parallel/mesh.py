@@ -87,7 +87,8 @@ def process_group(device: torch.device, *, timeout_s: float) -> Iterator[None]:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
     if launched_world() is None:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.HashStore()  # type: ignore[attr-defined]  # not in torch's __all__
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
     try:
@@ -107,6 +108,4 @@ def build_mesh(device: torch.device, *, dp_replicate: int, timeout_s: float) -> 
     shape = (dp_replicate, world // dp_replicate)
     device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=tuple(str(a) for a in AxisName))
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-    return Mesh(
-        device_mesh=device_mesh, device=device, rank=rank, world=world, data_rank=rank, data_size=world, control=control
-    )  # fmt: skip
+    return Mesh(device_mesh=device_mesh, device=device, rank=rank, world=world, data_rank=rank, data_size=world, control=control)

@@ -39,7 +39,9 @@ def run_ranks(args: Sequence[str], *, nproc: int, log_dir: Path) -> int:
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     # The parent hosts the rendezvous store on a port the system picks, as torchrun's agent does: no port to guess, no race for it.
-    store = dist.TCPStore("127.0.0.1", 0, nproc, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # not in torch's __all__
+        "127.0.0.1", 0, nproc, is_master=True, wait_for_workers=False
+    )
     threads = max(1, (os.cpu_count() or 1) // nproc)
     ranks: list[subprocess.Popen[bytes]] = []
 

@@ -47,6 +47,8 @@ def initialiser(keys: Keys, init_from: ImportConfig | None) -> Callable[[nn.Modu
         if init_from is not None:
             tensors, report = _READERS[init_from.format](expand(init_from.path), model)
             assign_weights(model, tensors)
-            _log.info("weights from %s: %s", init_from.path, report)
+            _log.info("weights from %s: %d tensors, ignored %s", init_from.path, len(tensors), list(report.ignored) or "none")
+            for warning in report.warnings:
+                _log.warning("%s: %s", init_from.path, warning)
 
     return init

@@ -152,7 +152,9 @@ def _train_rank(config: TrainConfig, mesh: Mesh) -> None:
         for name, fields in start.events:
             logbook.event(name, **fields)
         num_parameters = sum(p.numel() for p in backend.params.values())
-        logbook.event("start", step=state.step, mesh=str(mesh), parameters=num_parameters, samples=len(index), dropped=order.dropped)
+        logbook.event(
+            "start", step=state.step, mesh=str(mesh), parameters=num_parameters, samples=len(index), dropped=order.dropped
+        )
         for reason, count in order.dropped.items():
             _log.info("data.global_batch=%d leaves out %d samples per epoch (%s)", config.data.global_batch, count, reason)
         _log.info("%s with %s parameters on %s", config.model.name, f"{num_parameters:,}", mesh)
@@ -192,7 +194,9 @@ def _train_rank(config: TrainConfig, mesh: Mesh) -> None:
             )
             state = trainer.run()
         else:
-            _log.warning("nothing to do: step %d of run.steps=%d is reached; raise run.steps to go on", state.step, config.run.steps)
+            _log.warning(
+                "nothing to do: step %d of run.steps=%d is reached; raise run.steps to go on", state.step, config.run.steps
+            )
         if validator is not None:
             validator.close()
         logbook.event("end", step=state.step, samples=state.samples, validation_failures=validator.failures if validator else 0)
@@ -216,9 +220,7 @@ class _Start:
     events: tuple[tuple[str, dict[str, object]], ...]
 
 
-def _start_state(
-    config: TrainConfig, saver: Saver, *, backend: NativeBackend, ema: Ema, dataset_hash: str
-) -> _Start:
+def _start_state(config: TrainConfig, saver: Saver, *, backend: NativeBackend, ema: Ema, dataset_hash: str) -> _Start:
     """A fresh state, or the newest checkpoint's. Collective."""
     found = saver.find()
     if config.checkpoint.resume == "never" and (found.path or found.rejected):
@@ -278,9 +280,7 @@ def _build_validator(
         spec=spec,
         codec=codec,
         objective=objective,
-        options=SamplingOptions(
-            sampler=validation.sampler, steps=validation.sampling_steps, cfg_scale=validation.cfg_scale
-        ),  # fmt: skip
+        options=SamplingOptions(sampler=validation.sampler, steps=validation.sampling_steps, cfg_scale=validation.cfg_scale),
         keys=keys,
         mesh=mesh,
     )

@@ -78,7 +78,9 @@ def generate_latents(
 
     def model_fn(x_BCTHW: Tensor, timestep_B: Tensor, drop_caption_B: Tensor) -> Tensor:
         copies = len(x_BCTHW) // len(text_BYE)
-        output = model(x_BCTHW, timestep_B, text_BYE.repeat(copies, 1, 1), mask_BY.repeat(copies, 1), drop_caption_B=drop_caption_B)
+        output = model(
+            x_BCTHW, timestep_B, text_BYE.repeat(copies, 1, 1), mask_BY.repeat(copies, 1), drop_caption_B=drop_caption_B
+        )
         assert isinstance(output, Tensor)
         return output
 
@@ -100,4 +102,4 @@ def to_frames(latents_BCTHW: Tensor, *, spec: DatasetSpec, codec: VideoCodec) ->
     """Normalised latents to one uint8 [frames, height, width, 3] per video."""
     std, mean = (torch.tensor(v, device=latents_BCTHW.device).view(1, -1, 1, 1, 1) for v in (spec.latent_std, spec.latent_mean))
     # One video at a time: decoding many at once is what runs out of memory first.
-    return [np.asarray(codec.decode((one[None].float() * std + mean))[0].cpu()) for one in latents_BCTHW]
+    return [np.asarray(codec.decode(one[None].float() * std + mean)[0].cpu()) for one in latents_BCTHW]

@@ -98,7 +98,7 @@ class Trainer:
         lr = learning_rate(data.step, self.config.optim, steps=self.config.run.steps)
         result = train_step(
             self.backend, data, objective=self.objective, keys=self.keys, lr=lr, clip_norm=self.config.optim.clip_norm
-        )  # fmt: skip
+        )
         self.ema.update(step=data.step)
         first = data.micros[0]
         cost = self.cost(Thw(*first.latents_BCTHW.shape[2:]), first.text_BYE.shape[1])

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -84,7 +85,7 @@ class NativeBackend:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of this rank's share of the global weighted sum."""
-        loss.backward()
+        torch.autograd.backward(loss)
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
@@ -151,19 +152,19 @@ def _replicate(model: nn.Module, *, mesh: Mesh) -> DistributedDataParallel:
     device_ids = [mesh.device.index] if mesh.device.type == "cuda" else None
     ddp = DistributedDataParallel(
         model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False
-    )  # fmt: skip
+    )
     ddp.register_comm_hook(dist.group.WORLD, _sum_gradients)
     return ddp
 
 
-def _sum_gradients(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_gradients(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     work = dist.all_reduce(bucket.buffer(), op=dist.ReduceOp.SUM, group=group, async_op=True)
     assert work is not None
     return work.get_future().then(lambda future: future.value()[0])  # type: ignore[no-any-return]
 
 
 # DDP compares a hook's annotations with classes, and this file's are strings.
-_sum_gradients.__annotations__.update(bucket=dist.GradBucket, **{"return": torch.futures.Future[Tensor]})
+_sum_gradients.__annotations__.update(bucket=GradBucket, **{"return": torch.futures.Future[Tensor]})
 
 
 def _adamw(params: dict[str, Tensor], config: OptimConfig) -> torch.optim.AdamW:
@@ -171,7 +172,9 @@ def _adamw(params: dict[str, Tensor], config: OptimConfig) -> torch.optim.AdamW:
     matrices = [p for p in params.values() if p.ndim >= 2]
     others = [p for p in params.values() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+    )
     for param in params.values():
         optimizer.state[param] = {
             "step": torch.zeros((), dtype=torch.float32, device=param.device),

@@ -1,0 +1,157 @@
+"""Configs: one parent, overrides, and every problem at once with its way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from opensora_dist.config.describe import describe
+from opensora_dist.config.load import dump_yaml, load_config, parse_yaml
+from opensora_dist.config.prepare import PrepareConfig
+from opensora_dist.config.rules import prepare_problems, train_problems
+from opensora_dist.config.train import IddpmConfig, RectifiedFlowConfig, TrainConfig
+from opensora_dist.core.errors import ConfigError
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def problems_of(*overrides: str, path: Path | None = None, world: int = 1) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, path, overrides=overrides, rules=lambda c: train_problems(c, world=world))
+    return caught.value.problems
+
+
+def test_five_mistakes_are_reported_at_once_each_with_its_way_out(tmp_path):
+    path = write(
+        tmp_path / "wrong.yaml",
+        "run: {steps: -5, nmae: x}\nmodel: {width: 100, heads: 7}\ndata: {path: nowhere, global_batch: 7}\noptim: {lr: fast}\n",
+    )
+    problems = problems_of("parallel.grad_accum=2", path=path)
+    assert len(problems) == 6
+    for field, way_out in {
+        "run.steps=-5": "use 1 or more",
+        "run.nmae='x'": "did you mean 'name'?",
+        "optim.lr='fast'": "write a number",
+        "model.heads=7": "use one of [1, 2, 4, 5, 10]",
+        "data.path='nowhere'": "opensora-dist data prepare",
+        "data.global_batch=7": "use 8 or 6",
+    }.items():
+        assert any(p.startswith(field) and way_out in p for p in problems), (field, problems)
+
+
+def test_rules_on_a_wrong_field_wait_until_the_field_is_right():
+    problems = problems_of("data.global_batch=many", "data.path=.", "parallel.grad_accum=3")
+    assert len(problems) == 1
+    assert problems[0].startswith("data.global_batch='many'")
+    assert problems[0].endswith("write a whole number")
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("objective.name=rectifed_flow", "did you mean 'rectified_flow'?"),
+        ("objective.name=ddpm", "must be one of 'iddpm', 'rectified_flow'"),
+        ("model.size=M", "must be one of 'S', 'B', 'L' or 'XL'"),
+        ("parallel.zero.stage=1", "must be one of 0, 2 or 3"),
+        ("validation.clip=[16, 32]", "entry 3 is missing"),
+        ("modle.size=S", "did you mean 'model'?"),
+        ("objective.timesteps=10", "unknown key"),
+        ("run.steps", "not of the form section.key=value"),
+        ("run.steps=[", "not valid YAML"),
+        ("optim.lr=.nan", "finite"),
+        ("optim=3", "write a mapping"),
+    ],
+)
+def test_a_wrong_override_is_named_with_its_remedy(override, said):
+    problems = problems_of("data.path=.", "objective.name=rectified_flow", override)
+    assert len(problems) == 1
+    assert said in problems[0], problems
+
+
+@pytest.mark.parametrize(
+    "overrides, world, field",
+    [
+        (["parallel.dp_replicate=3", "parallel.zero.stage=2", "data.global_batch=16"], 4, "parallel.dp_replicate=3"),
+        (["parallel.dp_replicate=2"], 2, "parallel.dp_replicate=2"),
+        (["optim.warmup_steps=9", "run.steps=5"], 1, "optim.warmup_steps=9"),
+        (["optim.betas=[0.9, 1.0]"], 1, "optim.betas"),
+        (["validation.every_steps=5"], 1, "validation.every_steps=5"),
+        (["model.patch=[1, 0, 2]"], 1, "model.patch"),
+        (["model.width=90", "model.heads=9"], 1, "model.width=90"),
+        (["model.init_from={path: nowhere.pth}"], 1, "model.init_from.path"),
+        (["data.global_batch=6"], 4, "data.global_batch=6"),
+    ],
+)
+def test_each_cross_field_rule_is_kept(overrides, world, field):
+    problems = problems_of("data.path=.", *overrides, world=world)
+    assert len(problems) == 1
+    assert problems[0].startswith(field), problems
+
+
+def test_a_missing_data_path_says_how_to_make_one():
+    (problem,) = problems_of()
+    assert problem.startswith("data.path is not set")
+    assert "opensora-dist data prepare" in problem
+
+
+def test_extends_merges_one_parent_and_overrides_win(tmp_path):
+    write(tmp_path / "base.yaml", "run: {steps: 7, seed: 3}\nobjective: {name: iddpm, timesteps: 50}\n")
+    child = write(tmp_path / "child.yaml", "extends: base.yaml\nrun: {seed: 4}\n")
+    config = load_config(TrainConfig, child, overrides=["run.steps=9", "optim.lr=3e-4"])
+    assert (config.run.steps, config.run.seed, config.optim.lr) == (9, 4, 3e-4)
+    assert config.objective == IddpmConfig(timesteps=50)
+
+
+def test_choosing_another_objective_drops_the_keys_of_the_old_one(tmp_path):
+    write(tmp_path / "base.yaml", "objective: {name: iddpm, timesteps: 50}\n")
+    child = write(tmp_path / "child.yaml", "extends: base.yaml\nobjective: {name: rectified_flow}\n")
+    assert load_config(TrainConfig, child).objective == RectifiedFlowConfig()
+
+
+def test_a_circle_of_parents_and_a_missing_file_are_refused(tmp_path):
+    write(tmp_path / "a.yaml", "extends: b.yaml\n")
+    write(tmp_path / "b.yaml", "extends: a.yaml\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_config(TrainConfig, tmp_path / "a.yaml")
+    with pytest.raises(ConfigError, match=r"does not exist; recipes to start from are in configs/"):
+        load_config(TrainConfig, tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="a config is a mapping"):
+        load_config(TrainConfig, write(tmp_path / "list.yaml", "- 1\n"))
+
+
+def test_words_that_yaml_1_1_takes_for_booleans_stay_words_and_exponents_are_numbers():
+    assert parse_yaml("{a: off, b: no, c: 1e-4, d: true, e: 5}", source="") == {"a": "off", "b": "no", "c": 1e-4, "d": True, "e": 5}
+    assert load_config(TrainConfig, None, overrides=["track.wandb.mode=off"]).track.wandb.mode == "off"
+
+
+def test_a_dumped_config_loads_to_the_same(tmp_path):
+    config = load_config(
+        TrainConfig, None, overrides=["objective.name=iddpm", "model.init_from={path: x.pth}", "validation.prompts=['off', 'a: b']"]
+    )
+    assert load_config(TrainConfig, write(tmp_path / "c.yaml", dump_yaml(config))) == config
+
+
+def test_help_names_every_key_with_its_default():
+    text = describe(TrainConfig)
+    for section, field in TrainConfig.model_fields.items():
+        assert f"{section}:" in text
+        for key in getattr(field.annotation, "model_fields", {}):
+            assert f"  {key}:" in text
+    assert "lr: 0.0001" in text
+
+
+def test_prepare_rules_name_missing_folders_and_doubled_buckets(tmp_path):
+    def problems(*overrides):
+        with pytest.raises(ConfigError) as caught:
+            load_config(PrepareConfig, None, overrides=overrides, rules=prepare_problems)
+        return caught.value.problems
+
+    assert [p.split()[0] for p in problems()] == ["input.path", "output.path"]
+    (gone,) = problems(f"input.path={tmp_path}/none", "output.path=x")
+    assert "is not a folder" in gone
+    (twice,) = problems(f"input.path={tmp_path}", "output.path=x", "clip.buckets=[[1, 8, 8], [1, 8, 8]]")
+    assert "twice" in twice
