@@ -15,6 +15,9 @@ from opensora_dist.config.prepare import PrepareConfig
 from opensora_dist.core.errors import ConfigError
 
 
+_DROPS_SHOWN = 20
+
+
 def add_parser(verbs: Any) -> None:
     """Adds the verb and its own verbs."""
     parser = verbs.add_parser(
@@ -94,5 +97,13 @@ def _run_prepare(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(asdict(report)))
         return 0
-    print(report.text())
+    print(f"{report.samples} samples in {report.shards} shards, {report.clips_per_s:.1f} clips/s")
+    for bucket, count in report.buckets.items():
+        print(f"  {bucket}: {count}")
+    if report.cut_captions:
+        print(f"{report.cut_captions} captions were longer than text.max_tokens and have been cut")
+    for drop in report.dropped[:_DROPS_SHOWN]:
+        print(f"dropped {drop.source}: {drop.reason}")
+    if len(report.dropped) > _DROPS_SHOWN:
+        print(f"... and {len(report.dropped) - _DROPS_SHOWN} more, all in report.json beside the shards")
     return 0

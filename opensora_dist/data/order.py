@@ -20,6 +20,7 @@ from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index
 from opensora_dist.parallel.keys import Keys
 
+
 @dataclass(frozen=True, kw_only=True)
 class GlobalBatch:
     """The samples of one optimizer step, all of one shape.

@@ -211,5 +211,7 @@ def sample_latents(
     for level, time in zip(plan.levels, plan.scheduler.timesteps, strict=True):
         level_B = torch.full((batch,), level, dtype=torch.float64, device=x.device)
         output = guide(model_fn, x, objective.timestep(level_B), cfg_scale=cfg_scale, guided_channels=guided_channels)
-        x = plan.scheduler.step(plan.to_scheduler(output.to(x.dtype)), time, x, generator=list(generators or ()) or None, return_dict=False)[0]
+        x = plan.scheduler.step(
+            plan.to_scheduler(output.to(x.dtype)), time, x, generator=list(generators or ()) or None, return_dict=False
+        )[0]
     return x

@@ -66,7 +66,7 @@ def train(path: Path | None, *, overrides: Sequence[str] = ()) -> int:
     with process_group(device, timeout_s=config.parallel.timeout_s):
         mesh = build_mesh(device, dp_replicate=config.parallel.dp_replicate, timeout_s=config.parallel.timeout_s)
         setup_logging(rank=mesh.rank, world=mesh.world)
-        _train_rank(config, mesh)
+        train_rank(config, mesh)
     return 0
 
 
@@ -125,7 +125,13 @@ def _dataset_problems(config: TrainConfig) -> list[Problem]:
     return problems
 
 
-def _train_rank(config: TrainConfig, mesh: Mesh) -> None:
+def train_rank(config: TrainConfig, mesh: Mesh) -> None:
+    """One rank's whole run: build or resume, train, report. Collective.
+
+    Raises:
+        CheckpointError: There is nothing to resume from that verifies, or the last save failed.
+        DataError: The data set can't be read.
+    """
     run_dir = expand(config.run.dir)
     keys = Keys(config.run.seed)
     dtype = torch.float64 if config.run.dtype == "float64" else torch.float32

@@ -124,13 +124,21 @@ def test_a_circle_of_parents_and_a_missing_file_are_refused(tmp_path):
 
 
 def test_words_that_yaml_1_1_takes_for_booleans_stay_words_and_exponents_are_numbers():
-    assert parse_yaml("{a: off, b: no, c: 1e-4, d: true, e: 5}", source="") == {"a": "off", "b": "no", "c": 1e-4, "d": True, "e": 5}
+    assert parse_yaml("{a: off, b: no, c: 1e-4, d: true, e: 5}", source="") == {
+        "a": "off",
+        "b": "no",
+        "c": 1e-4,
+        "d": True,
+        "e": 5,
+    }
     assert load_config(TrainConfig, None, overrides=["track.wandb.mode=off"]).track.wandb.mode == "off"
 
 
 def test_a_dumped_config_loads_to_the_same(tmp_path):
     config = load_config(
-        TrainConfig, None, overrides=["objective.name=iddpm", "model.init_from={path: x.pth}", "validation.prompts=['off', 'a: b']"]
+        TrainConfig,
+        None,
+        overrides=["objective.name=iddpm", "model.init_from={path: x.pth}", "validation.prompts=['off', 'a: b']"],
     )
     assert load_config(TrainConfig, write(tmp_path / "c.yaml", dump_yaml(config))) == config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -150,9 +151,12 @@ def _shard(model: nn.Module, *, mesh: Mesh, units: list[nn.Module], stage: int, 
 def _replicate(model: nn.Module, *, mesh: Mesh) -> DistributedDataParallel:
     """DDP with a summing hook in place of its averaging one."""
     device_ids = [mesh.device.index] if mesh.device.type == "cuda" else None
-    ddp = DistributedDataParallel(
-        model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False
-    )
+    with warnings.catch_warnings():
+        # torch 2.13 renames `broadcast_buffers`; the old name is the one that every supported release knows.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        ddp = DistributedDataParallel(
+            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False
+        )
     ddp.register_comm_hook(dist.group.WORLD, _sum_gradients)
     return ddp
 
