@@ -79,8 +79,8 @@ def _read_text_files(folder: Path) -> dict[str, str | None]:
             if path.suffix.lower() not in VIDEO_SUFFIXES or file.startswith("."):
                 continue
             name = path.relative_to(folder).as_posix()
-            if not name.isprintable():  # control characters, or bytes that are no UTF-8
-                raise DataError(f"{str(path)!a}: the name can't be written to an index; rename the file")
+            if not _is_utf8(name):
+                raise DataError(f"{ascii(str(path))}: the name is not UTF-8, so no index can hold it; rename the file")
             captions[name] = _read_caption(path.with_suffix(".txt"))
     return captions
 
