@@ -1,6 +1,6 @@
 """Reading samples: one positioned read per array, into memory that is used again, each checked by its hash.
 
-Why so plain: facts measured on this format put it at 0.87 of a raw read, random or not, against 0.1 for tar libraries.
+Why so plain: a tar library reads in small blocks, copies and parses per sample; the index already says where every array lies.
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ class Bar:
         self._console = console or Console(stderr=True)
         self._live = self._console.is_terminal
         self._last_line_s = -float("inf")
+        self._printed: int | None = None  # the count in the last plain line
         self._started_s = 0.0
         self._loggers: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._task = TaskID(0)
@@ -104,7 +105,7 @@ class Bar:
             for handler, stream in self._loggers:
                 handler.setStream(stream)
             self._loggers.clear()
-        elif self._enabled and kind is None:
+        elif self._enabled and kind is None and self._done != self._printed:
             self._print()
 
     def advance(self, count: int = 1, *, note: str = "") -> None:
@@ -129,6 +130,7 @@ class Bar:
 
     def _print(self, note: str = "") -> None:
         self._last_line_s = time.monotonic()
+        self._printed = self._done
         count = f"{self._done}/{self._total}" if self._total is not None else str(self._done)
         tail = note or f"{format_seconds(time.monotonic() - self._started_s)} elapsed"
         print(f"{self._description} {count}  {tail}", file=self._console.file, flush=True)
