@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -26,8 +26,10 @@ class Drop:
 
 def decode_in_order(
     sources: Sequence[Source], *, fps: float, buckets: Sequence[Thw], workers: int
-) -> Iterator[tuple[Source, Frames | Drop]]:
+) -> Generator[tuple[Source, Frames | Drop], None, None]:
     """Each source with its clip, or with the reason why it has none. The order is that of ``sources``, whatever ``workers`` is.
+
+    Close it where you stop early: that ends the processes.
 
     Args:
         workers: Above 1, that many processes decode ahead, two videos each.

@@ -14,7 +14,7 @@ import importlib.util
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -153,7 +153,7 @@ class _Run:
     def work(self, sources: Sequence[Source], *, on_progress: Callable[[PrepareProgress], None] | None) -> None:
         """Takes every source that isn't done yet into a shard or into the list of drops."""
         todo = [s for s in sources if s.name not in self._kept and s.name not in self._drops]
-        clips = decode_in_order(todo, fps=self._config.clip.fps, buckets=list(self._buckets), workers=self._config.workers)
+        decoding = decode_in_order(todo, fps=self._config.clip.fps, buckets=list(self._buckets), workers=self._config.workers)
 
         def tell() -> None:
             if on_progress is not None:
@@ -162,16 +162,17 @@ class _Run:
                 on_progress(PrepareProgress(done=self.num_seen + waiting, total=len(sources), **counts))
 
         tell()
-        for source, clip in clips:
-            if isinstance(clip, Drop):
-                self._drops[clip.source] = clip
-                self._undecodable.append(clip)
-            else:
-                bucket = self._buckets[Thw(*clip.shape[:3])]
-                bucket.waiting.append((source, clip))
-                if len(bucket.waiting) == self._batch_clips(bucket):
-                    self._encode(bucket)
-            tell()
+        with closing(decoding) as clips:
+            for source, clip in clips:
+                if isinstance(clip, Drop):
+                    self._drops[clip.source] = clip
+                    self._undecodable.append(clip)
+                else:
+                    bucket = self._buckets[Thw(*clip.shape[:3])]
+                    bucket.waiting.append((source, clip))
+                    if len(bucket.waiting) == self._batch_clips(bucket):
+                        self._encode(bucket)
+                tell()
         for bucket in self._buckets.values():
             if bucket.waiting:
                 self._encode(bucket)

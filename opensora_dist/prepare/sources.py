@@ -80,7 +80,7 @@ def _read_text_files(folder: Path) -> dict[str, str | None]:
                 continue
             name = path.relative_to(folder).as_posix()
             if not _is_utf8(name):
-                raise DataError(f"{ascii(str(path))}: the name is not UTF-8, so no index can hold it; rename the file")
+                raise DataError(f"{str(path)!a}: the name is not UTF-8, so no index can hold it; rename the file")
             captions[name] = _read_caption(path.with_suffix(".txt"))
     return captions
 
