@@ -176,29 +176,27 @@ def _validate(schema: type[S], raw: Raw) -> tuple[S, list[Problem]]:
         except ValidationError as error:
             details = error.errors(include_url=False)
             for detail in details:
-                path = _path_in(raw, detail["loc"])
+                path = _path_in(raw, detail)
                 problems.append(Problem(fields=(".".join(path),), message=_explain(schema, path, detail)))
             for detail in details:
-                _drop(raw, _path_in(raw, detail["loc"]))
+                _drop(raw, _path_in(raw, detail))
 
 
 def _copy(value: Any) -> Any:
     return {k: _copy(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def _path_in(raw: Raw, loc: tuple[int | str, ...]) -> list[str]:
+def _path_in(raw: Raw, detail: ErrorDetails) -> list[str]:
     """pydantic's location as keys of ``raw``: without union tags, and cut at the first list."""
     path: list[str] = []
     here: Any = raw
-    for part in loc:
+    for part in detail["loc"]:
         if isinstance(here, dict) and part in here:
             path.append(str(part))
             here = here[part]
         elif not isinstance(here, dict):
             break
-    if not path or (isinstance(here, dict) and loc[-1] not in path and "name" in here):
-        path.append("name")  # an unknown union tag is a wrong `name`
-    return path
+    return [*path, "name"] if detail["type"] == "union_tag_invalid" else path
 
 
 def _drop(raw: Raw, path: list[str]) -> None:
@@ -228,6 +226,8 @@ def _explain(schema: type[Section], path: list[str], detail: ErrorDetails) -> st
     if kind == "literal_error":
         expected = context["expected"]
         return f"{name}={value!r}: must be one of {expected}{nearest(str(value), re.findall(r'[a-z0-9_]+', expected))}"
+    if kind == "missing":
+        return f"{name}.{detail['loc'][-1]} is not set; every `{name}` needs one"
     if kind == "union_tag_invalid":
         tags_text = context["expected_tags"]
         return (
@@ -254,7 +254,6 @@ def _explain(schema: type[Section], path: list[str], detail: ErrorDetails) -> st
         "string_type": "write text, in quotes where YAML reads something else",
         "string_too_short": "write at least {min_length} character(s)",
         "tuple_type": "write a list, e.g. [1, 2, 2]",
-        "missing": "fill in this entry",
         "model_type": "write a mapping of keys",
         "model_attributes_type": "write a mapping of keys",
     }.get(kind, "see `--help` for what it takes")

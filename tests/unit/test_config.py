@@ -54,7 +54,8 @@ def test_rules_on_a_wrong_field_wait_until_the_field_is_right():
     "override, said",
     [
         ("objective.name=rectifed_flow", "did you mean 'rectified_flow'?"),
-        ("objective.name=ddpm", "must be one of 'iddpm', 'rectified_flow'"),
+        ("model.init_from={format: pixart}", "model.init_from.path is not set"),
+        ("objective.name=ddpm", "objective.name='ddpm': must be one of 'iddpm', 'rectified_flow'"),
         ("model.size=M", "must be one of 'S', 'B', 'L' or 'XL'"),
         ("parallel.zero.stage=1", "must be one of 0, 2 or 3"),
         ("validation.clip=[16, 32]", "entry 3 is missing"),
