@@ -170,6 +170,10 @@ def _validate(schema: type[S], raw: Raw) -> tuple[S, list[Problem]]:
     """Validates; where fields are wrong, says so and puts their defaults in their place, so that more can be checked."""
     problems: list[Problem] = []
     raw = _copy(raw)
+    for key, field in schema.model_fields.items():
+        # A union section that names no variant means the default one, so that one key of it can be overridden alone.
+        if len(_variants(field.annotation)) > 1 and isinstance(raw.get(key), dict) and isinstance(field.default, Section):
+            raw[key].setdefault("name", field.default.model_dump()["name"])
     while True:
         try:
             return schema.model_validate(raw), problems
@@ -179,7 +183,8 @@ def _validate(schema: type[S], raw: Raw) -> tuple[S, list[Problem]]:
                 path = _path_in(raw, detail)
                 problems.append(Problem(fields=(".".join(path),), message=_explain(schema, path, detail)))
             for detail in details:
-                _drop(raw, _path_in(raw, detail))
+                path = _path_in(raw, detail)
+                _drop(raw, path[:-1] if detail["type"] == "union_tag_invalid" else path)  # keys of no variant can't be checked
 
 
 def _copy(value: Any) -> Any:
@@ -226,19 +231,17 @@ def _explain(schema: type[Section], path: list[str], detail: ErrorDetails) -> st
     if kind == "literal_error":
         expected = context["expected"]
         return f"{name}={value!r}: must be one of {expected}{nearest(str(value), re.findall(r'[a-z0-9_]+', expected))}"
-    if kind == "missing":
-        return f"{name}.{detail['loc'][-1]} is not set; every `{name}` needs one"
     if kind == "union_tag_invalid":
         tags_text = context["expected_tags"]
         return (
             f"{name}={context['tag']!r}: must be one of {tags_text}{nearest(context['tag'], re.findall(r'[a-z_]+', tags_text))}"
         )
-    if kind == "missing" and path and isinstance(detail["loc"][-1], int):
+    if kind == "missing" and isinstance(detail["loc"][-1], int):
         return (
             f"{name}: entry {detail['loc'][-1] + 1} is missing from {value!r}; write all of them, e.g. as the default in `--help`"
         )
-    if kind == "union_tag_not_found":
-        return f"{name}: say which kind by its `name`"
+    if kind == "missing":
+        return f"{name}.{detail['loc'][-1]} is not set; every `{name}` needs one"
     hint = {
         "greater_than": "raise it above {gt}",
         "greater_than_equal": "use {ge} or more",
