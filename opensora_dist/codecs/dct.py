@@ -37,7 +37,7 @@ def coefficient_order(temporal_factor: int) -> list[tuple[int, int, int, int]]:
     holds 2/7 of the luma energy at the same frequency. Ties go to the rounder frequency, then to luma. It gives whole diagonals
     at 3 (one colour per block), 5, 8, 12 and 16 channels (luma to diagonal 3, chroma to 1) for one frame per latent.
 
-    The two constants were fitted to reconstructions of natural clips and stay within 1 dB of the order by measured energy.
+    The two constants were fitted to reconstructions of natural clips at one frame per latent (`benchmarks/codec.py`).
     The comparison is in integers, so the order is the same on every machine.
     """
 

@@ -42,7 +42,9 @@ def iter_frames(path: Path) -> Iterator[tuple[float, NDArray[np.uint8]]]:
             for index, frame in enumerate(container.decode(stream)):
                 time_s = float(frame.time) if frame.time is not None else float(index / rate)
                 first = time_s if first is None else first
-                yield time_s - first, frame.to_ndarray(format="rgb24")
+                picture = frame.to_ndarray(format="rgb24")
+                # Phones store pictures as the sensor lies and say by how many degrees, counter-clockwise, to turn them.
+                yield time_s - first, np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90) % 4))
     except FFmpegError as error:
         raise DataError(f"{path}: can't be decoded ({error}); re-encode it, or leave it out") from error
 

@@ -252,7 +252,7 @@ def _open_logbook(config: TrainConfig, mesh: Mesh, *, run_dir: Path, step: int, 
     if not mesh.is_main:
         return Logbook(mesh=mesh, metrics=None, events=None, progress=None, trackers=None, peak_flops=None)
     write_text(run_dir / CONFIG_NAME, dump_yaml(config))
-    write_json(run_dir / "environment.json", describe_environment())
+    write_json(run_dir / "environment.json", describe_environment(world=mesh.world))
     metrics = MetricLog(run_dir, steps_done=step)
     stack.callback(metrics.close)
     events = EventLog(run_dir)
