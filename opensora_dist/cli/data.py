@@ -14,7 +14,6 @@ from opensora_dist.config.describe import describe
 from opensora_dist.config.prepare import PrepareConfig
 from opensora_dist.core.errors import ConfigError
 
-
 _DROPS_SHOWN = 20
 
 

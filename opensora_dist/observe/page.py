@@ -74,6 +74,7 @@ details > pre, details > .scroll { border-top: 1px solid var(--line); }
 pre { margin: 0; padding: 14px 18px; overflow-x: auto; background: var(--code); border-radius: 0 0 12px 12px;
   font: 13px/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre .k { color: var(--accent); } pre .c { color: var(--dim); }
+.note { margin: 8px 2px 0; color: var(--dim); font-size: 0.9em; }
 .empty { margin: 0; color: var(--dim); padding: 14px 16px; background: var(--card); border: 1px dashed var(--line);
   border-radius: 12px; }
 .warn { margin: 12px 0 0; padding: 10px 14px; border-radius: 10px; background: var(--warn-bg); color: var(--warn);

@@ -179,12 +179,13 @@ def _samples(folder: Path) -> str:
 def _evaluation(result: Mapping[str, Any] | None) -> str:
     if result is None:
         return ""
-    tiles = []
-    for name, value in _flat(result):
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-            tiles.append(f'<div class="tile"><span>{_esc(name.replace("_", " "))}</span><b>{shown}</b></div>')
+    tiles = [
+        f'<div class="tile"><span>{_esc(name)}</span><b>{100 * rate:.0f}%</b></div>' for name, rate in result.get("rates", {}).items()
+    ]
     parts = [f'<section class="tiles">{"".join(tiles)}</section>'] if tiles else []
+    rest = {name: value for name, value in result.items() if name != "rates" and not isinstance(value, list)}
+    if rest:
+        parts.append(f'<p class="note">{_esc(", ".join(f"{n} {_plain(v)}" for n, v in _flat(rest) if v is not None))}</p>')
     for name, value in result.items():
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
             parts.append(f"<h3>{_esc(name.replace('_', ' '))}</h3>{_table(value)}")

@@ -11,12 +11,12 @@ from typing import Any
 from opensora_dist.core.io import write_json
 from opensora_dist.core.types import Thw
 from opensora_dist.core.video import Frames, contact_sheet
+from opensora_dist.observe.report import EVALUATION_NAME
 from opensora_dist.prepare.toy.grammar import held_out_prompts
 from opensora_dist.prepare.toy.score import ToyScore, ToySummary, score_video, summarise
 from opensora_dist.recipes.sample import draw_videos, load_model, run_dir_of
 from opensora_dist.train.generate import SamplingOptions
 
-EVALUATION_NAME = "evaluation.json"
 _SHEET_ROWS = 24
 
 
@@ -67,7 +67,8 @@ def evaluate(
         on_progress(len(scores))
     summary = summarise(scores)
     result: dict[str, Any] = {
-        **asdict(summary),
+        "rates": {name: rate for name, rate in asdict(summary).items() if name != "videos"},
+        "videos": summary.videos,
         "checkpoint": loaded.folder.name,
         "weights": weights,
         "clip": str(clip),

@@ -49,7 +49,7 @@ def run_dir(tmp_path: Path) -> Path:
         write_json(folder / "index.json", [{"file": "000.mp4", "prompt": NASTY}, {"file": "001.mp4", "prompt": "not there"}])
     write_json(
         root / "evaluation.json",
-        {"colour": 0.953, "nested": {"direction": 0.5}, "rows": [{"prompt": NASTY, "colour": True, "direction": False}]},
+        {"rates": {"colour": 0.953}, "sampling": {"steps": 31}, "rows": [{"prompt": NASTY, "colour": True, "direction": False}]},
     )
     return root
 
@@ -89,7 +89,7 @@ def test_the_page_is_well_formed_and_loads_nothing(run_dir: Path) -> None:
 
 def test_it_shows_tiles_curves_videos_evaluation_config_environment_and_events(run_dir: Path) -> None:
     text = write_report(run_dir).read_text()
-    for said in ("of 500", "760M", "759,620,768", ">32<", "2m30s", "10.0%", "31.0%", "1.00 GiB", "Step 200", "0.953"):
+    for said in ("of 500", "760M", "759,620,768", ">32<", "2m30s", "10.0%", "31.0%", "1.00 GiB", "Step 200", ">95%<", "sampling.steps 31"):
         assert said in text, said
     for title in ("Loss", "Gradient norm", "Learning rate", "Throughput", "Data wait"):
         assert f"<figcaption>{title}" in text
