@@ -205,9 +205,10 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
             )
         if validator is not None:
             validator.close()
-        logbook.event("end", step=state.step, samples=state.samples, validation_failures=validator.failures if validator else 0)
-        # Every rank's validation videos must be there before they are shown.
-        torch.distributed.barrier(group=mesh.control)
+        failures = torch.tensor(validator.failures if validator else 0)
+        # Reached by every rank once its videos are written or given up: now they can be counted and shown.
+        torch.distributed.all_reduce(failures, group=mesh.control)
+        logbook.event("end", step=state.step, samples=state.samples, validation_failures=int(failures))
         logbook.show_videos(validator.take_finished() if validator else [])
     if mesh.is_main:
         _log.info("report: %s", write_report(run_dir))

@@ -1,0 +1,93 @@
+"""A run that was stopped and went on is the run that was never stopped."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from dataset_factory import write_dataset
+from training import SAMPLES, assert_same_tensors, curve, events, losses, metrics, overrides, signal_at, tensors, train_here
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("resume") / "data"
+    write_dataset(path, samples=SAMPLES)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(ranks, data, tmp_path_factory):
+    """Runs that were never stopped, by stage."""
+    made = {}
+
+    def of(stage):
+        if stage not in made:
+            made[stage] = tmp_path_factory.mktemp(f"whole-{stage}")
+            ranks.run(train_here, overrides(data, made[stage], f"run.steps={STEPS}", f"parallel.zero.stage={stage}"), world=2)
+        return made[stage]
+
+    return of
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_five_steps_and_five_more_are_ten_bitwise(ranks, data, whole, stage, tmp_path):
+    for steps in (STEPS // 2, STEPS):
+        ranks.run(train_here, overrides(data, tmp_path, f"run.steps={steps}", f"parallel.zero.stage={stage}"), world=2)
+    assert [e["step"] for e in events(tmp_path, "resume")] == [STEPS // 2]
+    assert curve(tmp_path) == curve(whole(stage))
+    assert_same_tensors(tensors(tmp_path), tensors(whole(stage)))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_signal_to_one_rank_stops_all_of_them_and_the_run_goes_on_bitwise(ranks, data, whole, stage, tmp_path):
+    args = overrides(data, tmp_path, f"run.steps={STEPS}", f"parallel.zero.stage={stage}")
+    ranks.run(train_here, args, signal_at, 1, 3, world=2)
+    stopped = json.loads((tmp_path / "STOPPED").read_text())["step"]
+    assert 4 <= stopped <= 6
+    assert [e["step"] for e in events(tmp_path, "stopped")] == [stopped]
+    assert [m["step"] for m in metrics(tmp_path)] == list(range(1, stopped + 1))
+    ranks.run(train_here, args, world=2)
+    assert not (tmp_path / "STOPPED").exists()
+    assert [e["step"] for e in events(tmp_path, "resume")] == [stopped]
+    assert curve(tmp_path) == curve(whole(stage))
+    assert_same_tensors(tensors(tmp_path), tensors(whole(stage)))
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [((2, 0), (1, 0), (2, 0)), ((2, 0), (2, 3), (1, 2)), ((2, 3), (1, 0), (2, 2))],
+    ids=lambda p: "->".join(map(str, p)),
+)
+def test_another_number_of_ranks_or_another_stage_continues_to_1e_10_in_float64(ranks, data, layouts, tmp_path):
+    double = "run.dtype=float64"
+    ranks.run(train_here, overrides(data, tmp_path / "whole", "run.steps=9", double), world=1)
+    for part, (world, stage) in enumerate(layouts, 1):
+        args = overrides(data, tmp_path / "parts", f"run.steps={3 * part}", double, f"parallel.zero.stage={stage}")
+        ranks.run(train_here, args, world=world)
+    assert [m["step"] for m in metrics(tmp_path / "parts")] == list(range(1, 10))
+    torch.testing.assert_close(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(tensors(tmp_path / "parts"), tensors(tmp_path / "whole"), rtol=1e-10, atol=1e-10)
+
+
+def test_steps_after_the_last_checkpoint_are_done_again_and_stand_in_the_metrics_once(ranks, data, whole, tmp_path):
+    """As after a kill: the metrics of steps that no checkpoint holds are on the disk already."""
+    ranks.run(train_here, overrides(data, tmp_path, "run.steps=4"), world=2)
+    late = metrics(whole(0))[4:6]
+    with open(tmp_path / "metrics.jsonl", "a") as handle:
+        handle.writelines(json.dumps({**line, "loss": 1e9}) + "\n" for line in late)
+        handle.write('{"step": 7, "lo')
+    ranks.run(train_here, overrides(data, tmp_path, f"run.steps={STEPS}"), world=2)
+    assert curve(tmp_path) == curve(whole(0))
+
+
+def test_a_finished_run_started_again_changes_nothing(ranks, data, tmp_path):
+    args = overrides(data, tmp_path, "run.steps=3")
+    ranks.run(train_here, args, world=2)
+    before, files = curve(tmp_path), sorted((tmp_path / "checkpoints").rglob("*"))
+    ranks.run(train_here, args, world=2)
+    assert curve(tmp_path) == before
+    assert sorted((tmp_path / "checkpoints").rglob("*")) == files
