@@ -89,9 +89,7 @@ def read_tensors(folder: Path, *, prefix: str = "") -> dict[str, Tensor]:
     try:
         stored = _metadata(folder)
     except Exception as error:  # safetensors has its own error types; all mean damage here
-        raise CheckpointError(
-            f"{folder}: can't be read ({error}); use another checkpoint, see `opensora-dist ckpt ls`"
-        ) from error
+        raise CheckpointError(f"{folder}: can't be read ({error}); use another checkpoint beside it") from error
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in sorted(stored.items())

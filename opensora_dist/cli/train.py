@@ -18,7 +18,7 @@ def add_parser(verbs: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
             "Train a model. Starts its own ranks (parallel.nproc) where torchrun has not; the same command again resumes.\n\n"
-            "  opensora-dist train configs/toy.yaml data.path=data/toy run.steps=500\n"
+            "  opensora-dist train configs/train/toy.yaml data.path=data/toy-shards run.steps=500\n"
             "  torchrun --nproc-per-node 8 -m opensora_dist train CONFIG"
         ),
         epilog="Config keys, with their defaults:\n\n" + describe(TrainConfig).replace("%", "%%"),

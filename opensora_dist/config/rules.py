@@ -54,13 +54,9 @@ def _model_problems(model: ModelConfig) -> list[Problem]:
     if min(model.patch) < 1:
         message = f"model.patch={list(model.patch)}: each side must be 1 or more; use [1, 2, 2]"
         problems.append(Problem(fields=("model.patch",), message=message))
-    if model.init_from is not None:
-        if model.name != "stdit":
-            message = f"model.init_from loads STDiT weights, but model.name={model.name}; use model.name=stdit or drop init_from"
-            problems.append(Problem(fields=("model.init_from", "model.name"), message=message))
-        if not expand(model.init_from.path).is_file():
-            message = f"model.init_from.path={model.init_from.path!r} is not a file; give the path of the weights"
-            problems.append(Problem(fields=("model.init_from.path",), message=message))
+    if model.init_from is not None and model.name != "stdit" and model.init_from.format != "run":
+        message = f"model.init_from loads STDiT weights, but model.name={model.name}; use model.name=stdit or drop init_from"
+        problems.append(Problem(fields=("model.init_from", "model.name"), message=message))
     return problems
 
 

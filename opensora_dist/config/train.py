@@ -40,12 +40,12 @@ SIZES = {
 
 
 class ImportConfig(Section):
-    """Foreign weights to start from."""
+    """Weights to start from. A run that resumes doesn't read them again."""
 
-    format: Literal["open_sora", "pixart"] = Field(
-        "open_sora", description="Open-Sora 1.0 STDiT, or the PixArt-alpha image model."
+    format: Literal["open_sora", "pixart", "run"] = Field(
+        "open_sora", description="Open-Sora 1.0 STDiT; pixart: the PixArt-alpha image model; run: the averaged weights of a run."
     )
-    path: str = Field(min_length=1, description="A .safetensors file, or a .pth read with weights_only.")
+    path: str = Field(min_length=1, description="A .safetensors file, or a .pth read with weights_only; for run, its directory.")
 
 
 class ModelConfig(Section):
@@ -62,7 +62,7 @@ class ModelConfig(Section):
         1.0, gt=0, description="Spatial positions are index / space_scale (0.5: 256 px from a 512 px image model)."
     )
     time_scale: float = Field(1.0, gt=0, description="Temporal positions are index / time_scale.")
-    init_from: ImportConfig | None = Field(None, description="Foreign weights to start from.")
+    init_from: ImportConfig | None = Field(None, description="Weights to start from.")
 
     @property
     def shape(self) -> ModelSize:

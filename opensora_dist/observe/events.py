@@ -29,7 +29,7 @@ class EventLog:
         """Writes ``{"time": ISO 8601 UTC, "event": event, **fields}``.
 
         Args:
-            event: A verb in the past ("started", "checkpoint_saved").
+            event: A word ("start", "checkpoint", "resume").
             fields: JSON values; a field called ``parameters`` or ``step`` is shown in the report.
         """
         fields = fields or {}

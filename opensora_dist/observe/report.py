@@ -180,7 +180,8 @@ def _evaluation(result: Mapping[str, Any] | None) -> str:
     if result is None:
         return ""
     tiles = [
-        f'<div class="tile"><span>{_esc(name)}</span><b>{100 * rate:.0f}%</b></div>' for name, rate in result.get("rates", {}).items()
+        f'<div class="tile"><span>{_esc(name)}</span><b>{100 * rate:.0f}%</b></div>'
+        for name, rate in result.get("rates", {}).items()
     ]
     parts = [f'<section class="tiles">{"".join(tiles)}</section>'] if tiles else []
     rest = {name: value for name, value in result.items() if name != "rates" and not isinstance(value, list)}

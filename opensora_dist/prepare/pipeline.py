@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opensora_dist.config.dataset import DatasetSpec
+from opensora_dist.config.load import expand
 from opensora_dist.config.prepare import PrepareConfig
 from opensora_dist.core.errors import ConfigError, DataError
 from opensora_dist.core.index import SampleRow, write_index
@@ -309,7 +310,7 @@ def _folders(config: PrepareConfig, codec: VideoCodec) -> tuple[Path, Path]:
     if problems:
         raise ConfigError(problems)
     assert config.input.path is not None and config.output.path is not None
-    return Path(config.input.path), Path(config.output.path)
+    return expand(config.input.path), expand(config.output.path)
 
 
 def _stored(values: Tensor, dtype: np.dtype[np.floating]) -> NDArray[np.floating]:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from opensora_dist.checkpoint.commit import resolve
+from opensora_dist.checkpoint.store import read_tensors
 from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.config.load import expand
 from opensora_dist.config.train import ImportConfig, ModelConfig, ObjectiveConfig
+from opensora_dist.core.errors import WeightsError
 from opensora_dist.core.logging import get_logger
 from opensora_dist.diffusion.base import Objective
 from opensora_dist.diffusion.registry import build_objective
 from opensora_dist.models.base import ModelIo, VideoTransformer
-from opensora_dist.models.importers import read_open_sora, read_pixart
+from opensora_dist.models.importers import ImportReport, read_open_sora, read_pixart
 from opensora_dist.models.init import assign_weights, init_weights
 from opensora_dist.models.registry import build_model
 from opensora_dist.parallel.keys import Keys
+from opensora_dist.train.saving import TENSORS_DIR
 
 _log = get_logger(__name__)
-_READERS = {"open_sora": read_open_sora, "pixart": read_pixart}
 
 
 def meta_model(
@@ -39,7 +43,7 @@ def meta_model(
 
 
 def initialiser(keys: Keys, init_from: ImportConfig | None) -> Callable[[nn.Module], None]:
-    """What gives a model its first values: keyed draws, then foreign weights over them where the config names some."""
+    """What gives a model its first values: keyed draws, then the weights that the config names, over them."""
 
     def init(model: nn.Module) -> None:
         assert isinstance(model, VideoTransformer)
@@ -52,3 +56,33 @@ def initialiser(keys: Keys, init_from: ImportConfig | None) -> Callable[[nn.Modu
                 _log.warning("%s: %s", init_from.path, warning)
 
     return init
+
+
+def averaged_weights(folder: Path) -> dict[str, Tensor]:
+    """The averaged weights of one of our checkpoints, whole and on the CPU; buffers, which have no average, as they are.
+
+    Args:
+        folder: A step folder.
+    """
+    stored = read_tensors(folder / TENSORS_DIR, prefix="model.")
+    averaged = read_tensors(folder / TENSORS_DIR, prefix="ema.")
+    raw = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
+    return raw | {name.removeprefix("ema."): tensor for name, tensor in averaged.items()}
+
+
+def _read_run(path: Path, model: VideoTransformer) -> tuple[dict[str, Tensor], ImportReport]:
+    tensors = averaged_weights(resolve(path))
+    own = {name: t.shape for name, t in model.state_dict().items()}
+    problems = [f"{name}: the model has none" for name in sorted(tensors.keys() - own.keys())]
+    problems += [f"{name}: the run has none" for name in sorted(own.keys() - tensors.keys())]
+    problems += [
+        f"{name}: {tuple(tensor.shape)} in the run, {tuple(own[name])} in the model"
+        for name, tensor in tensors.items()
+        if name in own and own[name] != tensor.shape
+    ]
+    if problems:
+        raise WeightsError(f"model.init_from.path={path} holds another model:\n" + "\n".join(f"  {p}" for p in problems))
+    return tensors, ImportReport(missing=(), unexpected=(), ignored=(), warnings=())
+
+
+_READERS = {"open_sora": read_open_sora, "pixart": read_pixart, "run": _read_run}

@@ -14,6 +14,7 @@ from opensora_dist.core.types import Thw
 from opensora_dist.observe.progress import Bar
 from opensora_dist.observe.report import write_report
 from opensora_dist.prepare.toy.generate import generate
+from opensora_dist.prepare.toy.grammar import held_out_prompts
 from opensora_dist.prepare.toy.render import ToyOptions
 from opensora_dist.recipes.evaluate import Evaluation, evaluate
 from opensora_dist.recipes.prepare import prepare_dataset
@@ -27,7 +28,7 @@ _SIZE = (64, 64)
 _FRAMES = 16
 _CPU_RANKS = 2
 _SCORED = 16
-PROMPTS = ("a large red circle moves left", "a large green square moves down", "a medium blue triangle moves right")
+_DRAWN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ def demo(out: Path, *, clips: int = _CLIPS, steps: int | None = None, say: Calla
     drawing = SamplingOptions(sampler=None, steps=20, cfg_scale=3.0)
     files = sample(
         run_dir,
-        prompts=PROMPTS,
+        prompts=held_out_prompts(_DRAWN, seed=1, num_moves=(1,)),
         out=None,
         count=1,
         clip=None,

@@ -26,7 +26,7 @@ from opensora_dist.models.base import VideoTransformer
 from opensora_dist.models.init import assign_weights
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import resolve_device
-from opensora_dist.recipes.build import meta_model
+from opensora_dist.recipes.build import averaged_weights, meta_model
 from opensora_dist.train.generate import SamplingOptions, generate_latents, noise_ids, to_frames
 from opensora_dist.train.saving import CONFIG_NAME, DATASET_NAME, TENSORS_DIR
 
@@ -66,11 +66,11 @@ def load_model(checkpoint: Path, *, device: str, weights: str) -> LoadedModel:
     where = resolve_device(device)
     model, objective = meta_model(config.model, config.objective, spec)
     model.to_empty(device=where)
-    stored = read_tensors(folder / TENSORS_DIR, prefix="model.")
-    tensors = {name.removeprefix("model."): t for name, t in stored.items()}
-    if weights == "ema":  # buffers have no average
-        averaged = read_tensors(folder / TENSORS_DIR, prefix="ema.")
-        tensors |= {name.removeprefix("ema."): t for name, t in averaged.items()}
+    if weights == "ema":
+        tensors = averaged_weights(folder)
+    else:
+        stored = read_tensors(folder / TENSORS_DIR, prefix="model.")
+        tensors = {name.removeprefix("model."): t for name, t in stored.items()}
     assign_weights(model, {name: t.float() for name, t in tensors.items()})
     return LoadedModel(
         folder=folder,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from opensora_dist.checkpoint.commit import CHECKPOINTS_DIR, Resumable
 from opensora_dist.codecs.registry import build_codec, build_text_encoder
 from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.config.load import Problem, dump_yaml, expand, load_config
@@ -95,10 +96,24 @@ def _problems(config: TrainConfig) -> list[Problem]:
         except ConfigError as error:
             fields = ("validation.sampler", "objective")
             problems += [Problem(fields=fields, message=f"validation.{p}") for p in error.problems]
+    problems += _init_from_problems(config)
     # The data set can be asked only where the fields that build a model from it are right.
     if config.data.path is not None and expand(config.data.path).is_dir() and not problems:
         problems += _dataset_problems(config)
     return problems
+
+
+def _init_from_problems(config: TrainConfig) -> list[Problem]:
+    """Weights to start from must be there, unless the run has a checkpoint of its own already."""
+    wanted = config.model.init_from
+    if wanted is None or any((expand(config.run.dir) / CHECKPOINTS_DIR).glob("step-*")):
+        return []
+    path = expand(wanted.path)
+    if path.is_dir() if wanted.format == "run" else path.is_file():
+        return []
+    what = "a run directory" if wanted.format == "run" else "a file"
+    message = f"model.init_from.path={wanted.path!r} is not {what}; give the path of the weights"
+    return [Problem(fields=("model.init_from.path",), message=message)]
 
 
 def _dataset_problems(config: TrainConfig) -> list[Problem]:
@@ -141,18 +156,19 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
         index = Index.open(expand(config.data.path or ""))
         order = Order(index, keys=keys, global_batch=config.data.global_batch)
         model, objective = meta_model(config.model, config.objective, index.spec, dtype=dtype)
+        saver = Saver(run_dir, config=config, spec=index.spec, mesh=mesh)
+        found = saver.find()
         backend = NativeBackend(
             model,
             mesh=mesh,
             units=list(model.blocks),
-            init=initialiser(keys, config.model.init_from),
+            init=initialiser(keys, None if found.path else config.model.init_from),
             parallel=config.parallel,
             optim=config.optim,
             compute_dtype=torch.bfloat16 if config.run.dtype == "bfloat16" else dtype,
         )
         ema = Ema(backend.params, decay=config.optim.ema_decay)
-        saver = Saver(run_dir, config=config, spec=index.spec, mesh=mesh)
-        start = _start_state(config, saver, backend=backend, ema=ema, dataset_hash=index.dataset_hash)
+        start = _start_state(config, saver, found, backend=backend, ema=ema, dataset_hash=index.dataset_hash)
         state = start.state
         logbook = _open_logbook(config, mesh, run_dir=run_dir, step=state.step, stack=stack)
         for name, fields in start.events:
@@ -227,9 +243,10 @@ class _Start:
     events: tuple[tuple[str, dict[str, object]], ...]
 
 
-def _start_state(config: TrainConfig, saver: Saver, *, backend: NativeBackend, ema: Ema, dataset_hash: str) -> _Start:
+def _start_state(
+    config: TrainConfig, saver: Saver, found: Resumable, *, backend: NativeBackend, ema: Ema, dataset_hash: str
+) -> _Start:
     """A fresh state, or the newest checkpoint's. Collective."""
-    found = saver.find()
     if config.checkpoint.resume == "never" and (found.path or found.rejected):
         raise CheckpointError(
             f"checkpoint.resume=never, but {saver.root} holds checkpoints; use another run.dir, or checkpoint.resume=auto to go on"

@@ -125,7 +125,7 @@ def _differences(saved: TrainConfig, now: TrainConfig) -> list[str]:
 
 
 def _at(config: TrainConfig, path: str) -> Any:
-    value: Any = config.model_dump(mode="json")
+    value: Any = config.model_dump(mode="json", exclude={"model": {"init_from"}})  # where weights came from is past
     for part in path.split("."):
         value = value[part]
     return value

@@ -83,7 +83,7 @@ def test_a_wrong_override_is_named_with_its_remedy(override, said):
         (["validation.every_steps=5"], 1, "validation.every_steps=5"),
         (["model.patch=[1, 0, 2]"], 1, "model.patch"),
         (["model.width=90", "model.heads=9"], 1, "model.width=90"),
-        (["model.init_from={path: nowhere.pth}"], 1, "model.init_from.path"),
+        (["model.init_from={path: w.pth}", "model.name=dit"], 1, "model.init_from loads STDiT weights"),
         (["data.global_batch=6"], 4, "data.global_batch=6"),
     ],
 )
