@@ -16,10 +16,11 @@ from opensora_dist.checkpoint.commit import resolve
 from opensora_dist.checkpoint.store import read_tensors
 from opensora_dist.config.load import load_config
 from opensora_dist.config.train import TrainConfig
+from opensora_dist.core.errors import OpensoraError
 from opensora_dist.observe.jsonl import read_records
 from opensora_dist.parallel.mesh import build_mesh
 from opensora_dist.recipes.train import train_rank
-from opensora_dist.train import loop, step
+from opensora_dist.train import loop, saving, step
 
 GLOBAL_BATCH = 4
 # Two shapes, one of a single frame; counts that leave tails.
@@ -53,6 +54,15 @@ def train_here(given: list[str], hook: Callable[..., Any] | None = None, *args: 
         train_rank(config, mesh)
 
 
+def refused(given: list[str]) -> str:
+    """What a run that must fail says on this rank."""
+    try:
+        train_here(given)
+    except OpensoraError as error:
+        return str(error)
+    raise AssertionError("the run did not fail")
+
+
 def signal_at(rank: int, at_step: int) -> Any:
     """Rank ``rank`` gets SIGTERM in the middle of a step."""
     real = loop.train_step
@@ -63,6 +73,18 @@ def signal_at(rank: int, at_step: int) -> Any:
         return real(backend, data, **kwargs)
 
     return mock.patch.object(loop, "train_step", train_step)
+
+
+def signal_in_last_save(rank: int, last: int) -> Any:
+    """Rank ``rank`` gets SIGTERM while the checkpoint of step ``last`` is written."""
+    real = saving.Saver.save
+
+    def save(self: Any, backend: Any, ema: Any, state: Any) -> Any:
+        if dist.get_rank() == rank and state.step == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, backend, ema, state)
+
+    return mock.patch.object(saving.Saver, "save", save)
 
 
 def nan_at(rank: int, at_step: int) -> Any:

@@ -89,9 +89,10 @@ class Trainer:
                     self._stop(flag.signal_name)
                     break
             agreement.close()
-        self.logbook.flush()
-        if self.state.step == steps:
-            self.save(required=True)
+            self.logbook.flush()
+            # Inside the flag's block: a signal in the middle of the last save must not cost it.
+            if self.state.step == steps:
+                self.save(required=True)
         return self.state
 
     def _step(self, data: StepData, *, wait_s: float) -> None:

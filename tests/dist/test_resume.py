@@ -7,7 +7,19 @@ import json
 import pytest
 import torch
 from dataset_factory import write_dataset
-from training import SAMPLES, assert_same_tensors, curve, events, losses, metrics, overrides, signal_at, tensors, train_here
+from training import (
+    SAMPLES,
+    assert_same_tensors,
+    curve,
+    events,
+    losses,
+    metrics,
+    overrides,
+    signal_at,
+    signal_in_last_save,
+    tensors,
+    train_here,
+)
 
 STEPS = 10
 
@@ -91,3 +103,9 @@ def test_a_finished_run_started_again_changes_nothing(ranks, data, tmp_path):
     ranks.run(train_here, args, world=2)
     assert curve(tmp_path) == before
     assert sorted((tmp_path / "checkpoints").rglob("*")) == files
+
+
+def test_a_signal_during_the_last_save_does_not_cost_it(ranks, data, whole, tmp_path):
+    ranks.run(train_here, overrides(data, tmp_path, f"run.steps={STEPS}"), signal_in_last_save, 1, STEPS, world=2)
+    assert not (tmp_path / "STOPPED").exists(), "nothing is left to do"
+    assert_same_tensors(tensors(tmp_path), tensors(whole(0)))
