@@ -28,7 +28,7 @@ from opensora_dist.diffusion.samplers import check_sampler
 from opensora_dist.models.base import VideoTransformer
 from opensora_dist.observe.environment import describe_environment
 from opensora_dist.observe.events import EventLog
-from opensora_dist.observe.metrics import MetricLog
+from opensora_dist.observe.metrics import METRICS_NAME, MetricLog
 from opensora_dist.observe.progress import TrainProgress
 from opensora_dist.observe.report import write_report
 from opensora_dist.observe.trackers import build_trackers
@@ -157,7 +157,13 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
         order = Order(index, keys=keys, global_batch=config.data.global_batch)
         model, objective = meta_model(config.model, config.objective, index.spec, dtype=dtype)
         saver = Saver(run_dir, config=config, spec=index.spec, mesh=mesh)
+        # Asked before the collective `find`: once past it, the main rank may already write metrics.
+        used = (run_dir / METRICS_NAME).exists()
         found = saver.find()
+        if config.checkpoint.resume == "never" and (used or found.path or found.rejected):
+            raise CheckpointError(
+                f"checkpoint.resume=never, but {run_dir} holds a run; use another run.dir, or checkpoint.resume=auto to go on"
+            )
         backend = NativeBackend(
             model,
             mesh=mesh,
@@ -247,10 +253,6 @@ def _start_state(
     config: TrainConfig, saver: Saver, found: Resumable, *, backend: NativeBackend, ema: Ema, dataset_hash: str
 ) -> _Start:
     """A fresh state, or the newest checkpoint's. Collective."""
-    if config.checkpoint.resume == "never" and (found.path or found.rejected):
-        raise CheckpointError(
-            f"checkpoint.resume=never, but {saver.root} holds checkpoints; use another run.dir, or checkpoint.resume=auto to go on"
-        )
     events: list[tuple[str, dict[str, object]]] = []
     for rejected in found.rejected:
         events.append(("checkpoint_rejected", {"path": rejected.path.name, "problems": list(rejected.problems)}))
