@@ -71,7 +71,8 @@ def run_ranks(args: Sequence[str], *, nproc: int, log_dir: Path) -> int:
             if rank == 0:
                 ranks.append(subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_die_with_parent))
             else:
-                with open(_rank_log(log_dir, rank), "wb") as log:
+                # Appended to: neither a resumed run nor a second one, which will be refused, wipes what the first one said.
+                with open(_rank_log(log_dir, rank), "ab") as log:
                     ranks.append(
                         subprocess.Popen(
                             command,
