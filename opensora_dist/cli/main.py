@@ -6,6 +6,7 @@ Exit codes: 0 done, or saved and stopped on request; 1 failed; 2 bad usage or co
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -19,6 +20,15 @@ from opensora_dist.core.logging import setup_logging
 
 # Verb to the module that adds and runs it. A verb's own imports happen when it runs, so that --help is quick.
 _VERBS = ("demo", "data", "train", "sample", "evaluate", "report")
+
+# What a machine refuses is no bug of ours, so it needs no traceback; any other OSError keeps its own.
+_MACHINE_REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space, or write elsewhere, and start the same command again",
+    errno.EDQUOT: "the quota is used up: free some space, or write elsewhere, and start the same command again",
+    errno.EROFS: "the file system is read-only: write elsewhere",
+    errno.EACCES: "check the owner and the mode of that path, or use another",
+    errno.EPERM: "check the owner and the mode of that path, or use another",
+}
 
 
 def run() -> NoReturn:
@@ -56,6 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OpensoraError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in _MACHINE_REMEDIES:
+            raise
+        print(f"error: {error}; {_MACHINE_REMEDIES[error.errno]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
