@@ -62,6 +62,10 @@ class ModelConfig(Section):
         1.0, gt=0, description="Spatial positions are index / space_scale (0.5: 256 px from a 512 px image model)."
     )
     time_scale: float = Field(1.0, gt=0, description="Temporal positions are index / time_scale.")
+    temporal_positions: Literal["attention", "residual"] = Field(
+        "attention",
+        description="stdit: temporal positions enter the first block's temporal attention (Open-Sora 1.0), or the residual stream.",
+    )
     init_from: ImportConfig | None = Field(None, description="Weights to start from.")
 
     @property

@@ -12,7 +12,9 @@ def test_an_unknown_name_is_refused_with_field_names_and_the_nearest():
     registry.register("iddpm")(2)
     assert registry.get("iddpm") == 2
     assert registry.names() == ["iddpm", "rectified_flow"]
-    with pytest.raises(ConfigError, match=r"objective\.name='rectifed_flow'.*iddpm, rectified_flow.*did you mean 'rectified_flow'"):
+    with pytest.raises(
+        ConfigError, match=r"objective\.name='rectifed_flow'.*iddpm, rectified_flow.*did you mean 'rectified_flow'"
+    ):
         registry.get("rectifed_flow")
 
 

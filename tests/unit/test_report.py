@@ -89,7 +89,19 @@ def test_the_page_is_well_formed_and_loads_nothing(run_dir: Path) -> None:
 
 def test_it_shows_tiles_curves_videos_evaluation_config_environment_and_events(run_dir: Path) -> None:
     text = write_report(run_dir).read_text()
-    for said in ("of 500", "760M", "759,620,768", ">32<", "2m30s", "10.0%", "31.0%", "1.00 GiB", "Step 200", ">95%<", "sampling.steps 31"):
+    for said in (
+        "of 500",
+        "760M",
+        "759,620,768",
+        ">32<",
+        "2m30s",
+        "10.0%",
+        "31.0%",
+        "1.00 GiB",
+        "Step 200",
+        ">95%<",
+        "sampling.steps 31",
+    ):
         assert said in text, said
     for title in ("Loss", "Gradient norm", "Learning rate", "Throughput", "Data wait"):
         assert f"<figcaption>{title}" in text

@@ -40,6 +40,9 @@ def run(model, c: Case) -> torch.Tensor:
         pytest.param(TINY, case(2, (1, 4, 4), mask=HOLES, drop=torch.tensor([False, True])), id="one frame, one caption dropped"),
         pytest.param(TINY, case(3, (2, 2, 2), tokens=6, drop=torch.tensor([True, False, True])), id="one token per frame"),
         pytest.param(TINY.model_copy(update={"patch": (2, 1, 3)}), case(1, (4, 2, 6), mask=HOLES[:1]), id="patch in time"),
+        pytest.param(
+            TINY.model_copy(update={"temporal_positions": "residual"}), case(2, (3, 4, 4)), id="frames known from the input"
+        ),
         pytest.param(TINY, case(2, (2, 4, 4), mask=HOLES & torch.tensor([[True], [False]])), id="a caption without valid tokens"),
     ],
 )

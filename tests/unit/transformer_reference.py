@@ -119,7 +119,8 @@ def _one_sample(p: dict[str, Tensor], config: ModelConfig, io: ModelIo, case: Ca
         place = [s for i in (c, r) for s in sincos(i, width=width // 2, scale=config.space_scale)]
         tokens.append(token + torch.tensor(place, dtype=torch.float64))
     x = torch.stack(tokens)
-    if config.name == "dit":
+    time_in_residual = config.name == "dit" or config.temporal_positions == "residual"
+    if time_in_residual:
         x = x + torch.stack([time[f] for f, _, _ in places])
 
     t = timestep_vector(p, case.timestep[b])
@@ -146,7 +147,7 @@ def _one_sample(p: dict[str, Tensor], config: ModelConfig, io: ModelIo, case: Ca
             out = torch.zeros_like(x)
             for s in range(H * W):
                 rows = [frames[f][s] for f in range(T)]
-                temporal_in = x[rows] + time if i == 0 else x[rows]
+                temporal_in = x[rows] + time if i == 0 and not time_in_residual else x[rows]
                 out = out.index_put((torch.tensor(rows),), self_attention(p, f"blocks.{i}.attn_temp", temporal_in, heads=heads))
             x = x + gate_msa * out
         x = cross_and_mlp(p, i, x, text, shift_mlp, scale_mlp, gate_mlp, heads=heads)
