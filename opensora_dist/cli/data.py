@@ -41,6 +41,7 @@ def _add_toy(actions: Any) -> None:
     toy.add_argument("--lengths", nargs="+", type=int, metavar="T", help="numbers of frames to draw from")
     toy.add_argument("--moves", nargs="+", type=int, metavar="M", help="movements per clip to draw from")
     toy.add_argument("--texture", type=float, metavar="X", help="contrast of the background, 0 to 1")
+    toy.add_argument("--levels", type=float, nargs=2, metavar=("LOW", "HIGH"), help="mean grey of the background, 0 to 255")
     toy.set_defaults(run=_run_toy)
 
 
@@ -69,7 +70,7 @@ def _run_toy(args: argparse.Namespace) -> int:
     asked: dict[str, Any] = {}
     if args.sizes:
         asked["sizes"] = tuple(_size(text) for text in args.sizes)
-    for name in ("lengths", "moves"):
+    for name in ("lengths", "moves", "levels"):
         if getattr(args, name):
             asked[name] = tuple(getattr(args, name))
     if args.texture is not None:

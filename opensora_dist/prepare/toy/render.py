@@ -34,6 +34,7 @@ class ToyOptions:
         fps: Frames per second of the files.
         moves: Numbers of movements to draw from.
         texture: Contrast of the background, 0 (plain grey) to 1.
+        levels: Least and greatest mean grey of the background. Below 60 every object is brighter than what it moves over.
     """
 
     sizes: tuple[tuple[int, int], ...] = ((64, 64), (64, 96), (96, 64), (128, 128))
@@ -41,6 +42,7 @@ class ToyOptions:
     fps: float = 8.0
     moves: tuple[int, ...] = (1, 2)
     texture: float = 1.0
+    levels: tuple[float, float] = (70.0, 170.0)
 
     def __post_init__(self) -> None:
         problems = [
@@ -57,6 +59,8 @@ class ToyOptions:
             problems.append(f"toy fps={self.fps} must be positive; use e.g. 8")
         if not 0 <= self.texture <= 1:
             problems.append(f"toy texture={self.texture} must lie between 0 and 1")
+        if not 0 <= self.levels[0] <= self.levels[1] <= 255:
+            problems.append(f"toy levels={self.levels} must be two grey levels in order, between 0 and 255; use e.g. 70 170")
         if problems:
             raise ConfigError(problems)
 
@@ -161,6 +165,7 @@ def plan_clip(index: int, *, keys: Keys, options: ToyOptions) -> ToyClip:
         height=height,
         width=width,
         contrast=options.texture,
+        levels=options.levels,
         draws=[next(draws) for _ in range(8)],
         generator=keys.generator("toy-background", sample=index),
     )
@@ -185,7 +190,14 @@ def render(clip: ToyClip) -> Frames:
 
 
 def _backdrop(
-    kind: str, *, height: int, width: int, contrast: float, draws: list[float], generator: torch.Generator
+    kind: str,
+    *,
+    height: int,
+    width: int,
+    contrast: float,
+    levels: tuple[float, float],
+    draws: list[float],
+    generator: torch.Generator,
 ) -> NDArray[np.uint8]:
     """A still texture, nearly grey, so that whatever has colour is the object. ``draws`` are uniform on [0, 1)."""
     level, angle, phase, period, tint_angle, tint = draws[:6]
@@ -204,7 +216,7 @@ def _backdrop(
         coarse = torch.empty(1, 1, 6, 6).normal_(generator=generator)
         smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)
         wave = np.tanh(smooth[0, 0].double().numpy())
-    grey = 70 + 100 * level + 32 * contrast * wave
+    grey = levels[0] + (levels[1] - levels[0]) * level + 32 * contrast * wave
     hue = 2 * math.pi * tint_angle
     # A tint of at most 8 grey levels, orthogonal to luma to first order: well below any object's colour.
     shade = 8 * tint * np.array([math.cos(hue), -0.5 * math.cos(hue), math.sin(hue)])
