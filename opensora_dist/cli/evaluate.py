@@ -21,7 +21,8 @@ def add_parser(verbs: Any) -> None:
         "direction are those of the caption, and whether there is one whole object.",
     )
     add_sampling_arguments(parser)
-    parser.add_argument("--count", type=int, default=64, metavar="N", help="videos (default 64)")
+    parser.add_argument("--count", type=int, default=36, metavar="N", help="captions (default 36)")
+    parser.add_argument("--repeats", type=int, default=1, metavar="R", help="videos per caption (default 1)")
     parser.add_argument("--moves", type=int, nargs="+", default=[1, 2], metavar="M", help="movements per caption (default 1 2)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where evaluation.json and evaluation.png go (default: the run)")
     parser.add_argument("--json", action="store_true", help="print the rates as JSON")
@@ -33,13 +34,15 @@ def _run(args: argparse.Namespace) -> int:
     from opensora_dist.observe.progress import Bar
     from opensora_dist.recipes.evaluate import evaluate
 
-    if args.count < 1:
-        raise ConfigError(f"--count={args.count} must be at least 1")
-    with Bar("videos", total=args.count) as bar:
+    problems = [f"--{n}={getattr(args, n)} must be at least 1" for n in ("count", "repeats") if getattr(args, n) < 1]
+    if problems:
+        raise ConfigError(problems)
+    with Bar("videos", total=args.count * args.repeats) as bar:
         found = evaluate(
             args.checkpoint,
             count=args.count,
             num_moves=tuple(args.moves),
+            repeats=args.repeats,
             out=args.out,
             on_progress=bar.update,
             **sampling_options(args),

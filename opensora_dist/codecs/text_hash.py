@@ -16,6 +16,7 @@ from opensora_dist.parallel.keys import Keys, sample_id
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _EMPTY = "<empty>"  # a token that no caption can hold, since "<" is a token of its own
+_REFERENCE_WIDTH = 4096  # of T5-XXL, for which the caption MLP's published initialisation was chosen
 _KEYS = Keys(0)  # not run.seed: a word's vector is part of the data set, the same in every run
 
 
@@ -38,7 +39,11 @@ def _positions(length: int, width: int) -> Tensor:
 
 
 class HashTextEncoder:
-    """Word vectors of unit variance plus sin-cos positions.
+    """Word vectors plus sin-cos positions, both of unit variance at a width of 4096 and larger where they are narrower.
+
+    The model's caption MLP starts at N(0, 0.02), whatever its input's width. Scaled by sqrt(4096 / width), narrow vectors have the
+    norm of wide ones and reach it as loud; unscaled, words that only matter together with something else (a direction matters with
+    a place and a time) stay unheard for thousands of steps.
 
     Args:
         width: Size of a token vector.
@@ -65,4 +70,5 @@ class HashTextEncoder:
         self._cut += len(words) > self.max_tokens
         words = words[: self.max_tokens]
         vectors_YE = torch.stack([_word_vector(word, self.width) for word in words])
-        return (vectors_YE + _positions(len(words), self.width)).to(self.device)
+        scale = math.sqrt(_REFERENCE_WIDTH / self.width)
+        return (scale * (vectors_YE + _positions(len(words), self.width))).to(self.device)

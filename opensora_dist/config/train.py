@@ -66,6 +66,9 @@ class ModelConfig(Section):
         "attention",
         description="stdit: temporal positions enter the first block's temporal attention (Open-Sora 1.0), or the residual stream.",
     )
+    pooled_text: bool = Field(
+        False, description="The caption's mean vector joins the timestep in every modulation (as in SD3); Open-Sora 1.0 has none."
+    )
     init_from: ImportConfig | None = Field(None, description="Weights to start from.")
 
     @property

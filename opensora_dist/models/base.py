@@ -68,6 +68,7 @@ class VideoTransformer(nn.Module, ABC):
         self.t_embedder = TimestepEmbedder(width)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.y_embedder = CaptionEmbedder(io.text_width, width=width, max_tokens=io.max_tokens)
+        self.y_pool = nn.Linear(io.text_width, width) if config.pooled_text else None
         mlp_hidden = int(width * config.mlp_ratio)
         self.blocks = nn.ModuleList(self.block_class(width, heads=heads, mlp_hidden=mlp_hidden) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch_values=self.patch.volume * io.out_channels)
@@ -106,10 +107,13 @@ class VideoTransformer(nn.Module, ABC):
         residual_dtype = torch.float32 if _autocast_is_on(x_BCTHW.device) else dtype
         x, tpe_TD = self.add_positions(self.x_embedder(x_BCTHW.to(dtype), grid=grid), grid=grid, dtype=residual_dtype)
         t_BD = self.t_embedder(timestep_B, dtype=dtype)
-        t_B6D = self.t_block(t_BD).unflatten(-1, (6, -1))
         if text_mask_BY is not None:
             text_mask_BY = text_mask_BY.bool()  # tokenizers give integers
-        text_BYD = self.y_embedder(text_BYE.to(dtype), text_mask_BY=text_mask_BY, drop_caption_B=drop_caption_B)
+        text_BYE = self.y_embedder.valid_text(text_BYE.to(dtype), text_mask_BY=text_mask_BY, drop_caption_B=drop_caption_B)
+        if self.y_pool is not None:
+            t_BD = t_BD + self.y_pool(_mean_text(text_BYE, text_mask_BY=text_mask_BY))
+        t_B6D = self.t_block(t_BD).unflatten(-1, (6, -1))
+        text_BYD = self.y_embedder(text_BYE)
         for i, block in enumerate(self.blocks):
             x = block(x, t_B6D=t_B6D, text_BYD=text_BYD, text_mask_BY=text_mask_BY, tpe_TD=tpe_TD if i == 0 else None)
         out = self._unpatchify(self.final_layer(x, t_BD=t_BD), grid=grid)
@@ -144,6 +148,8 @@ class VideoTransformer(nn.Module, ABC):
         edges = self.x_embedder.flops(grid.volume) + linear_flops(self.final_layer, tokens=grid.volume)
         conditioning = linear_flops(self.t_embedder, tokens=1) + linear_flops(self.t_block, tokens=1)
         conditioning += linear_flops(self.y_embedder, tokens=text_tokens)
+        if self.y_pool is not None:
+            conditioning += linear_flops(self.y_pool, tokens=1)
         return edges + conditioning + len(self.blocks) * block.flops(grid, text_tokens=text_tokens)
 
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
@@ -162,3 +168,10 @@ class VideoTransformer(nn.Module, ABC):
             tensor.normal_(std=0.02, generator=generator)
         else:
             nn.init.xavier_uniform_(tensor.flatten(1), generator=generator)
+
+
+def _mean_text(text_BYE: Tensor, *, text_mask_BY: Tensor | None) -> Tensor:
+    """The mean vector of each caption's valid tokens, [B, E]; padding is zero already. Zero where a caption has no token."""
+    if text_mask_BY is None:
+        return text_BYE.mean(dim=1)
+    return text_BYE.sum(dim=1) / text_mask_BY.sum(dim=1, keepdim=True).clamp(min=1)

@@ -225,14 +225,13 @@ class CaptionEmbedder(nn.Module):
         self.y_proj = Mlp(text_width, hidden=width, out=width)
         self.register_buffer("y_embedding", torch.empty(max_tokens, text_width))
 
-    def forward(self, text_BYE: Tensor, *, text_mask_BY: Tensor | None, drop_caption_B: Tensor | None) -> Tensor:
-        """
+    def valid_text(self, text_BYE: Tensor, *, text_mask_BY: Tensor | None, drop_caption_B: Tensor | None) -> Tensor:
+        """The vectors that take part: dropped captions replaced by the null caption, padding zero.
+
         Args:
             text_BYE: Vectors of the text encoder, in the model's dtype; what padding holds doesn't matter.
             text_mask_BY: bool, True where a token is valid; a dropped caption keeps its mask.
             drop_caption_B: bool, True where the null caption replaces the sample's.
-        Returns:
-            [B, Y, D].
         Raises:
             ValueError: A caption to drop has more tokens than the null caption.
         """
@@ -247,7 +246,11 @@ class CaptionEmbedder(nn.Module):
         if text_mask_BY is not None:
             # Attention gives padding a weight of zero, but zero times infinity is NaN: padding must be finite, too.
             text_BYE = text_BYE.masked_fill(~text_mask_BY[:, :, None], 0)
-        out: Tensor = self.y_proj(text_BYE)
+        return text_BYE
+
+    def forward(self, valid_text_BYE: Tensor) -> Tensor:
+        """[B, Y, E], as ``valid_text`` gives it, to [B, Y, D]."""
+        out: Tensor = self.y_proj(valid_text_BYE)
         return out
 
 

@@ -23,8 +23,8 @@ from opensora_dist.recipes.train import train
 from opensora_dist.train.generate import SamplingOptions
 
 _CONFIGS = Path(__file__).parent / "configs"
-_CLIPS = 800
-_SIZE = (64, 64)
+_CLIPS = 1500
+_SIZE = (32, 32)
 _FRAMES = 16
 _CPU_RANKS = 2
 _SCORED = 16
@@ -57,7 +57,7 @@ def demo(out: Path, *, clips: int = _CLIPS, steps: int | None = None, say: Calla
     videos, shards, run_dir = out / "videos", out / "shards", out / "run"
     say(f"1/5 toy videos: {clips} captioned H.264 clips into {videos}")
     with Bar("toy clips", total=clips) as bar:
-        options = ToyOptions(sizes=(_SIZE,), lengths=(_FRAMES,))
+        options = ToyOptions(sizes=(_SIZE,), lengths=(_FRAMES,), moves=(1,), texture=0.5, levels=(20, 50))
         generate(videos, clips=clips, seed=0, options=options, on_progress=lambda done, _: bar.update(done))
     say(f"2/5 preparation: decode, encode, WebDataset shards and index into {shards}")
     prepare_dataset(_CONFIGS / "demo_prepare.yaml", overrides=[f"input.path={videos}", f"output.path={shards}"])
@@ -68,7 +68,7 @@ def demo(out: Path, *, clips: int = _CLIPS, steps: int | None = None, say: Calla
     if code:
         raise OpensoraError(f"training failed with exit code {code}; the last lines above and {run_dir / 'logs'} say why")
     say("4/5 sampling: videos of captions the model has never seen, and their scores")
-    drawing = SamplingOptions(sampler=None, steps=20, cfg_scale=3.0)
+    drawing = SamplingOptions(sampler=None, steps=20, cfg_scale=2.0)
     files = sample(
         run_dir,
         prompts=held_out_prompts(_DRAWN, seed=1, num_moves=(1,)),
@@ -86,6 +86,7 @@ def demo(out: Path, *, clips: int = _CLIPS, steps: int | None = None, say: Calla
             run_dir,
             count=_SCORED,
             num_moves=(1,),
+            repeats=1,
             out=None,
             clip=Thw(_FRAMES, *_SIZE),
             options=drawing,

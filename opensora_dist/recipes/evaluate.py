@@ -34,6 +34,7 @@ def evaluate(
     *,
     count: int,
     num_moves: tuple[int, ...],
+    repeats: int,
     out: Path | None,
     clip: Thw | None,
     options: SamplingOptions,
@@ -46,15 +47,16 @@ def evaluate(
     """Draws ``count`` held-out toy captions and scores each by classical vision.
 
     Args:
-        count: Videos.
+        count: Captions.
         num_moves: Movements per caption to draw from.
+        repeats: Videos per caption.
         out: Folder for ``evaluation.json`` and its contact sheet; None is the run directory.
         on_progress: Called with the number of videos done.
     """
     loaded = load_model(checkpoint, device=device, weights=weights)
     out = out or run_dir_of(loaded.folder)
     clip = clip or loaded.default_clip
-    prompts = held_out_prompts(count, seed=seed, num_moves=num_moves)
+    prompts = [p for p in held_out_prompts(count, seed=seed, num_moves=num_moves) for _ in range(repeats)]
     began = time.perf_counter()
     scores: list[ToyScore] = []
     shown: list[Frames] = []

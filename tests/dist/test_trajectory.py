@@ -14,11 +14,11 @@ from dataset_factory import write_dataset
 from torch.distributed.tensor import DTensor
 
 from opensora_dist.config.train import IddpmConfig, ModelConfig, OptimConfig, ParallelConfig, RectifiedFlowConfig, ZeroConfig
+from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index
 from opensora_dist.data.loader import Loader
 from opensora_dist.data.order import Order
 from opensora_dist.diffusion.draws import draw
-from opensora_dist.core.types import Thw
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import build_mesh
 from opensora_dist.parallel.zero.native import NativeBackend

@@ -43,6 +43,11 @@ def run(model, c: Case) -> torch.Tensor:
         pytest.param(
             TINY.model_copy(update={"temporal_positions": "residual"}), case(2, (3, 4, 4)), id="frames known from the input"
         ),
+        pytest.param(
+            TINY.model_copy(update={"pooled_text": True}),
+            case(2, (3, 4, 4), mask=HOLES, drop=torch.tensor([False, True])),
+            id="caption in the modulation",
+        ),
         pytest.param(TINY, case(2, (2, 4, 4), mask=HOLES & torch.tensor([[True], [False]])), id="a caption without valid tokens"),
     ],
 )

@@ -80,13 +80,14 @@ def test_hash_is_the_same_in_every_encoder_and_known_for_ever() -> None:
     first, second = hash_encoder().encode(["a red circle"])[0], hash_encoder().encode(["A RED  circle"])[0]
     assert torch.equal(first, second)
     # A data set prepared last year must still match the words of a prompt typed today.
-    torch.testing.assert_close(first[0, :3], torch.tensor([0.790883, -0.846022, -2.352669]), atol=1e-5, rtol=0)
+    # Eight times a draw: 8 = sqrt(4096 / 64) makes it as loud as a vector of T5-XXL's width.
+    torch.testing.assert_close(first[0, :3], 8 * torch.tensor([0.790883, -0.846022, -2.352669]), atol=1e-4, rtol=0)
 
 
 def test_hash_words_have_unit_variance_and_are_nearly_orthogonal() -> None:
     words = [f"word{i}" for i in range(60)]
     position_0 = torch.cat([torch.zeros(128), torch.ones(128)])
-    vectors = torch.cat(hash_encoder(width=256).encode(words)) - position_0
+    vectors = torch.cat(hash_encoder(width=256).encode(words)) / 4 - position_0  # 4 = sqrt(4096 / 256)
     assert abs(float(vectors.var()) - 1) < 0.05
     cosine = torch.nn.functional.normalize(vectors, dim=1)
     cosine = cosine @ cosine.T - torch.eye(len(words))

@@ -123,13 +123,15 @@ def _one_sample(p: dict[str, Tensor], config: ModelConfig, io: ModelIo, case: Ca
     if time_in_residual:
         x = x + torch.stack([time[f] for f, _, _ in places])
 
-    t = timestep_vector(p, case.timestep[b])
-    modulation = linear(p, "t_block.1", silu(t))
     caption = case.text[b]
     if case.drop is not None and case.drop[b]:
         caption = p["y_embedder.y_embedding"][: len(caption)]
     if case.mask is not None:
         caption = caption[case.mask[b].nonzero()[:, 0]]
+    t = timestep_vector(p, case.timestep[b])
+    if config.pooled_text:
+        t = t + linear(p, "y_pool", caption.mean(dim=0))
+    modulation = linear(p, "t_block.1", silu(t))
     text = linear(p, "y_embedder.y_proj.fc2", gelu(linear(p, "y_embedder.y_proj.fc1", caption)))
 
     for i in range(depth):
