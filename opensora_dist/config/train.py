@@ -141,10 +141,10 @@ class OptimConfig(Section):
     lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, on matrices only.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, on the weights of linears and convolutions.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
     schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="Learning rate after warm-up.")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Last learning rate over lr, for cosine and linear.")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="What the learning rate falls to over lr, for cosine and linear; reached at run.steps.")
     clip_norm: float = Field(1.0, gt=0, description="Global gradient norm above which gradients are scaled down.")
     ema_decay: float = Field(
         0.9999, ge=0, lt=1, description="Decay of the fp32 moving average; early steps use (1+n)/(10+n) where that is less."

@@ -48,9 +48,11 @@ def describe_steps(window: Sequence[StepMetrics], *, total_steps: int) -> str:
     if seconds > 0:
         parts.append(f"{format_count(sum(m.samples for m in window) / seconds)} samples/s")
         parts.append(f"{format_count(sum(m.tokens for m in window) / seconds)} tokens/s")
-    known = [m.mfu for m in window if m.mfu is not None]
-    if known:
-        parts.append(f"MFU {100 * statistics.fmean(known):.1f}%")
+    known = [m for m in window if m.mfu is not None]
+    if known and seconds > 0:
+        # Weighted by time: FLOPs over seconds of the whole window, not a mean of the steps' ratios.
+        mfu = sum(m.mfu * m.step_s for m in known if m.mfu is not None) / sum(m.step_s for m in known)
+        parts.append(f"MFU {100 * mfu:.1f}%")
     if seconds > 0:
         parts.append(f"wait {100 * sum(m.data_wait_s for m in window) / seconds:.0f}%")
     # The median: one step that waited for a checkpoint says nothing about the rest.

@@ -42,7 +42,9 @@ def run_ranks(args: Sequence[str], *, nproc: int, log_dir: Path) -> int:
     store = dist.TCPStore(  # type: ignore[attr-defined]  # not in torch's __all__
         "127.0.0.1", 0, nproc, is_master=True, wait_for_workers=False
     )
-    threads = max(1, (os.cpu_count() or 1) // nproc)
+    # Cores this process may use, which taskset, cpusets and Slurm make fewer than the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // nproc)
     ranks: list[subprocess.Popen[bytes]] = []
 
     def forward(signum: int, _frame: FrameType | None) -> None:

@@ -61,7 +61,8 @@ def demo(out: Path, *, clips: int = _CLIPS, steps: int | None = None, say: Calla
         generate(videos, clips=clips, seed=0, options=options, on_progress=lambda done, _: bar.update(done))
     say(f"2/5 preparation: decode, encode, WebDataset shards and index into {shards}")
     prepare_dataset(_CONFIGS / "demo_prepare.yaml", overrides=[f"input.path={videos}", f"output.path={shards}"])
-    ranks = torch.cuda.device_count() or _CPU_RANKS
+    gpus = torch.cuda.device_count()
+    ranks = max(n for n in (1, 2, 4, 8, 16) if n <= gpus) if gpus else _CPU_RANKS  # those that divide the demo's batch of 16
     say(f"3/5 training: STDiT by rectified flow on {ranks} ranks into {run_dir}")
     overrides = [f"data.path={shards}", f"run.dir={run_dir}", f"parallel.nproc={ranks}"]
     code = train(_CONFIGS / "demo_train.yaml", overrides=[*overrides, *([f"run.steps={steps}"] if steps else [])])

@@ -96,11 +96,21 @@ def _problems(config: TrainConfig) -> list[Problem]:
         except ConfigError as error:
             fields = ("validation.sampler", "objective")
             problems += [Problem(fields=fields, message=f"validation.{p}") for p in error.problems]
+    problems += _rank_problems(config)
     problems += _init_from_problems(config)
     # The data set can be asked only where the fields that build a model from it are right.
     if config.data.path is not None and expand(config.data.path).is_dir() and not problems:
         problems += _dataset_problems(config)
     return problems
+
+
+def _rank_problems(config: TrainConfig) -> list[Problem]:
+    """Each rank on CUDA needs a GPU of its own."""
+    gpus, nproc = torch.cuda.device_count(), config.parallel.nproc
+    if launched_world() is not None or nproc is None or nproc <= gpus or resolve_device(config.run.device).type != "cuda":
+        return []
+    message = f"parallel.nproc={nproc} exceeds the {gpus} GPU(s) of this machine; use at most {gpus}, or run.device=cpu"
+    return [Problem(fields=("parallel.nproc", "run.device"), message=message)]
 
 
 def _init_from_problems(config: TrainConfig) -> list[Problem]:
@@ -282,7 +292,7 @@ def _open_logbook(config: TrainConfig, mesh: Mesh, *, run_dir: Path, step: int, 
         config.track, run_dir=run_dir, run_name=config.run.name, config_dump=config.model_dump(mode="json"), steps_done=step
     )
     stack.callback(trackers.close)
-    peak = peak_flops(mesh.device)
+    peak = peak_flops(mesh.device, dtype=config.run.dtype)
     how = "data sheet" if mesh.device.type == "cuda" else "measured"
     events.log("device_peak", {"device": str(mesh.device), "flops_per_s": peak, "how": how})
     return Logbook(mesh=mesh, metrics=metrics, events=events, progress=progress, trackers=trackers, peak_flops=peak)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -91,7 +92,12 @@ class Logbook:
             return
         device = torch.stack([torch.stack([n.result.loss, n.result.grad_norm, n.result.skipped]).double() for n in notes])
         waits = torch.tensor([[n.data_wait_s] for n in notes], dtype=torch.float64)
+        asked = time.perf_counter()
         local = torch.cat([device.cpu(), waits], dim=1)
+        if self._mesh.device.type == "cuda":
+            # The host ran ahead and waited for the device only now: the window's time is known, how it parts over steps is not.
+            step_s = (sum(n.step_s for n in notes) + time.perf_counter() - asked) / len(notes)
+            notes = [replace(n, step_s=step_s) for n in notes]
         ranks = [torch.empty_like(local) for _ in range(self._mesh.world)]
         # Gathered and summed by rank here: an all-reduce's order of summation depends on how many steps share it.
         dist.all_gather(ranks, local, group=self._mesh.control)

@@ -81,8 +81,9 @@ class Trainer:
             for data in loader:
                 self._step(data, wait_s=loader.last_wait_s)
                 if self.state.step % self.config.run.log_every == 0:
-                    self.logbook.flush()
-                    self._collect_videos()
+                    with self._off_the_clock():
+                        self.logbook.flush()
+                        self._collect_videos()
                 self._validate_if_due()
                 self._save_if_due()
                 if agreement.agree(flag.requested) and self.state.step < steps:

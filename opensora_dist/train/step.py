@@ -37,17 +37,24 @@ def micro_loss(model: nn.Module, micro: MicroBatch, *, objective: Objective, key
     x0_BCTHW = micro.latents_BCTHW
     _, channels, *latent = x0_BCTHW.shape
     draws = draw(keys, objective, samples=micro.samples, step=step, channels=channels, latent=Thw(*latent))
-    noise = draws.noise_BCTHW.to(x0_BCTHW)
-    level_B = draws.level_B.to(x0_BCTHW.device)
+    noise, level_B, drop_caption_B = (
+        _to_device(t, x0_BCTHW.device) for t in (draws.noise_BCTHW, draws.level_B, draws.drop_caption_B)
+    )
+    noise = noise.to(x0_BCTHW.dtype)
     output = model(
         objective.corrupt(x0_BCTHW, noise, level_B),
         objective.timestep(level_B),
         micro.text_BYE,
         micro.text_mask_BY,
-        drop_caption_B=draws.drop_caption_B.to(x0_BCTHW.device),
+        drop_caption_B=drop_caption_B,
     )
     loss_BTHW = objective.loss(output, x0=x0_BCTHW, noise=noise, level_B=level_B)
     return (loss_BTHW.sum(dim=(1, 2, 3)) * micro.weight_B.to(loss_BTHW)).sum()
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for it: a copy from pageable memory would make the host wait for the step before."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def train_step(

@@ -172,9 +172,12 @@ _sum_gradients.__annotations__.update(bucket=GradBucket, **{"return": torch.futu
 
 
 def _adamw(params: dict[str, Tensor], config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW, decay on matrices only, with its state made now so that a checkpoint can be loaded into it."""
-    matrices = [p for p in params.values() if p.ndim >= 2]
-    others = [p for p in params.values() if p.ndim < 2]
+    """Fused AdamW, with its state made now so that a checkpoint can be loaded into it.
+
+    Decay is for the weights of linears and convolutions; biases, and tables that are added to a modulation, keep their size.
+    """
+    matrices = [p for name, p in params.items() if name.endswith(".weight") and p.ndim >= 2]
+    others = [p for name, p in params.items() if not (name.endswith(".weight") and p.ndim >= 2)]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
