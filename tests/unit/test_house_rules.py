@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,81 @@ def test_a_room_that_computes_or_reads_knows_nothing_of_process_groups(room):
 def test_every_module_says_what_it_is_for():
     silent = [str(f.relative_to(PACKAGE)) for f in PACKAGE.rglob("*.py") if not ast.get_docstring(ast.parse(f.read_text()))]
     assert silent in ([], ["__main__.py"])
+
+
+# Draws of torch, as functions and in place. `parallel.keys` is no exception: a draw without a generator is keyed by nothing.
+_DRAWS = {
+    *("torch." + n for n in ("rand", "randn", "randint", "randperm", "bernoulli", "normal", "multinomial", "poisson")),
+    *("torch." + n for n in ("rand_like", "randn_like", "randint_like")),
+}
+_IN_PLACE_DRAWS = re.compile(
+    r"(normal|uniform|random|bernoulli|exponential|cauchy|geometric|log_normal|trunc_normal|orthogonal|sparse"
+    r"|(xavier|kaiming)_(normal|uniform))_"
+)
+# What a keyword may be, where it is given.
+_HARMLESS = {"weights_only": "True", "allow_pickle": "False", "trust_remote_code": "False", "shell": "False"}
+
+
+def _breaches(source):
+    """Calls that would unpickle, run or extract what was read, and draws that no key determines."""
+    found = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        method = name.rpartition(".")[2] if "." in name else ""
+        given = {k.arg: ast.unparse(k.value) for k in call.keywords}
+        bad = (
+            name in ("eval", "exec")
+            or method in ("extract", "extractall")
+            or (name == "torch.load" and "weights_only" not in given)
+            or any(given.get(keyword, value) != value for keyword, value in _HARMLESS.items())
+            or ((name in _DRAWS or _IN_PLACE_DRAWS.fullmatch(method)) and given.get("generator", "None") == "None")
+        )
+        if bad:
+            found.append(ast.unparse(call))
+    return found
+
+
+def test_data_is_never_run_or_extracted_and_every_draw_is_keyed():
+    guilty = [f"{f.relative_to(PACKAGE)}: {call}" for f in sorted(PACKAGE.rglob("*.py")) for call in _breaches(f.read_text())]
+    assert not guilty
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "eval(text)",
+        "exec(text)",
+        "tar.extractall(folder, filter='data')",
+        "tar.extract(member)",
+        "torch.load(path)",
+        "torch.load(path, **options)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=strict)",
+        "np.load(path, allow_pickle=True)",
+        "AutoModel.from_pretrained(path, trust_remote_code=True)",
+        "subprocess.run(command, shell=True)",
+        "torch.normal(0.0, 1.0, shape)",
+        "torch.multinomial(weights, 1)",
+        "torch.randn(shape, generator=None)",
+        "torch.empty(3).normal_()",
+        "x.random_(0, 9)",
+        "nn.init.xavier_uniform_(weight)",
+    ],
+)
+def test_the_law_of_calls_sees(call):
+    assert _breaches(call) == [call]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "model.eval()",
+        "torch.load(path, weights_only=True)",
+        "np.save(file, array, allow_pickle=False)",
+        "torch.randn(shape, generator=g)",
+        "x.normal_(std=0.1, generator=keys.generator('noise'))",
+        "nn.init.xavier_uniform_(weight, generator=g)",
+    ],
+)
+def test_the_law_of_calls_lets_pass(call):
+    assert not _breaches(call)
