@@ -1,7 +1,9 @@
-"""Files that are whole or absent: atomic writes, durable renames, content hashes."""
+"""Files that are whole or absent: atomic writes, durable renames, content hashes. And folders that are one process's at a time."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import uuid
@@ -12,7 +14,12 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+from opensora_dist.core.errors import OpensoraError
+from opensora_dist.core.logging import get_logger
+
+_log = get_logger(__name__)
 _CHUNK_BYTES = 1 << 20
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # what file systems without locks answer
 
 
 def fsync_dir(path: Path) -> None:
@@ -68,6 +75,27 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Reads a JSON file."""
     return json.loads(Path(path).read_text())
+
+
+@contextmanager
+def exclusive_lock(path: Path, *, busy: OpensoraError) -> Iterator[None]:
+    """Holds ``path`` for this process alone, until the block or the process ends. Where there are no locks, warns and goes on.
+
+    Args:
+        path: The lock file; made with its folder, and left there.
+        busy: Raised where another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise busy from error
+        except OSError as error:  # as some cluster file systems are mounted; that is no reason not to work there
+            if error.errno not in _NO_LOCKS:
+                raise
+            _log.warning("%s can't be locked (%s); see to it that no second process writes to %s", path, error, path.parent)
+        yield
 
 
 def hash_bytes(data: bytes | bytearray | memoryview) -> str:

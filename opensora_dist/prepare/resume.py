@@ -6,7 +6,6 @@ after the shard has its name. A shard without that record is written again.
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 from opensora_dist.config.prepare import PrepareConfig
 from opensora_dist.core.errors import DataError
 from opensora_dist.core.index import INDEX_NAME, SampleRow, ShardRow
-from opensora_dist.core.io import hash_bytes, read_json, write_json
+from opensora_dist.core.io import exclusive_lock, hash_bytes, read_json, write_json
 from opensora_dist.prepare.decode import Drop
 from opensora_dist.prepare.sources import Source
 from opensora_dist.prepare.stats import ChannelSums
@@ -80,14 +79,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         DataError: Another process prepares into it.
     """
     state = folder / STATE_DIR
-    state.mkdir(parents=True, exist_ok=True)
-    with open(state / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(
-                f"output.path={str(folder)!r}: another process is preparing into it; wait, or choose another"
-            ) from error
+    busy = DataError(f"output.path={str(folder)!r}: another process is preparing into it; wait, or choose another")
+    with exclusive_lock(state / "lock", busy=busy):
         for partial in (*folder.glob(".*.partial-*"), *state.glob(".*.partial-*")):
             partial.unlink()
         yield

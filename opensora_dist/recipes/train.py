@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from opensora_dist.config.load import Problem, dump_yaml, expand, load_config
 from opensora_dist.config.rules import train_problems
 from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.errors import CheckpointError, ConfigError, OpensoraError
-from opensora_dist.core.io import write_json, write_text
+from opensora_dist.core.io import exclusive_lock, write_json, write_text
 from opensora_dist.core.logging import get_logger, setup_logging
 from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index
@@ -162,7 +161,9 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
     dtype = torch.float64 if config.run.dtype == "float64" else torch.float32
     with ExitStack() as stack:
         if mesh.is_main:
-            stack.enter_context(_exclusive(run_dir))
+            # Two runs writing one directory would ruin each other's checkpoints.
+            said = f"run.dir={str(run_dir)!r} is in use by another process; wait for it, stop it, or choose another run.dir"
+            stack.enter_context(exclusive_lock(run_dir / ".lock", busy=ConfigError(said)))
         index = Index.open(expand(config.data.path or ""))
         order = Order(index, keys=keys, global_batch=config.data.global_batch)
         model, objective = meta_model(config.model, config.objective, index.spec, dtype=dtype)
@@ -320,17 +321,3 @@ def _build_validator(
         keys=keys,
         mesh=mesh,
     )
-
-
-@contextmanager
-def _exclusive(run_dir: Path) -> Iterator[None]:
-    """Holds the run directory for this process alone: two runs writing one directory would ruin each other's checkpoints."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"run.dir={str(run_dir)!r} is in use by another process; wait for it, stop it, or choose another run.dir"
-            ) from error
-        yield

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
 import os
 import signal
 import subprocess
@@ -7,7 +10,17 @@ import sys
 
 import pytest
 
-from opensora_dist.core.io import atomic_file, atomic_path, hash_bytes, hash_file, read_json, write_json, write_text
+from opensora_dist.core.errors import DataError
+from opensora_dist.core.io import (
+    atomic_file,
+    atomic_path,
+    exclusive_lock,
+    hash_bytes,
+    hash_file,
+    read_json,
+    write_json,
+    write_text,
+)
 
 
 def test_a_written_file_stands_alone_under_its_name(tmp_path):
@@ -77,3 +90,33 @@ def test_a_file_and_its_bytes_have_one_hash(tmp_path):
     (tmp_path / "a").write_bytes(data)
     assert hash_file(tmp_path / "a") == hash_bytes(data) == hash_bytes(memoryview(data))
     assert hash_bytes(data) != hash_bytes(data[:-1])
+
+
+def test_a_lock_keeps_others_out_for_as_long_as_it_is_held(tmp_path):
+    path, busy = tmp_path / "new" / "lock", DataError("taken")
+    with exclusive_lock(path, busy=busy):
+        with pytest.raises(DataError, match="taken"), exclusive_lock(path, busy=busy):
+            pytest.fail("held twice")
+    with exclusive_lock(path, busy=busy):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, caplog, number):
+    def refuse(handle, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(logging.getLogger("opensora_dist"), "propagate", True)
+    with exclusive_lock(tmp_path / "lock", busy=DataError("taken")):
+        (said,) = [r.getMessage() for r in caplog.records]
+    assert "can't be locked" in said and str(tmp_path) in said
+
+
+def test_a_lock_that_fails_for_another_reason_is_an_error(tmp_path, monkeypatch):
+    def fail(handle, operation):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(OSError, match="broken"), exclusive_lock(tmp_path / "lock", busy=DataError("taken")):
+        pytest.fail("went on")
