@@ -58,20 +58,21 @@ def initialiser(keys: Keys, init_from: ImportConfig | None) -> Callable[[nn.Modu
     return init
 
 
-def averaged_weights(folder: Path) -> dict[str, Tensor]:
-    """The averaged weights of one of our checkpoints, whole and on the CPU; buffers, which have no average, as they are.
+def read_weights(folder: Path, model: VideoTransformer, *, averaged: bool, source: str) -> dict[str, Tensor]:
+    """The weights of one of our checkpoints, whole and on the CPU, once it is sure that they are all of this model's and no others.
 
     Args:
         folder: A step folder.
+        model: Whose weights they are to be; may be on the meta device.
+        averaged: The moving average, with buffers, which have none, as they are; else the raw weights.
+        source: What an error calls the checkpoint.
+    Raises:
+        WeightsError: All names and shapes that differ.
     """
-    stored = read_tensors(folder / TENSORS_DIR, prefix="model.")
-    averaged = read_tensors(folder / TENSORS_DIR, prefix="ema.")
-    raw = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
-    return raw | {name.removeprefix("ema."): tensor for name, tensor in averaged.items()}
-
-
-def _read_run(path: Path, model: VideoTransformer) -> tuple[dict[str, Tensor], ImportReport]:
-    tensors = averaged_weights(resolve(path))
+    tensors = _stored(folder, "model.")
+    if averaged:
+        parameters = dict(model.named_parameters())
+        tensors = {name: t for name, t in tensors.items() if name not in parameters} | _stored(folder, "ema.")
     own = {name: t.shape for name, t in model.state_dict().items()}
     problems = [f"{name}: the model has none" for name in sorted(tensors.keys() - own.keys())]
     problems += [f"{name}: the run has none" for name in sorted(own.keys() - tensors.keys())]
@@ -81,7 +82,16 @@ def _read_run(path: Path, model: VideoTransformer) -> tuple[dict[str, Tensor], I
         if name in own and own[name] != tensor.shape
     ]
     if problems:
-        raise WeightsError(f"model.init_from.path={path} holds another model:\n" + "\n".join(f"  {p}" for p in problems))
+        raise WeightsError(f"{source} holds another model:\n" + "\n".join(f"  {p}" for p in problems))
+    return tensors
+
+
+def _stored(folder: Path, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in read_tensors(folder / TENSORS_DIR, prefix=prefix).items()}
+
+
+def _read_run(path: Path, model: VideoTransformer) -> tuple[dict[str, Tensor], ImportReport]:
+    tensors = read_weights(resolve(path), model, averaged=True, source=f"model.init_from.path={path}")
     return tensors, ImportReport(missing=(), unexpected=(), ignored=(), warnings=())
 
 

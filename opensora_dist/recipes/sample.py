@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from opensora_dist.checkpoint.commit import resolve
-from opensora_dist.checkpoint.store import read_tensors
 from opensora_dist.codecs.registry import build_codec, build_text_encoder
 from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.config.load import load_config
@@ -26,9 +25,9 @@ from opensora_dist.models.base import VideoTransformer
 from opensora_dist.models.init import assign_weights
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import resolve_device
-from opensora_dist.recipes.build import averaged_weights, meta_model
+from opensora_dist.recipes.build import meta_model, read_weights
 from opensora_dist.train.generate import SamplingOptions, generate_latents, noise_ids, to_frames
-from opensora_dist.train.saving import CONFIG_NAME, DATASET_NAME, TENSORS_DIR
+from opensora_dist.train.saving import CONFIG_NAME, DATASET_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,18 +58,15 @@ def load_model(checkpoint: Path, *, device: str, weights: str) -> LoadedModel:
         weights: ``ema``, or ``model`` for the raw ones.
     Raises:
         CheckpointError: There is none, or it does not verify.
+        WeightsError: Its weights are not those of the model that its config describes.
     """
     folder = resolve(checkpoint)
     config = load_config(TrainConfig, folder / CONFIG_NAME)
     spec = DatasetSpec.model_validate(read_json(folder / DATASET_NAME))
     where = resolve_device(device)
     model, objective = meta_model(config.model, config.objective, spec)
+    tensors = read_weights(folder, model, averaged=weights == "ema", source=str(folder))
     model.to_empty(device=where)
-    if weights == "ema":
-        tensors = averaged_weights(folder)
-    else:
-        stored = read_tensors(folder / TENSORS_DIR, prefix="model.")
-        tensors = {name.removeprefix("model."): t for name, t in stored.items()}
     assign_weights(model, {name: t.float() for name, t in tensors.items()})
     return LoadedModel(
         folder=folder,

@@ -1,0 +1,47 @@
+"""Sampling from a checkpoint: what it is refused for, in which precision it draws, and when its files are written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dataset_factory import write_dataset
+from PIL import Image
+from training import SAMPLES, overrides, train_here
+
+from opensora_dist.core.errors import ConfigError, WeightsError
+from opensora_dist.core.types import Thw
+from opensora_dist.recipes import build
+from opensora_dist.recipes import sample as recipe
+from opensora_dist.train.generate import SamplingOptions
+
+PROMPTS = ["red", "a blue square", "green"]
+
+
+@pytest.fixture(scope="module")
+def runs(ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample")
+    write_dataset(folder / "data", samples=SAMPLES)
+    for dtype in ("float32", "bfloat16"):
+        ranks.run(train_here, overrides(folder / "data", folder / dtype, "run.steps=1", f"run.dtype={dtype}"), world=1)
+    return folder
+
+
+def _sample(run, out, **other):
+    options = SamplingOptions(sampler=other.pop("sampler", None), steps=2, cfg_scale=2.0)
+    wish = {"prompts": PROMPTS, "count": 1, "clip": None, "seed": 0, "batch": 1, "device": "cpu", "weights": "ema"}
+    return recipe.sample(run, out=out, options=options, **{**wish, **other})
+
+
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_a_checkpoint_that_lacks_or_adds_a_parameter_is_refused(runs, weights, tmp_path, monkeypatch):
+    def read_tensors(folder, *, prefix):
+        stored = real(folder, prefix=prefix)
+        if prefix == f"{weights}.":
+            stored[f"{prefix}another"] = stored.pop(f"{prefix}final_layer.linear.weight")
+        return stored
+
+    real = build.read_tensors
+    monkeypatch.setattr(build, "read_tensors", read_tensors)
+    with pytest.raises(WeightsError, match=r"another: the model has none\s+final_layer.linear.weight: the run has none"):
+        _sample(runs / "float32", tmp_path / "out", weights=weights)
+    assert not (tmp_path / "out").exists()
