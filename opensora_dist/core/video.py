@@ -16,6 +16,7 @@ from opensora_dist.core.errors import DataError
 from opensora_dist.core.io import atomic_path
 
 Frames = NDArray[np.uint8]
+SHEET_COLUMNS = 8
 
 
 def iter_frames(path: Path) -> Iterator[tuple[float, NDArray[np.uint8]]]:
@@ -92,15 +93,20 @@ def write_video(path: Path, frames: Frames, *, fps: float, crf: int = 18) -> Non
             container.mux(packet)
 
 
-def contact_sheet(path: Path, videos: Sequence[Frames], *, columns: int = 8, captions: Sequence[str] = ()) -> None:
+def evenly_spaced(frames: Frames, count: int) -> Frames:
+    """A copy of at most ``count`` frames, from the first to the last."""
+    return frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
+
+
+def contact_sheet(path: Path, videos: Sequence[Frames], *, columns: int = SHEET_COLUMNS, captions: Sequence[str] = ()) -> None:
     """Writes a PNG with one row per video and ``columns`` frames of it, evenly spaced; captions go above the rows."""
     from PIL import ImageDraw
 
     assert videos, "a contact sheet of no video"
     rows: list[Image.Image] = []
     for i, frames in enumerate(videos):
-        picks = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
-        strip = np.concatenate([np.pad(frames[p], ((1, 1), (1, 1), (0, 0))) for p in picks], axis=1)
+        picks = evenly_spaced(frames, columns)
+        strip = np.concatenate([np.pad(frame, ((1, 1), (1, 1), (0, 0))) for frame in picks], axis=1)
         scale = max(1, 96 // frames.shape[1])
         image = Image.fromarray(strip).resize((strip.shape[1] * scale, strip.shape[0] * scale), Image.Resampling.NEAREST)
         if captions:

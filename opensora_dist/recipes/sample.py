@@ -19,7 +19,7 @@ from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.io import read_json
 from opensora_dist.core.protocols import TextEncoder, VideoCodec
 from opensora_dist.core.types import Thw
-from opensora_dist.core.video import Frames, contact_sheet, write_video
+from opensora_dist.core.video import SHEET_COLUMNS, Frames, contact_sheet, evenly_spaced, write_video
 from opensora_dist.diffusion.base import Objective
 from opensora_dist.models.base import VideoTransformer
 from opensora_dist.models.init import assign_weights
@@ -28,6 +28,8 @@ from opensora_dist.parallel.mesh import resolve_device
 from opensora_dist.recipes.build import meta_model, read_weights
 from opensora_dist.train.generate import SamplingOptions, generate_latents, noise_ids, to_frames
 from opensora_dist.train.saving import CONFIG_NAME, DATASET_NAME
+
+_SHEET_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,7 @@ def sample(
     device: str,
     weights: str,
 ) -> SampleFiles:
-    """Writes ``count`` videos per prompt as mp4, and one contact sheet of them all.
+    """Writes ``count`` videos per prompt as mp4, each as it is drawn, and one contact sheet of the first of them.
 
     Args:
         out: Folder for the files; None is ``samples/manual`` in the run, or beside a checkpoint that stands alone.
@@ -143,13 +145,16 @@ def sample(
     loaded = load_model(checkpoint, device=device, weights=weights)
     out = out or run_dir_of(loaded.folder) / "samples" / "manual"
     wanted = [p for p in prompts for _ in range(count)]
-    frames = list(draw_videos(loaded, wanted, clip=clip or loaded.default_clip, options=options, seed=seed, batch=batch))
-    paths = []
-    for i, (prompt, video) in enumerate(zip(wanted, frames, strict=True)):
+    videos = draw_videos(loaded, wanted, clip=clip or loaded.default_clip, options=options, seed=seed, batch=batch)
+    paths: list[Path] = []
+    shown: list[Frames] = []
+    for i, (prompt, frames) in enumerate(zip(wanted, videos, strict=True)):
         paths.append(out / f"{i:03d}-{_slug(prompt)}.mp4")
-        write_video(paths[-1], video, fps=loaded.spec.fps)
+        write_video(paths[-1], frames, fps=loaded.spec.fps)
+        if len(shown) < _SHEET_ROWS:
+            shown.append(evenly_spaced(frames, SHEET_COLUMNS))
     sheet = out / "contact_sheet.png"
-    contact_sheet(sheet, frames, captions=wanted)
+    contact_sheet(sheet, shown, captions=wanted[: len(shown)])
     return SampleFiles(videos=tuple(paths), contact_sheet=sheet)
 
 

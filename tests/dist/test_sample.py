@@ -45,3 +45,28 @@ def test_a_checkpoint_that_lacks_or_adds_a_parameter_is_refused(runs, weights, t
     with pytest.raises(WeightsError, match=r"another: the model has none\s+final_layer.linear.weight: the run has none"):
         _sample(runs / "float32", tmp_path / "out", weights=weights)
     assert not (tmp_path / "out").exists()
+
+
+def test_each_video_is_a_file_before_the_next_is_drawn_and_the_sheet_shows_the_first(runs, tmp_path, monkeypatch):
+    there = []
+
+    def watched(*args, **kwargs):
+        for frames in real(*args, **kwargs):
+            there.append(len(list(tmp_path.glob("*.mp4"))))
+            yield frames
+
+    real = recipe.draw_videos
+    monkeypatch.setattr(recipe, "draw_videos", watched)
+    files = _sample(runs / "float32", tmp_path)
+    assert there == [0, 1, 2] and all(path.is_file() for path in files.videos)
+    three = Image.open(files.contact_sheet).size
+    monkeypatch.setattr(recipe, "_SHEET_ROWS", 2)
+    two = Image.open(_sample(runs / "float32", tmp_path).contact_sheet).size
+    assert two == (three[0], three[1] * 2 // 3)
+
+
+@pytest.mark.parametrize("wish", [{"sampler": "ddim"}, {"clip": Thw(3, 33, 48)}, {"prompts": []}], ids=str)
+def test_a_refused_wish_writes_nothing(runs, wish, tmp_path):
+    with pytest.raises(ConfigError):
+        _sample(runs / "float32", tmp_path / "out", **wish)
+    assert not (tmp_path / "out").exists()
