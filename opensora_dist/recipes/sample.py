@@ -87,13 +87,15 @@ def draw_videos(
 ) -> Iterator[Frames]:
     """One video per prompt, in order; a prompt given twice gives two. The batch size changes speed, not videos.
 
+    bfloat16 where the run computed in it, as its validation videos did; else float32.
+
     Raises:
         ConfigError: The codec or the model can't make clips of this shape, or a sampling option doesn't fit.
     """
     latent = loaded.codec.latent_shape(clip)
     loaded.model.token_grid(latent)
     keys, ids = Keys(seed), noise_ids(prompts)
-    half = loaded.device.type == "cuda"
+    half = loaded.config.run.dtype == "bfloat16"
     for start in range(0, len(prompts), batch):
         texts: list[Tensor] = loaded.text.encode(prompts[start : start + batch])
         with torch.no_grad(), torch.autocast(loaded.device.type, dtype=torch.bfloat16, enabled=half):

@@ -70,3 +70,17 @@ def test_a_refused_wish_writes_nothing(runs, wish, tmp_path):
     with pytest.raises(ConfigError):
         _sample(runs / "float32", tmp_path / "out", **wish)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_videos_are_drawn_in_the_precision_of_the_run(runs, dtype, tmp_path, monkeypatch):
+    seen = []
+
+    def watched(*args, **kwargs):
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return real(*args, **kwargs)
+
+    real = recipe.generate_latents
+    monkeypatch.setattr(recipe, "generate_latents", watched)
+    _sample(runs / dtype, tmp_path)
+    assert set(seen) == {getattr(torch, dtype)}
