@@ -6,16 +6,14 @@ import logging
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from opensora_dist.observe.metrics import StepMetrics
-
-T = TypeVar("T")
 
 _LINE_EVERY_S = 5.0
 
@@ -168,19 +166,3 @@ class TrainProgress:
         """Shows the steps since the last call; called at log steps."""
         if window:
             self._bar.update(window[-1].step, note=describe_steps(window, total_steps=self._total_steps), line=True)
-
-
-def track(
-    items: Iterable[T], description: str, *, total: int | None = None, enabled: bool = True, console: Console | None = None
-) -> Iterator[T]:
-    """Iterates over ``items`` with a progress bar.
-
-    Args:
-        total: Number of items; default: ``len(items)`` where it has one.
-    """
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    with Bar(description, total=total, enabled=enabled, console=console) as bar:
-        for item in items:
-            yield item
-            bar.advance()
