@@ -25,7 +25,6 @@ _PACKAGES = (
     "safetensors",
     "pydantic",
     "pyarrow",
-    "webdataset",
     "av",
     "diffusers",
     "transformers",
