@@ -40,8 +40,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--clip", metavar="TxHxW", help="frames, height and width in pixels (default: as trained)")
     parser.add_argument("--sampler", choices=["ddpm", "ddim", "dpm_solver", "flow_euler"], help="default: the objective's")
-    parser.add_argument("--steps", type=int, default=30, help="model evaluations per video (default 30)")
-    parser.add_argument("--cfg-scale", type=float, default=3.0, help="classifier-free guidance; 1 turns it off (default 3)")
+    # No defaults of these here: SamplingOptions has them, and importing it for every --help would load torch.
+    parser.add_argument("--steps", type=int, help="model evaluations per video (default 30)")
+    parser.add_argument("--cfg-scale", type=float, help="classifier-free guidance; 1 turns it off (default 3.0)")
     parser.add_argument("--guided-channels", type=int, help="guide the first N latent channels only (Open-Sora 1.0: 3)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--batch", type=int, default=8, help="videos drawn at once; changes speed only (default 8)")
@@ -57,12 +58,14 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """
     from opensora_dist.train.generate import SamplingOptions
 
+    given = {name: value for name in ("steps", "cfg_scale") if (value := getattr(args, name)) is not None}
+    options = SamplingOptions(sampler=args.sampler, guided_channels=args.guided_channels, **given)
     problems = []
-    for flag in ("steps", "batch"):
-        if getattr(args, flag) < 1:
-            problems.append(f"--{flag}={getattr(args, flag)} must be at least 1")
-    if args.cfg_scale < 1:
-        problems.append(f"--cfg-scale={args.cfg_scale} must be at least 1, which turns guidance off")
+    for flag, value in (("steps", options.steps), ("batch", args.batch)):
+        if value < 1:
+            problems.append(f"--{flag}={value} must be at least 1")
+    if options.cfg_scale < 1:
+        problems.append(f"--cfg-scale={options.cfg_scale} must be at least 1, which turns guidance off")
     if args.seed < 0:
         problems.append(f"--seed={args.seed} must be 0 or more")
     clip = None
@@ -73,9 +76,6 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    options = SamplingOptions(
-        sampler=args.sampler, steps=args.steps, cfg_scale=args.cfg_scale, guided_channels=args.guided_channels
-    )
     return {
         "clip": clip,
         "options": options,

@@ -31,9 +31,9 @@ class SamplingOptions:
         guided_channels: Leading latent channels that guidance applies to; None: all. Open-Sora 1.0 guides 3 of its 4.
     """
 
-    sampler: str | None
-    steps: int
-    cfg_scale: float
+    sampler: str | None = None
+    steps: int = 30
+    cfg_scale: float = 3.0
     guided_channels: int | None = None
 
 
