@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from opensora_dist.core.extras import require_extra
+
 
 def add_parser(verbs: Any) -> None:
     """Adds the verb."""
@@ -24,6 +26,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    require_extra("cv2", extra="prepare", wanted_by="`demo`, which resizes and scores videos with OpenCV,")
     from rich.console import Console
 
     from opensora_dist.recipes.demo import demo

@@ -10,6 +10,7 @@ from typing import Any
 
 from opensora_dist.cli.arguments import add_sampling_arguments
 from opensora_dist.core.errors import ConfigError
+from opensora_dist.core.extras import require_extra
 
 
 def add_parser(verbs: Any) -> None:
@@ -30,6 +31,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    require_extra("cv2", extra="prepare", wanted_by="`evaluate`, which scores videos with OpenCV,")
     from opensora_dist.cli.arguments import sampling_options
     from opensora_dist.observe.progress import Bar
     from opensora_dist.recipes.evaluate import evaluate

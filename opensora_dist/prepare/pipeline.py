@@ -10,7 +10,6 @@ that went straight through, with any number of workers.
 from __future__ import annotations
 
 import errno
-import importlib.util
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.config.load import expand
 from opensora_dist.config.prepare import PrepareConfig
 from opensora_dist.core.errors import ConfigError, DataError
+from opensora_dist.core.extras import missing_extra
 from opensora_dist.core.index import SampleRow, write_index
 from opensora_dist.core.io import write_json
 from opensora_dist.core.protocols import TextEncoder, VideoCodec
@@ -300,8 +300,9 @@ def _folders(config: PrepareConfig, codec: VideoCodec) -> tuple[Path, Path]:
         problems.append("input.path is not set; give the folder that holds the videos")
     if config.output.path is None:
         problems.append("output.path is not set; give the folder that shall hold the shards")
-    if importlib.util.find_spec("cv2") is None:
-        problems.append("preparation needs OpenCV to resize frames; pip install 'opensora-dist[prepare]'")
+    lacking = missing_extra("cv2", extra="prepare", wanted_by="preparation, which resizes frames with OpenCV,")
+    if lacking:
+        problems.append(lacking)
     for clip in _clips(config):
         try:
             codec.latent_shape(clip)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 
 import pytest
 from cli_process import cli, running
@@ -153,6 +154,15 @@ def test_sample_evaluate_and_report_read_what_was_trained(say, trained, tmp_path
     assert result["videos"] == 2 and set(result["rates"]) >= {"colour"}
     assert say("report", trained)[0] == 0
     assert "000.mp4" in (trained / "report.html").read_text() or "data:video" in (trained / "report.html").read_text()
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "demo"])
+def test_a_verb_that_needs_opencv_says_how_to_install_it(say, tmp_path, monkeypatch, verb):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    code, err = say(verb, tmp_path / "out")
+    assert code == 2
+    assert "pip install 'opensora-dist[prepare]'" in err
+    assert not (tmp_path / "out").exists()
 
 
 def _draw(say, trained, out, *more):

@@ -505,6 +505,6 @@ def test_a_worker_that_dies_is_an_error_that_names_its_files(source: Path, tmp_p
 
 
 def test_without_opencv_the_error_says_what_to_install(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ConfigError, match=r"pip install 'opensora-dist\[prepare\]'"):
         run(config(source, tmp_path))
