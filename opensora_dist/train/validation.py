@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+from av.error import FFmpegError
 from torch import Tensor
 
 from opensora_dist.config.dataset import DatasetSpec
@@ -68,11 +70,16 @@ class Validator:
         self._texts = [texts[i] for i in self._drawn]
         self._noise_ids = [noise_ids(prompts)[i] for i in self._drawn]
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="validation")
-        self._pending: list[Future[None]] = []
+        self._pending: list[tuple[int, Future[None]]] = []
         self._unshown: list[int] = []
 
     def run(self, backend: ZeroBackend, ema: Ema, *, step: int) -> None:
         """Draws all prompts with the averaged weights. Collective."""
+        for i in self._written:
+            # Of a run that got here before it was killed. Gone before this call ends on any rank's main thread, and so before the
+            # next collective: the main rank can't take them for this round's. What can't be removed can't be written either.
+            with suppress(OSError):
+                self._files(step)[i].unlink()
         with ema.applied(), backend.inference() as model:
             latents = generate_latents(
                 model,
@@ -85,7 +92,7 @@ class Validator:
                 keys=self._keys,
                 device=self._mesh.device,
             )
-        self._pending.append(self._pool.submit(self._write, latents, step))
+        self._pending.append((step, self._pool.submit(self._write, latents, step)))
         self._unshown.append(step)
 
     def close(self) -> None:
@@ -95,18 +102,23 @@ class Validator:
 
     def collect(self) -> None:
         """Reports failures of finished rounds; called at log steps and at the end."""
-        done, self._pending = [f for f in self._pending if f.done()], [f for f in self._pending if not f.done()]
-        for future in done:
+        done = [(step, future) for step, future in self._pending if future.done()]
+        self._pending = [entry for entry in self._pending if entry not in done]
+        for step, future in done:
             try:
                 future.result()
-            except (OSError, OpensoraError) as error:  # a full disk or a codec's refusal costs videos, never the run
+            # A full disk, a codec's refusal, memory that a decoder lacks (a RuntimeError of torch): they cost videos, never the run.
+            except (OSError, OpensoraError, RuntimeError, FFmpegError) as error:
                 self.failures += 1
-                _log.warning("validation videos could not be written (%s); training goes on", error)
+                self._unshown = [unshown for unshown in self._unshown if unshown != step]
+                _log.warning("validation videos of step %d could not be written (%s); training goes on", step, error)
 
     def take_finished(self) -> list[tuple[int, list[Path]]]:
         """Rounds whose videos are all there, of every rank, and were not given out before: (step, files)."""
-        finished = [step for step in self._unshown if all(path.is_file() for path in self._files(step))]
-        self._unshown = [step for step in self._unshown if step not in finished]
+        # Every rank writes its rounds in order. So, asked newest first, a round that is not there when a later one is has failed on
+        # another rank, and need not be asked for again.
+        finished = sorted(step for step in reversed(self._unshown) if all(path.is_file() for path in self._files(step)))
+        self._unshown = [step for step in self._unshown if step > max(finished, default=-1)]
         return [(step, self._files(step)) for step in finished]
 
     def _files(self, step: int) -> list[Path]:
