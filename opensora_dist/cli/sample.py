@@ -8,6 +8,7 @@ from typing import Any
 
 from opensora_dist.cli.arguments import add_sampling_arguments
 from opensora_dist.core.errors import ConfigError
+from opensora_dist.core.io import read_utf8
 
 
 def add_parser(verbs: Any) -> None:
@@ -33,7 +34,7 @@ def _run(args: argparse.Namespace) -> int:
             raise ConfigError(
                 f"--prompt-file={str(args.prompt_file)!r} is not a file; give a text file with one caption per line"
             )
-        prompts += [line.strip() for line in args.prompt_file.read_text().splitlines() if line.strip()]
+        prompts += [line.strip() for line in read_utf8(args.prompt_file).splitlines() if line.strip()]
     if args.count < 1:
         raise ConfigError(f"--count={args.count} must be at least 1")
     files = sample(args.checkpoint, prompts=prompts, out=args.out, count=args.count, **sampling_options(args))

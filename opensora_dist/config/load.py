@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from opensora_dist.config.base import Section
 from opensora_dist.core.errors import ConfigError
+from opensora_dist.core.io import read_utf8
 from opensora_dist.core.registry import nearest
 
 S = TypeVar("S", bound=Section)
@@ -34,8 +35,35 @@ class Problem:
     message: str
 
 
+class _WrongKey(Exception):
+    """A key that a config can't have; the message says where and why."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: ``off`` and ``no`` are words, ``1e-4`` is a number (PyYAML's YAML 1.1 says the opposite)."""
+    """YAML 1.2's scalars: ``off`` and ``no`` are words, ``1e-4`` is a number (PyYAML's YAML 1.1 says the opposite).
+
+    Keys must be text, and each be given once, where PyYAML would silently keep the last.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Checks the keys as they are written, before merges (``<<``) mix in those of other mappings."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.tag != "tag:yaml.org,2002:str":
+                what = f"{key.value} is a key, but" if isinstance(key, yaml.ScalarNode) else "a list or mapping is a key, but"
+                raise _WrongKey(
+                    f"line {line}: {what} keys are names of sections and fields, as text; write section: {{key: value}}"
+                )
+            if key.value in lines:
+                raise _WrongKey(
+                    f"line {line}: the key {key.value!r} was given in line {lines[key.value]} already; keep one of them"
+                )
+            lines[key.value] = line
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -56,7 +84,7 @@ def parse_yaml(text: str, *, source: str) -> Any:
     """YAML text to plain values.
 
     Raises:
-        ConfigError: The text is not YAML; line and column are named.
+        ConfigError: The text is not YAML, or has a key twice or one that is not text; the line is named.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
@@ -64,6 +92,10 @@ def parse_yaml(text: str, *, source: str) -> Any:
         raise ConfigError(
             f"not valid YAML: {' '.join(str(error).split())}; check indentation and quotes", source=source
         ) from error
+    except _WrongKey as error:
+        raise ConfigError(str(error), source=source) from error
+    except ValueError as error:  # of a scalar that looks like a date and is none
+        raise ConfigError(f"not valid YAML: {error}; put text in quotes", source=source) from error
 
 
 def dump_yaml(config: Section) -> str:
@@ -114,7 +146,7 @@ def _read_with_parent(path: Path, *, schema: type[Section], seen: tuple[Path, ..
         raise ConfigError(f"config {str(path)!r} does not exist; recipes to start from are in configs/", source=None)
     if path.resolve() in seen:
         raise ConfigError(f"extends: {path} extends itself through {' -> '.join(map(str, seen))}; break the circle")
-    raw = parse_yaml(path.read_text(), source=str(path))
+    raw = parse_yaml(read_utf8(path), source=str(path))
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from opensora_dist.core.errors import OpensoraError
+from opensora_dist.core.errors import ConfigError, OpensoraError
 from opensora_dist.core.logging import get_logger
 
 _log = get_logger(__name__)
@@ -70,6 +70,22 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` atomically as indented JSON; NaN and infinity are refused, since JSON has neither."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_utf8(path: Path) -> str:
+    """Text that a user wrote, without the byte order mark that some editors put before it.
+
+    Raises:
+        ConfigError: It is not UTF-8; the line is named.
+    """
+    data = Path(path).read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{path}: line {line} holds bytes that are not UTF-8 (0x{data[error.start]:02x}); save the file as UTF-8"
+        ) from error
 
 
 def read_json(path: Path) -> Any:

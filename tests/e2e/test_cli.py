@@ -230,3 +230,10 @@ def test_sigterm_to_the_command_saves_stops_with_0_and_the_same_command_goes_on_
     assert whole.code == 0, whole.err
     assert [m["step"] for m in metrics(tmp_path / "parts")] == list(range(1, 81))
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+def test_a_prompt_file_that_is_not_utf_8_exits_2_and_names_the_line(say, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes("a red circle\na grün one\n".encode("latin-1"))
+    code, err = say("sample", tmp_path, "--prompt-file", prompts)
+    assert (code, "prompts.txt: line 2 holds bytes that are not UTF-8" in err) == (2, True), err
+
+

@@ -65,6 +65,9 @@ def test_rules_on_a_wrong_field_wait_until_the_field_is_right():
         ("run.steps=[", "not valid YAML"),
         ("optim.lr=.nan", "finite"),
         ("optim=3", "write a mapping"),
+        ("run={1: 2}", "line 1: 1 is a key, but"),
+        ("run={steps: 1, steps: 2}", "line 1: the key 'steps' was given in line 1 already"),
+        ("run.name=2026-13-45", "put text in quotes"),
     ],
 )
 def test_a_wrong_override_is_named_with_its_remedy(override, said):
@@ -122,6 +125,38 @@ def test_a_circle_of_parents_and_a_missing_file_are_refused(tmp_path):
         load_config(TrainConfig, tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="a config is a mapping"):
         load_config(TrainConfig, write(tmp_path / "list.yaml", "- 1\n"))
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("1: 2\n", "line 1: 1 is a key, but keys are names"),
+        ("run:\n  steps: 3\n  1: 2\n", "line 3: 1 is a key, but keys are names"),
+        ("run: {[a]: 2}\n", "line 1: a list or mapping is a key"),
+        ("run:\n  ~: 2\n", "line 2: ~ is a key"),
+        ("run:\n  steps: 1\n  seed: 2\n  steps: 3\n", "line 4: the key 'steps' was given in line 2 already; keep one"),
+        ("run: {steps: 1}\nrun: {seed: 1}\n", "line 2: the key 'run' was given in line 1 already"),
+    ],
+)
+def test_a_key_that_is_no_text_or_comes_twice_is_named_with_its_file_and_line(tmp_path, text, said):
+    path = write(tmp_path / "wrong.yaml", text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, path)
+    assert said in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_merged_keys_may_be_given_again():
+    text = "{one: &one {b: 1, c: 1}, two: {<<: *one, c: 3}}"
+    assert parse_yaml(text, source="")["two"] == {"b": 1, "c": 3}
+
+
+def test_a_file_that_is_not_utf_8_is_named_with_its_line_and_a_byte_order_mark_is_none_of_its_text(tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_bytes("run:\n  name: Übung\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"wrong\.yaml: line 2 holds bytes that are not UTF-8 \(0xdc\); save the file as UTF-8"):
+        load_config(TrainConfig, path)
+    path.write_bytes("run:\n  name: Übung\n".encode("utf-8-sig"))
+    assert load_config(TrainConfig, path).run.name == "Übung"
 
 
 def test_words_that_yaml_1_1_takes_for_booleans_stay_words_and_exponents_are_numbers():
