@@ -82,7 +82,9 @@ class IddpmConfig(Section):
     """Discrete diffusion with learned sigma (Open-Sora 1.0)."""
 
     name: Literal["iddpm"] = "iddpm"
-    timesteps: int = Field(1000, ge=2, description="Diffusion steps of the linear schedule.")
+    timesteps: int = Field(
+        1000, ge=21, description="Diffusion steps of the linear schedule, whose last beta, 20 / timesteps, must be below 1."
+    )
     caption_dropout: float = Field(
         0.1, ge=0, le=1, description="Probability that a sample's caption is replaced by the null caption."
     )
@@ -144,7 +146,9 @@ class OptimConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, on the weights of linears and convolutions.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
     schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="Learning rate after warm-up.")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="What the learning rate falls to over lr, for cosine and linear; reached at run.steps.")
+    min_lr_ratio: float = Field(
+        0.0, ge=0, le=1, description="What the learning rate falls to over lr, for cosine and linear; reached at run.steps."
+    )
     clip_norm: float = Field(1.0, gt=0, description="Global gradient norm above which gradients are scaled down.")
     ema_decay: float = Field(
         0.9999, ge=0, lt=1, description="Decay of the fp32 moving average; early steps use (1+n)/(10+n) where that is less."

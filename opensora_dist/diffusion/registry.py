@@ -14,8 +14,6 @@ def build_objective(config: ObjectiveConfig, *, spatial_factor: int) -> Objectiv
     Args:
         config: The ``objective`` section.
         spatial_factor: Pixels per latent of the codec (``DatasetSpec.spatial_factor``).
-    Raises:
-        ConfigError: The schedule the config asks for does not exist.
     """
     if isinstance(config, IddpmConfig):
         return Iddpm(config)

@@ -13,6 +13,7 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from opensora_dist.config.train import IddpmConfig, ObjectiveConfig
 from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.types import Thw
 from opensora_dist.diffusion.base import Objective
@@ -47,10 +48,6 @@ def _noise_channels(output: Tensor) -> Tensor:
 
 def _ddpm(objective: Iddpm, steps: int, latent: Thw) -> _Plan:
     """Ancestral sampling with the learned variance; timesteps spread from last to first, as improved diffusion respaces."""
-    if steps < 2:
-        raise ConfigError(
-            f"sampling_steps={steps} with sampler=ddpm: ancestral sampling needs at least 2; use sampler=dpm_solver"
-        )
     scheduler = DDPMScheduler(
         num_train_timesteps=objective.timesteps,
         trained_betas=objective.betas.numpy(),
@@ -123,21 +120,31 @@ def default_sampler(objective_name: str) -> str:
     return samplers_of(objective_name)[0]
 
 
-def check_sampler(objective_name: str, sampler: str) -> None:
-    """Refuses a sampler that can't invert the objective.
+def check_sampling(objective: Objective | ObjectiveConfig, *, sampler: str | None, steps: int) -> None:
+    """Refuses a sampler that can't invert the objective, and a number of steps that it can't take.
 
+    Args:
+        objective: The objective, or its config.
+        sampler: None is the default.
     Raises:
-        ConfigError: Naming the samplers that can.
+        ConfigError: Naming the samplers that can, or the steps allowed.
     """
-    if sampler not in samplers_of(objective_name):
-        known = ", ".join(samplers_of(objective_name))
-        raise ConfigError(f"sampler={sampler} does not work with objective.name={objective_name}; use one of: {known}")
+    known = samplers_of(objective.name)
+    sampler = default_sampler(objective.name) if sampler is None else sampler
+    if sampler not in known:
+        raise ConfigError(f"sampler={sampler} does not work with objective.name={objective.name}; use one of: {', '.join(known)}")
+    if steps < 1:
+        raise ConfigError(f"sampling_steps={steps} must be at least 1")
+    if isinstance(objective, Iddpm | IddpmConfig) and steps > objective.timesteps:
+        raise ConfigError(f"sampling_steps={steps} exceeds objective.timesteps={objective.timesteps}; use at most that many")
+    if sampler == "ddpm" and steps < 2:
+        raise ConfigError(
+            f"sampling_steps={steps} with sampler=ddpm: ancestral sampling needs at least 2; use sampler=dpm_solver"
+        )
 
 
 def _plan(objective: Objective, *, sampler: str, steps: int, latent: Thw) -> _Plan:
     if isinstance(objective, Iddpm):
-        if steps > objective.timesteps:
-            raise ConfigError(f"sampling_steps={steps} exceeds objective.timesteps={objective.timesteps}; use at most that many")
         plan = _IDDPM_SAMPLERS[sampler](objective, steps, latent)
     else:
         assert isinstance(objective, RectifiedFlow), objective
@@ -198,10 +205,8 @@ def sample_latents(
         ConfigError: Sampler, steps or guided channels that don't fit the objective.
     """
     batch, channels = noise_BCTHW.shape[:2]
+    check_sampling(objective, sampler=sampler, steps=steps)
     sampler = default_sampler(objective.name) if sampler is None else sampler
-    check_sampler(objective.name, sampler)
-    if steps < 1:
-        raise ConfigError(f"sampling_steps={steps} must be at least 1")
     if guided_channels is not None and not 1 <= guided_channels <= channels:
         raise ConfigError(f"guided_channels={guided_channels} must be between 1 and the {channels} latent channels, or left out")
     if sampler == "ddpm" and (generators is None or len(generators) != batch):

@@ -23,7 +23,7 @@ from opensora_dist.data.index import Index
 from opensora_dist.data.loader import Loader
 from opensora_dist.data.order import Order
 from opensora_dist.diffusion.base import Objective
-from opensora_dist.diffusion.samplers import check_sampler
+from opensora_dist.diffusion.samplers import check_sampling
 from opensora_dist.models.base import VideoTransformer
 from opensora_dist.observe.environment import describe_environment
 from opensora_dist.observe.events import EventLog
@@ -89,12 +89,11 @@ def _problems(config: TrainConfig) -> list[Problem]:
         message = "run.device=cuda, but torch sees no CUDA device here; use run.device=auto or cpu, or check the driver"
         return [Problem(fields=("run.device",), message=message), *train_problems(config, world=launched_world() or 1)]
     problems = train_problems(config, world=_world(config))
-    if config.validation.sampler is not None:
-        try:
-            check_sampler(config.objective.name, config.validation.sampler)
-        except ConfigError as error:
-            fields = ("validation.sampler", "objective")
-            problems += [Problem(fields=fields, message=f"validation.{p}") for p in error.problems]
+    try:
+        check_sampling(config.objective, sampler=config.validation.sampler, steps=config.validation.sampling_steps)
+    except ConfigError as error:
+        fields = ("validation.sampler", "validation.sampling_steps", "objective")
+        problems += [Problem(fields=fields, message=f"validation.{p}") for p in error.problems]
     problems += _rank_problems(config)
     problems += _init_from_problems(config)
     # The data set can be asked only where the fields that build a model from it are right.

@@ -107,6 +107,12 @@ def test_five_mistakes_are_reported_at_once_and_nothing_is_made(tmp_path, data):
         (["data.global_batch=12"], "is more than any bucket"),
         (["validation.every_steps=2", "validation.prompts=[x]", "validation.clip=[3, 31, 48]"], "validation.clip"),
         (["validation.every_steps=2", "validation.prompts=[x]", "validation.sampler=ddim"], "validation.sampler"),
+        (
+            ["objective.name=iddpm", "validation.sampling_steps=2000"],
+            "validation.sampling_steps=2000 exceeds objective.timesteps",
+        ),
+        (["objective.name=iddpm", "validation.sampler=ddpm", "validation.sampling_steps=1"], "validation.sampling_steps=1 with"),
+        (["objective.name=iddpm", "objective.timesteps=20"], "objective.timesteps=20: input should be"),
         (["parallel.dp_replicate=3", "parallel.zero.stage=3"], "parallel.dp_replicate=3 must divide the 2 ranks"),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else "",
@@ -124,6 +130,15 @@ def test_a_folder_that_is_no_data_set_is_said_with_a_way_out(say, tmp_path):
     assert code == 2
     assert "data prepare" in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "demo"])
+def test_a_verb_that_needs_opencv_says_how_to_install_it(say, tmp_path, monkeypatch, verb):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    code, err = say(verb, tmp_path / "out")
+    assert code == 2
+    assert "pip install 'opensora-dist[prepare]'" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_config_and_an_unknown_verb_exit_2(say, tmp_path):
@@ -154,15 +169,6 @@ def test_sample_evaluate_and_report_read_what_was_trained(say, trained, tmp_path
     assert result["videos"] == 2 and set(result["rates"]) >= {"colour"}
     assert say("report", trained)[0] == 0
     assert "000.mp4" in (trained / "report.html").read_text() or "data:video" in (trained / "report.html").read_text()
-
-
-@pytest.mark.parametrize("verb", ["evaluate", "demo"])
-def test_a_verb_that_needs_opencv_says_how_to_install_it(say, tmp_path, monkeypatch, verb):
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    code, err = say(verb, tmp_path / "out")
-    assert code == 2
-    assert "pip install 'opensora-dist[prepare]'" in err
-    assert not (tmp_path / "out").exists()
 
 
 def _draw(say, trained, out, *more):
@@ -203,6 +209,13 @@ def test_a_wrong_wish_to_sample_exits_2_and_writes_nothing(say, trained, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_prompt_file_that_is_not_utf_8_exits_2_and_names_the_line(say, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes("a red circle\na grün one\n".encode("latin-1"))
+    code, err = say("sample", tmp_path, "--prompt-file", prompts)
+    assert (code, "prompts.txt: line 2 holds bytes that are not UTF-8" in err) == (2, True), err
+
+
 def test_sampling_from_what_holds_no_checkpoint_exits_1_and_says_why(say, tmp_path):
     for folder, said in ((tmp_path / "gone", "no such folder"), (tmp_path, "no checkpoint")):
         code, err = say("sample", folder, "--prompt", "x")
@@ -230,10 +243,3 @@ def test_sigterm_to_the_command_saves_stops_with_0_and_the_same_command_goes_on_
     assert whole.code == 0, whole.err
     assert [m["step"] for m in metrics(tmp_path / "parts")] == list(range(1, 81))
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
-def test_a_prompt_file_that_is_not_utf_8_exits_2_and_names_the_line(say, tmp_path):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_bytes("a red circle\na grün one\n".encode("latin-1"))
-    code, err = say("sample", tmp_path, "--prompt-file", prompts)
-    assert (code, "prompts.txt: line 2 holds bytes that are not UTF-8" in err) == (2, True), err
-
-

@@ -65,6 +65,7 @@ def test_rules_on_a_wrong_field_wait_until_the_field_is_right():
         ("run.steps=[", "not valid YAML"),
         ("optim.lr=.nan", "finite"),
         ("optim=3", "write a mapping"),
+        ("objective={name: iddpm, timesteps: 20}", "objective.timesteps=20: input should be greater than or equal to 21; use 21"),
         ("run={1: 2}", "line 1: 1 is a key, but"),
         ("run={steps: 1, steps: 2}", "line 1: the key 'steps' was given in line 1 already"),
         ("run.name=2026-13-45", "put text in quotes"),

@@ -13,7 +13,7 @@ from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.types import Thw
 from opensora_dist.diffusion.iddpm import Iddpm
 from opensora_dist.diffusion.rectified_flow import RectifiedFlow
-from opensora_dist.diffusion.samplers import default_sampler, guide, sample_latents, samplers_of
+from opensora_dist.diffusion.samplers import check_sampling, default_sampler, guide, sample_latents, samplers_of
 
 MEAN, STD = 1.5, 0.4
 LATENT = Thw(4, 20, 25)
@@ -230,6 +230,26 @@ def test_samplers_that_cannot_invert_an_objective_are_refused_with_those_that_ca
         sample_wrongly(IDDPM, sampler="ddpm", steps=1, generators=generators(len(noise())))
     with pytest.raises(ConfigError, match=r"guided_channels=3 must be between 1 and the 2 latent channels"):
         sample_wrongly(flow, guided_channels=3)
+
+
+@pytest.mark.parametrize(
+    "sampler, steps, said",
+    [
+        ("flow_euler", 5, "does not work"),
+        (None, 0, "at least 1"),
+        (None, 51, "exceeds"),
+        ("ddpm", 1, "at least 2"),
+        (None, 1, None),
+    ],
+)
+def test_a_config_is_told_what_its_objective_would_be(sampler, steps, said):
+    config = IddpmConfig(timesteps=50)
+    for objective in (config, Iddpm(config)):
+        if said is None:
+            check_sampling(objective, sampler=sampler, steps=steps)
+        else:
+            with pytest.raises(ConfigError, match=said):
+                check_sampling(objective, sampler=sampler, steps=steps)
 
 
 def test_default_samplers_are_those_the_config_documents():
