@@ -40,6 +40,18 @@ def build_codec(config: CodecConfig, *, device: torch.device) -> VideoCodec:
             assert_never(config)
 
 
+def check_text_encoder(config: TextConfig) -> None:
+    """Refuses a text encoder whose package isn't installed; loads nothing.
+
+    Raises:
+        ConfigError: Saying what to install.
+    """
+    if isinstance(config, HfTextConfig):
+        from opensora_dist.codecs.text_hf import require_transformers
+
+        require_transformers()
+
+
 def build_text_encoder(config: TextConfig, *, device: torch.device) -> TextEncoder:
     """The text encoder that ``config`` describes.
 

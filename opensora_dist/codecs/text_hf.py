@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opensora_dist.core.errors import ConfigError, WeightsError
+from opensora_dist.core.extras import require_extra
 
 # AutoModel would load these with a decoder or a vision tower that nobody asked for; everything else goes through it.
 _ENCODER_ONLY = {
@@ -20,6 +21,15 @@ _ENCODER_ONLY = {
     "clip": "CLIPTextModel",
     "clip_text_model": "CLIPTextModel",
 }
+
+
+def require_transformers() -> None:
+    """Refuses to go on without transformers.
+
+    Raises:
+        ConfigError: Saying what to install.
+    """
+    require_extra("transformers", extra="hf", wanted_by="text.name=hf")
 
 
 class HfTextEncoder:
@@ -36,10 +46,9 @@ class HfTextEncoder:
     """
 
     def __init__(self, *, path: str, max_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        try:
-            import transformers
-        except ImportError as error:
-            raise ConfigError("text.name=hf needs the transformers package; pip install 'opensora-dist[hf]'") from error
+        require_transformers()
+        import transformers
+
         try:
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)

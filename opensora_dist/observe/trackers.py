@@ -13,8 +13,10 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from opensora_dist.config.load import Problem
 from opensora_dist.config.train import TrackConfig, WandbConfig
 from opensora_dist.core.errors import ConfigError
+from opensora_dist.core.extras import missing_extra
 from opensora_dist.core.io import write_text
 from opensora_dist.core.logging import get_logger
 from opensora_dist.core.video import read_video
@@ -44,16 +46,12 @@ class WandbTracker:
     """Weights & Biases. Files go under ``<run>/wandb``; a resumed run goes on in the same W&B run.
 
     Raises:
-        ConfigError: wandb is not installed, or mode is online and the environment holds no key.
+        ConfigError: wandb can't be imported.
     """
 
     name = "wandb"
 
     def __init__(self, config: WandbConfig, *, run_dir: Path, run_name: str, config_dump: Mapping[str, Any]) -> None:
-        if config.mode == "online" and not os.environ.get("WANDB_API_KEY"):
-            raise ConfigError(
-                "track.wandb.mode=online needs WANDB_API_KEY in the environment; set it, or use offline and `wandb sync` later"
-            )
         self._wandb = _import("wandb", field=f"track.wandb.mode={config.mode}")
         self._run = self._wandb.init(
             project=config.project,
@@ -85,7 +83,7 @@ class TensorboardTracker:
     """TensorBoard event files under ``<run>/tensorboard``.
 
     Raises:
-        ConfigError: tensorboard is not installed.
+        ConfigError: tensorboard can't be imported.
     """
 
     name = "tensorboard"
@@ -158,6 +156,23 @@ class Trackers:
                     _log.warning("tracker %s failed (%s: %s); the run goes on", tracker.name, type(error).__name__, error)
 
 
+def track_problems(config: TrackConfig) -> list[Problem]:
+    """What the trackers of a config lack here: a package, or W&B's key. Imports nothing."""
+    wandb = f"track.wandb.mode={config.wandb.mode}"
+    problems: list[Problem] = []
+    for field, wanted_by, package, on in (
+        ("track.tensorboard", "track.tensorboard=true", "tensorboard", config.tensorboard),
+        ("track.wandb.mode", wandb, "wandb", config.wandb.mode != "off"),
+    ):
+        lacking = missing_extra(package, extra="track", wanted_by=wanted_by) if on else None
+        if lacking:
+            problems.append(Problem(fields=(field,), message=f"{lacking}, or turn it off"))
+    if config.wandb.mode == "online" and not os.environ.get("WANDB_API_KEY"):
+        message = f"{wandb} needs WANDB_API_KEY in the environment; set it, or use offline and `wandb sync` later"
+        problems.append(Problem(fields=("track.wandb.mode",), message=message))
+    return problems
+
+
 def build_trackers(
     config: TrackConfig, *, run_dir: Path, run_name: str, config_dump: Mapping[str, Any], steps_done: int = 0
 ) -> Trackers:
@@ -171,6 +186,9 @@ def build_trackers(
     Raises:
         ConfigError: A package or a key is missing.
     """
+    problems = track_problems(config)
+    if problems:
+        raise ConfigError(p.message for p in problems)
     run_dir = Path(run_dir)
     trackers: list[Tracker] = []
     if config.tensorboard:

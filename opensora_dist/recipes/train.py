@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from opensora_dist.checkpoint.commit import CHECKPOINTS_DIR, Resumable
-from opensora_dist.codecs.registry import build_codec, build_text_encoder
+from opensora_dist.codecs.registry import build_codec, build_text_encoder, check_text_encoder
 from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.config.load import Problem, dump_yaml, expand, load_config
 from opensora_dist.config.rules import train_problems
@@ -30,7 +31,7 @@ from opensora_dist.observe.events import EventLog
 from opensora_dist.observe.metrics import METRICS_NAME, MetricLog
 from opensora_dist.observe.progress import TrainProgress
 from opensora_dist.observe.report import write_report
-from opensora_dist.observe.trackers import build_trackers
+from opensora_dist.observe.trackers import build_trackers, track_problems
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import Mesh, build_mesh, default_nproc, launched_world, process_group, resolve_device
 from opensora_dist.parallel.spawn import run_ranks
@@ -99,6 +100,9 @@ def _problems(config: TrainConfig) -> list[Problem]:
     # The data set can be asked only where the fields that build a model from it are right.
     if config.data.path is not None and expand(config.data.path).is_dir() and not problems:
         problems += _dataset_problems(config)
+    # Rank 0 alone has trackers, and other machines need neither their packages nor a key.
+    if os.environ.get("RANK", "0") == "0":
+        problems += track_problems(config.track)
     return problems
 
 
@@ -133,19 +137,45 @@ def _dataset_problems(config: TrainConfig) -> list[Problem]:
         Order(index, keys=Keys(config.run.seed), global_batch=config.data.global_batch)
         model, _ = meta_model(config.model, config.objective, index.spec)
     except OpensoraError as error:
-        return [Problem(fields=("data.path",), message=str(error))]
+        return [Problem(fields=("data.path",), message=p) for p in _sentences(error)]
     for bucket, rows in index.buckets.items():
         try:
             model.token_grid(index.latent_shape(int(rows[0])))
         except ConfigError as error:
             problems += [Problem(fields=("model.patch",), message=f"clips of {bucket}: {p}") for p in error.problems]
-    if config.validation.clip is not None and config.validation.every_steps:
+    if config.validation.every_steps:
+        problems += _drawing_problems(config, index.spec, model)
+    return problems
+
+
+def _drawing_problems(config: TrainConfig, spec: DatasetSpec, model: VideoTransformer) -> list[Problem]:
+    """Validation videos take the text encoder and the codec that the data set was made with."""
+    problems: list[Problem] = []
+
+    def add(error: OpensoraError) -> None:
+        what = f"validation.every_steps={config.validation.every_steps} needs the data set's codec and text encoder"
+        fields = ("validation.every_steps", "data.path")
+        problems.extend(Problem(fields=fields, message=f"{what}: {p}") for p in _sentences(error))
+
+    try:
+        check_text_encoder(spec.text)
+    except ConfigError as error:
+        add(error)
+    try:
+        codec = build_codec(spec.codec, device=torch.device("cpu"))
+    except OpensoraError as error:
+        add(error)
+        return problems
+    if config.validation.clip is not None:
         try:
-            codec = build_codec(index.spec.codec, device=torch.device("cpu"))
             model.token_grid(codec.latent_shape(Thw(*config.validation.clip)))
         except ConfigError as error:
             problems += [Problem(fields=("validation.clip",), message=f"validation.clip: {p}") for p in error.problems]
     return problems
+
+
+def _sentences(error: OpensoraError) -> list[str]:
+    return error.problems if isinstance(error, ConfigError) else [str(error)]
 
 
 def train_rank(config: TrainConfig, mesh: Mesh) -> None:

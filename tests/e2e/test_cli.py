@@ -8,11 +8,12 @@ import sys
 
 import pytest
 from cli_process import cli, running
-from dataset_factory import write_dataset
+from dataset_factory import SPEC, write_dataset
 from training import MODEL, SAMPLES, curve, events, metrics, overrides
 
 from opensora_dist.cli.main import _VERBS, main
 from opensora_dist.config.base import Section
+from opensora_dist.config.codec import DiffusersCodecConfig, HfTextConfig
 from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.video import read_video
 
@@ -121,6 +122,29 @@ def test_what_does_not_fit_is_said_before_a_rank_is_started(say, data, tmp_path,
     code, err = say("train", *overrides(data, tmp_path / "run", "parallel.nproc=2", *wrong))
     assert code == 2
     assert said in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "foreign, said",
+    [
+        ({"text": HfTextConfig(path="nowhere")}, "opensora-dist[hf]"),
+        ({"codec": DiffusersCodecConfig(path="/nowhere")}, "codec.path='/nowhere'"),
+    ],
+    ids=["text", "codec"],
+)
+def test_what_validation_and_trackers_lack_is_said_before_a_rank_is_started(say, tmp_path, monkeypatch, foreign, said):
+    # diffusers, unlike us, takes a module that is None for one that is there.
+    for package in ("tensorboard", "wandb", *(["transformers"] if "text" in foreign else [])):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    write_dataset(tmp_path / "data", samples=SAMPLES, spec=SPEC.model_copy(update=foreign))
+    wanted = ["validation.every_steps=2", "validation.prompts=[x]", "track.tensorboard=true", "track.wandb.mode=online"]
+    code, err = say("train", *overrides(tmp_path / "data", tmp_path / "run", "parallel.nproc=2", *wanted))
+    assert code == 2
+    assert "4 problems" in err
+    for sentence in (said, "track.tensorboard=true needs", "track.wandb.mode=online needs the package wandb", "WANDB_API_KEY"):
+        assert sentence in err, (sentence, err)
     assert not (tmp_path / "run").exists()
 
 

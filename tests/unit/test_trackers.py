@@ -12,7 +12,7 @@ import pytest
 from opensora_dist.config.train import TrackConfig, WandbConfig
 from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.video import write_video
-from opensora_dist.observe.trackers import Trackers, build_trackers
+from opensora_dist.observe.trackers import Trackers, build_trackers, track_problems
 
 
 def _build(config: TrackConfig, run_dir: Path, **options) -> Trackers:
@@ -64,6 +64,15 @@ def test_online_without_a_key_is_refused_before_anything_asks_for_one(tmp_path: 
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="WANDB_API_KEY"):
         _build(TrackConfig(wandb=WandbConfig(mode="online")), tmp_path)
+
+
+def test_all_that_trackers_lack_is_known_before_one_is_built(monkeypatch) -> None:
+    for package in ("tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    problems = track_problems(TrackConfig(tensorboard=True, wandb=WandbConfig(mode="online")))
+    assert [p.fields for p in problems] == [("track.tensorboard",), ("track.wandb.mode",), ("track.wandb.mode",)]
+    assert track_problems(TrackConfig()) == []
 
 
 class _Broken:
