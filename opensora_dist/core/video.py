@@ -95,7 +95,8 @@ def write_video(path: Path, frames: Frames, *, fps: float, crf: int = 18) -> Non
 
 def evenly_spaced(frames: Frames, count: int) -> Frames:
     """A copy of at most ``count`` frames, from the first to the last."""
-    return frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
+    picks: Frames = frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
+    return picks
 
 
 def contact_sheet(path: Path, videos: Sequence[Frames], *, columns: int = SHEET_COLUMNS, captions: Sequence[str] = ()) -> None:

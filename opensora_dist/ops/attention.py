@@ -37,5 +37,5 @@ def attention(q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor, *, mask_BM: Tensor
 def _attend_in_parts(q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor, *, max_batch: int) -> Tensor:
     if len(q_BNLK) <= max_batch:
         return F.scaled_dot_product_attention(q_BNLK, k_BNMK, v_BNMK)
-    parts = zip(*(tensor.split(max_batch) for tensor in (q_BNLK, k_BNMK, v_BNMK)))
+    parts = zip(*(torch.split(tensor, max_batch) for tensor in (q_BNLK, k_BNMK, v_BNMK)))
     return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
