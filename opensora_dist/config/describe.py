@@ -46,4 +46,4 @@ def _line(name: str, default: Any, description: str | None) -> list[str]:
     head = f"{name}: {shown}"
     if not description:
         return [head]
-    return textwrap.wrap(f"{head:<30}  {description}", width=118, subsequent_indent=" " * 32, drop_whitespace=True)
+    return textwrap.wrap(f"{head:<30}  {description}", width=118, subsequent_indent=" " * 32, break_on_hyphens=False)
