@@ -27,9 +27,9 @@ import torch.distributed as dist
 from opensora_dist.checkpoint.manifest import MANIFEST_NAME, FileEntry, describe_files, list_files, verify, write_manifest
 from opensora_dist.core.errors import CheckpointError
 from opensora_dist.core.io import fsync_dir, write_text
+from opensora_dist.core.layout import CHECKPOINTS_DIR
 from opensora_dist.core.logging import get_logger
 
-CHECKPOINTS_DIR = "checkpoints"
 LATEST_NAME = "latest"
 
 _COMMITTED = re.compile(r"step-(\d+)(\.replaced-[0-9a-f]+)?")

@@ -16,7 +16,6 @@ import torch
 
 import opensora_dist
 
-ENVIRONMENT_NAME = "environment.json"
 REDACTED = "<redacted>"
 
 _PACKAGES = (

@@ -7,9 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from opensora_dist.core.layout import EVENTS_NAME
 from opensora_dist.observe.jsonl import drop_torn_line, to_line
-
-EVENTS_NAME = "events.jsonl"
 
 
 class EventLog:

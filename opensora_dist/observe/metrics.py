@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from opensora_dist.core.io import atomic_file
+from opensora_dist.core.layout import METRICS_NAME
 from opensora_dist.observe.jsonl import read_records, to_line
-
-METRICS_NAME = "metrics.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,18 +16,20 @@ import yaml
 
 from opensora_dist.core.errors import DataError
 from opensora_dist.core.io import read_json, write_text
+from opensora_dist.core.layout import (
+    CONFIG_NAME,
+    ENVIRONMENT_NAME,
+    EVALUATION_NAME,
+    EVENTS_NAME,
+    METRICS_NAME,
+    REPORT_NAME,
+    SAMPLES_DIR,
+)
 from opensora_dist.observe.charts import Series, line_chart, smooth
-from opensora_dist.observe.environment import ENVIRONMENT_NAME
-from opensora_dist.observe.events import EVENTS_NAME
 from opensora_dist.observe.jsonl import Record, read_records
-from opensora_dist.observe.metrics import METRICS_NAME
 from opensora_dist.observe.page import page
 from opensora_dist.observe.progress import format_count, format_seconds
 
-REPORT_NAME = "report.html"
-EVALUATION_NAME = "evaluation.json"
-_CONFIG_NAME = "config.yaml"
-_SAMPLES_DIR = "samples"
 # Bytes of video in the page; a browser takes more, a mail server doesn't. The newest steps come first.
 _VIDEO_BUDGET_BYTES = 24 << 20
 _LAST_EVENTS = 200
@@ -40,21 +42,21 @@ def write_report(run_dir: Path) -> Path:
         DataError: The folder is no run, or a file in it is damaged; the message names it.
     """
     run_dir = Path(run_dir)
-    known = (_CONFIG_NAME, METRICS_NAME, EVENTS_NAME, ENVIRONMENT_NAME)
+    known = (CONFIG_NAME, METRICS_NAME, EVENTS_NAME, ENVIRONMENT_NAME)
     if not any((run_dir / name).is_file() for name in known):
         state = "no such folder" if not run_dir.is_dir() else f"has none of {', '.join(known)}"
         raise DataError(f"{run_dir}: {state}; give the run directory of a training run (run.dir in its config)")
     metrics = read_records(run_dir / METRICS_NAME)
     events = read_records(run_dir / EVENTS_NAME)
     environment = _read_object(run_dir / ENVIRONMENT_NAME)
-    config_text, run = _read_config(run_dir / _CONFIG_NAME)
+    config_text, run = _read_config(run_dir / CONFIG_NAME)
     name = str(run.get("name", run_dir.resolve().name))
     body = "\n".join(
         [
             _header(name, run_dir, metrics, events),
             _tiles(metrics, events, planned_steps=run.get("steps")),
             _curves(metrics),
-            _samples(run_dir / _SAMPLES_DIR),
+            _samples(run_dir / SAMPLES_DIR),
             _evaluation(_read_object(run_dir / EVALUATION_NAME)),
             _details("Configuration", f"<pre>{_yaml(config_text)}</pre>" if config_text else ""),
             _details("Environment", _definitions(environment) if environment else ""),

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from opensora_dist.core.io import write_json
+from opensora_dist.core.layout import EVALUATION_NAME
 from opensora_dist.core.types import Thw
 from opensora_dist.core.video import Frames, contact_sheet
-from opensora_dist.observe.report import EVALUATION_NAME
 from opensora_dist.prepare.toy.grammar import held_out_prompts
 from opensora_dist.prepare.toy.score import ToyScore, ToySummary, score_video, summarise
 from opensora_dist.recipes.sample import draw_videos, load_model, run_dir_of

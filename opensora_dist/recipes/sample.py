@@ -17,6 +17,7 @@ from opensora_dist.config.load import load_config
 from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.io import read_json
+from opensora_dist.core.layout import CHECKPOINTS_DIR, CONFIG_NAME, SAMPLES_DIR
 from opensora_dist.core.protocols import TextEncoder, VideoCodec
 from opensora_dist.core.types import Thw
 from opensora_dist.core.video import SHEET_COLUMNS, Frames, contact_sheet, evenly_spaced, write_video
@@ -27,7 +28,7 @@ from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import resolve_device
 from opensora_dist.recipes.build import meta_model, read_weights
 from opensora_dist.train.generate import SamplingOptions, generate_latents, noise_ids, to_frames
-from opensora_dist.train.saving import CONFIG_NAME, DATASET_NAME
+from opensora_dist.train.saving import DATASET_NAME
 
 _SHEET_ROWS = 64
 
@@ -145,7 +146,7 @@ def sample(
     if not prompts:
         raise ConfigError("no prompt: pass --prompt TEXT (again for more), or --prompt-file FILE with one caption per line")
     loaded = load_model(checkpoint, device=device, weights=weights)
-    out = out or run_dir_of(loaded.folder) / "samples" / "manual"
+    out = out or run_dir_of(loaded.folder) / SAMPLES_DIR / "manual"
     wanted = [p for p in prompts for _ in range(count)]
     videos = draw_videos(loaded, wanted, clip=clip or loaded.default_clip, options=options, seed=seed, batch=batch)
     paths: list[Path] = []
@@ -163,7 +164,7 @@ def sample(
 def run_dir_of(step_folder: Path) -> Path:
     """The run that a step folder belongs to, or the folder's parent where it stands alone."""
     parent = step_folder.resolve().parent
-    return parent.parent if parent.name == "checkpoints" else parent
+    return parent.parent if parent.name == CHECKPOINTS_DIR else parent
 
 
 def _slug(text: str) -> str:

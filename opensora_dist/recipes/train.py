@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from opensora_dist.checkpoint.commit import CHECKPOINTS_DIR, Resumable
+from opensora_dist.checkpoint.commit import Resumable
 from opensora_dist.codecs.registry import build_codec, build_text_encoder, check_text_encoder
 from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.config.load import Problem, dump_yaml, expand, load_config
@@ -18,6 +18,7 @@ from opensora_dist.config.rules import train_problems
 from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.errors import CheckpointError, ConfigError, OpensoraError
 from opensora_dist.core.io import exclusive_lock, write_json, write_text
+from opensora_dist.core.layout import CHECKPOINTS_DIR, CONFIG_NAME, ENVIRONMENT_NAME, LOGS_DIR, METRICS_NAME
 from opensora_dist.core.logging import get_logger, setup_logging
 from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index
@@ -28,7 +29,7 @@ from opensora_dist.diffusion.samplers import check_sampling
 from opensora_dist.models.base import VideoTransformer
 from opensora_dist.observe.environment import describe_environment
 from opensora_dist.observe.events import EventLog
-from opensora_dist.observe.metrics import METRICS_NAME, MetricLog
+from opensora_dist.observe.metrics import MetricLog
 from opensora_dist.observe.progress import TrainProgress
 from opensora_dist.observe.report import write_report
 from opensora_dist.observe.trackers import build_trackers, track_problems
@@ -42,7 +43,7 @@ from opensora_dist.train.ema import Ema
 from opensora_dist.train.generate import SamplingOptions
 from opensora_dist.train.logbook import Logbook
 from opensora_dist.train.loop import BatchCost, Trainer
-from opensora_dist.train.saving import CONFIG_NAME, Saver, TrainerState
+from opensora_dist.train.saving import Saver, TrainerState
 from opensora_dist.train.validation import Validator
 
 _log = get_logger(__name__)
@@ -62,7 +63,7 @@ def train(path: Path | None, *, overrides: Sequence[str] = ()) -> int:
     nproc = launched_world() or _world(config)
     if launched_world() is None and nproc > 1:
         args = ["train", *([str(path)] if path else []), *overrides]
-        return run_ranks(args, nproc=nproc, log_dir=expand(config.run.dir) / "logs")
+        return run_ranks(args, nproc=nproc, log_dir=expand(config.run.dir) / LOGS_DIR)
     device = resolve_device(config.run.device)
     with process_group(device, timeout_s=config.parallel.timeout_s):
         mesh = build_mesh(device, dp_replicate=config.parallel.dp_replicate, timeout_s=config.parallel.timeout_s)
@@ -312,7 +313,7 @@ def _open_logbook(config: TrainConfig, mesh: Mesh, *, run_dir: Path, step: int, 
     if not mesh.is_main:
         return Logbook(mesh=mesh, metrics=None, events=None, progress=None, trackers=None, peak_flops=None)
     write_text(run_dir / CONFIG_NAME, dump_yaml(config))
-    write_json(run_dir / "environment.json", describe_environment(world=mesh.world))
+    write_json(run_dir / ENVIRONMENT_NAME, describe_environment(world=mesh.world))
     metrics = MetricLog(run_dir, steps_done=step)
     stack.callback(metrics.close)
     events = EventLog(run_dir)

@@ -6,19 +6,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opensora_dist.checkpoint.commit import CHECKPOINTS_DIR, Resumable, commit, find_resumable
+from opensora_dist.checkpoint.commit import Resumable, commit, find_resumable
 from opensora_dist.checkpoint.store import load_tensors, save_tensors
 from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.config.load import dump_yaml, load_config
 from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.errors import CheckpointError
 from opensora_dist.core.io import hash_bytes, read_json, write_json, write_text
+from opensora_dist.core.layout import CHECKPOINTS_DIR, CONFIG_NAME
 from opensora_dist.parallel.mesh import Mesh
 from opensora_dist.parallel.zero.base import ZeroBackend
 from opensora_dist.train.ema import Ema
 
 TENSORS_DIR = "tensors"
-CONFIG_NAME = "config.yaml"
 DATASET_NAME = "dataset.json"
 TRAINER_NAME = "trainer.json"
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.core.errors import OpensoraError
 from opensora_dist.core.io import write_json
+from opensora_dist.core.layout import SAMPLES_DIR
 from opensora_dist.core.logging import get_logger
 from opensora_dist.core.protocols import VideoCodec
 from opensora_dist.core.types import Thw
@@ -30,7 +31,6 @@ from opensora_dist.train.ema import Ema
 from opensora_dist.train.generate import SamplingOptions, generate_latents, noise_ids, to_frames
 
 _log = get_logger(__name__)
-SAMPLES_DIR = "samples"
 
 
 class Validator:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from opensora_dist.core.errors import DataError
+from opensora_dist.core.layout import METRICS_NAME
 from opensora_dist.observe.events import EventLog
 from opensora_dist.observe.jsonl import read_records
-from opensora_dist.observe.metrics import METRICS_NAME, MetricLog, StepMetrics
+from opensora_dist.observe.metrics import MetricLog, StepMetrics
 
 
 def _step(step: int, **changes) -> StepMetrics:
