@@ -56,7 +56,7 @@ def evaluate(
     loaded = load_model(checkpoint, device=device, weights=weights)
     out = out or run_dir_of(loaded.folder)
     clip = clip or loaded.default_clip
-    prompts = [p for p in held_out_prompts(count, seed=seed, num_moves=num_moves) for _ in range(repeats)]
+    prompts = list(held_out_prompts(count, seed=seed, num_moves=num_moves)) * repeats
     began = time.perf_counter()
     scores: list[ToyScore] = []
     shown: list[Frames] = []
