@@ -64,7 +64,11 @@ def collect(work: Path) -> dict[str, Any]:
 def _cpu() -> str:
     """The processor's name, where Linux tells."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return names[0] if names else "unknown"
 
 
