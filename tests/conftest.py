@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,16 @@ import torch
 from rank_pool import RankPool
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _package_log_as_found() -> Iterator[None]:
+    """A test that runs the command line in this process leaves no log handler on a stream that is gone after it."""
+    yield
+    logger = logging.getLogger("opensora_dist")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

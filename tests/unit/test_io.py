@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 import signal
 import subprocess
@@ -107,7 +106,6 @@ def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, capl
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setattr(logging.getLogger("opensora_dist"), "propagate", True)
     with exclusive_lock(tmp_path / "lock", busy=DataError("taken")):
         (said,) = [r.getMessage() for r in caplog.records]
     assert "can't be locked" in said and str(tmp_path) in said
