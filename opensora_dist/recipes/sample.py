@@ -163,7 +163,7 @@ def sample(
 
 def run_dir_of(step_folder: Path) -> Path:
     """The run that a step folder belongs to, or the folder's parent where it stands alone."""
-    parent = step_folder.resolve().parent
+    parent = step_folder.parent if step_folder.parent.name else step_folder.resolve().parent
     return parent.parent if parent.name == CHECKPOINTS_DIR else parent
 
 

@@ -22,7 +22,7 @@ TENSORS_DIR = "tensors"
 DATASET_NAME = "dataset.json"
 TRAINER_NAME = "trainer.json"
 
-# A resumed run that changed one of these would not be the run that was started.
+# A resumed run that changed one of these would not be the run that was started. model.init_from may change: it is past.
 _FIXED = ("model", "objective", "data.global_batch", "data.loss_weight", "run.seed", "run.dtype")
 
 
@@ -116,16 +116,18 @@ class Saver:
 
 
 def _differences(saved: TrainConfig, now: TrainConfig) -> list[str]:
-    problems = []
-    for path in _FIXED:
-        before, after = (_at(config, path) for config in (saved, now))
-        if before != after:
-            problems.append(f"{path} was {before!r}, now {after!r}")
-    return problems
+    """The keys that may not change and did, one sentence each."""
+    before, after = (_keys(c.model_dump(mode="json", exclude={"model": {"init_from"}})) for c in (saved, now))
+    return [
+        f"{key} was {before.get(key, 'not there')!r}, now {after.get(key, 'not there')!r}"
+        for key in dict.fromkeys([*before, *after])
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED) and before.get(key, ...) != after.get(key, ...)
+    ]
 
 
-def _at(config: TrainConfig, path: str) -> Any:
-    value: Any = config.model_dump(mode="json", exclude={"model": {"init_from"}})  # where weights came from is past
-    for part in path.split("."):
-        value = value[part]
-    return value
+def _keys(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
