@@ -266,3 +266,14 @@ def test_scores_survive_a_file_with_odd_sides(tmp_path: Path, one: tuple[Frames,
     frames, caption = one
     write_video(tmp_path / "odd.mp4", frames[:, :63, :63], fps=8)
     assert score_video(read_video(tmp_path / "odd.mp4")[0], caption=caption).direction == 1
+
+
+def test_backgrounds_keep_to_the_levels_asked_for() -> None:
+    options = ToyOptions(sizes=((32, 32),), lengths=(8,), texture=0.5, levels=(20, 50))
+    backdrops = [plan_clip(i, keys=Keys(0), options=options).backdrop for i in range(40)]
+    # Half of the full contrast of 32 either way, and a tint of at most 8.
+    assert max(int(b.max()) for b in backdrops) <= 50 + 16 + 8
+    assert max(float(b.mean()) for b in backdrops) > 40
+    assert min(float(b.mean()) for b in backdrops) < 30
+    with pytest.raises(ConfigError, match=r"levels=\(90, 20\) must be two grey levels in order"):
+        ToyOptions(levels=(90, 20))
