@@ -87,16 +87,20 @@ def _world(config: TrainConfig) -> int:
 
 
 def _problems(config: TrainConfig) -> list[Problem]:
+    problems = []
     if config.run.device == "cuda" and not torch.cuda.is_available():
         message = "run.device=cuda, but torch sees no CUDA device here; use run.device=auto or cpu, or check the driver"
-        return [Problem(fields=("run.device",), message=message), *train_problems(config, world=launched_world() or 1)]
-    problems = train_problems(config, world=_world(config))
+        problems.append(Problem(fields=("run.device",), message=message))
+        world = launched_world() or config.parallel.nproc or 1
+    else:
+        world = _world(config)
+        problems += _rank_problems(config)
+    problems += train_problems(config, world=world)
     try:
         check_sampling(config.objective, sampler=config.validation.sampler, steps=config.validation.sampling_steps)
     except ConfigError as error:
         fields = ("validation.sampler", "validation.sampling_steps", "objective")
         problems += [Problem(fields=fields, message=f"validation.{p}") for p in error.problems]
-    problems += _rank_problems(config)
     problems += _init_from_problems(config)
     # The data set can be asked only where the fields that build a model from it are right.
     if config.data.path is not None and expand(config.data.path).is_dir() and not problems:

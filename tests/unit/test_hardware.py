@@ -7,8 +7,9 @@ import torch
 
 from opensora_dist.config.load import load_config
 from opensora_dist.config.train import TrainConfig
+from opensora_dist.core.errors import ConfigError
 from opensora_dist.plan.hardware import peak_flops
-from opensora_dist.recipes.train import _rank_problems
+from opensora_dist.recipes.train import _rank_problems, check
 
 
 @pytest.mark.parametrize(
@@ -42,3 +43,13 @@ def test_more_ranks_than_gpus_are_refused_before_any_is_started(monkeypatch):
     assert problem.message.startswith("parallel.nproc=3 exceeds the 2 GPU(s)")
     assert _rank_problems(load_config(TrainConfig, None, overrides=["parallel.nproc=3", "run.device=cpu"])) == []
     assert _rank_problems(load_config(TrainConfig, None, overrides=["parallel.nproc=2"])) == []
+
+
+def test_a_gpu_that_is_not_there_is_one_problem_among_the_others(monkeypatch, tmp_path):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    overrides = ["run.device=cuda", "parallel.nproc=2", "data.path=nowhere", "data.global_batch=3", "validation.sampler=ddpm"]
+    with pytest.raises(ConfigError) as caught:
+        check(None, overrides=overrides)
+    said = [p.split("=")[0] for p in caught.value.problems]
+    assert said == ["run.device", "data.path", "data.global_batch", "validation.sampler"]
