@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from opensora_dist.checkpoint.manifest import MANIFEST_NAME, FileEntry, describe_files, list_files, verify, write_manifest
 from opensora_dist.core.errors import CheckpointError
-from opensora_dist.core.io import fsync_dir, write_text
+from opensora_dist.core.io import fsync, write_text
 from opensora_dist.core.layout import CHECKPOINTS_DIR
 from opensora_dist.core.logging import get_logger
 
@@ -198,14 +198,14 @@ def _stage(partial: Path) -> None:
 def _publish(partial: Path, final: Path, step: int, metadata: Mapping[str, Any], files: Mapping[str, FileEntry]) -> None:
     write_manifest(partial, step=step, metadata=metadata, files=files)
     for name in files:
-        _fsync_file(partial / name)
+        fsync(partial / name)
     for folder in (partial, *(p for p in partial.rglob("*") if p.is_dir())):
-        fsync_dir(folder)
+        fsync(folder)
     if final.exists():
         # A folder can't be renamed over another, so the old one steps aside; ``find_resumable`` knows its name.
         os.rename(final, final.with_name(partial.name.replace(".partial-", ".replaced-")))
     os.rename(partial, final)
-    fsync_dir(final.parent)
+    fsync(final.parent)
     write_text(final.parent / LATEST_NAME, final.name + "\n")
 
 
@@ -260,14 +260,6 @@ def _rank(group: dist.ProcessGroup | None) -> int:
 
 def _world(group: dist.ProcessGroup | None) -> int:
     return dist.get_world_size(group) if dist.is_initialized() else 1
-
-
-def _fsync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _indent(lines: list[str] | tuple[str, ...]) -> str:

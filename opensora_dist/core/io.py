@@ -22,8 +22,8 @@ _CHUNK_BYTES = 1 << 20
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # what file systems without locks answer
 
 
-def fsync_dir(path: Path) -> None:
-    """Makes renames and creations inside ``path`` survive a power cut."""
+def fsync(path: Path) -> None:
+    """Makes the content of a file, or the renames and creations inside a folder, survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -42,13 +42,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.stem}.partial-{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         yield partial
-        fd = os.open(partial, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        fsync(partial)
         os.replace(partial, path)
-        fsync_dir(path.parent)
+        fsync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

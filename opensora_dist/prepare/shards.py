@@ -20,7 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from opensora_dist.core.index import SampleRow, ShardRow
-from opensora_dist.core.io import fsync_dir, hash_bytes, hash_file
+from opensora_dist.core.io import fsync, hash_bytes, hash_file
 from opensora_dist.core.types import Thw
 
 _SLUG_CHARS = 48  # with the hash and the longest extension well below the 100 characters of a USTAR name
@@ -115,7 +115,7 @@ class ShardWriter:
             xxh3=hash_file(self._partial),
         )
         os.replace(self._partial, self.path)
-        fsync_dir(self.path.parent)
+        fsync(self.path.parent)
         return row
 
     def discard(self) -> None:

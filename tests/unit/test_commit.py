@@ -94,9 +94,9 @@ KILL_POINTS = [
     "list_files",
     "describe_files",
     "write_manifest",
-    "_fsync_file",
+    "fsync",
     "os.rename",
-    "fsync_dir",
+    "fsync of the root",
     "write_text",
     "_prune",
 ]
@@ -109,8 +109,10 @@ def test_killed_anywhere_something_whole_is_found_and_the_next_save_works(
 ) -> None:
     _save(tmp_path, 1)
 
-    def deadly(function):
+    def deadly(function, only=None):
         def call(*args, **kwargs):
+            if only is not None and args[0] != only:
+                return function(*args, **kwargs)
             if when == "after":
                 function(*args, **kwargs)
             raise Killed
@@ -121,6 +123,8 @@ def test_killed_anywhere_something_whole_is_found_and_the_next_save_works(
         monkeypatch.setattr(f"{__name__}.save_tensors", deadly(save_tensors))
     elif point == "os.rename":
         monkeypatch.setattr(commit_module.os, "rename", deadly(commit_module.os.rename))
+    elif point == "fsync of the root":  # the one after the rename
+        monkeypatch.setattr(commit_module, "fsync", deadly(commit_module.fsync, only=tmp_path))
     else:
         monkeypatch.setattr(commit_module, point, deadly(getattr(commit_module, point)))
     with pytest.raises(Killed):
