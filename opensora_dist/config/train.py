@@ -125,6 +125,31 @@ class ZeroConfig(Section):
     stage: Literal[0, 2, 3] = Field(0, description="0 replicates; 2 shards gradients and optimizer; 3 shards parameters too.")
 
 
+class SpConfig(Section):
+    """Sequence parallelism: ranks that share a sample, each with some of its frames (or rows)."""
+
+    degree: int = Field(1, ge=1, description="Ranks that share one sample.")
+    scheme: Literal["dsp", "ulysses", "fastseq", "ring", "usp", "allgather", "auto"] = Field(
+        "dsp",
+        description="How tokens on different ranks meet: dsp (stdit only; fewest bytes), ulysses, fastseq, ring, usp (ulysses inside, "
+        "ring outside), allgather (the baseline); auto predicts which is fastest for each shape.",
+    )
+    ulysses: int | None = Field(
+        None, ge=1, description="Size of the inner mesh axis; degree / ulysses is that of ring. Default: all of degree (ring: 1)."
+    )
+    min_degree: int | None = Field(
+        None, ge=1, description="auto may spread a sample over as few ranks as this where that is faster; default: degree."
+    )
+    overlap: bool = Field(True, description="Hide communication under compute; false is the blocking form, for comparison.")
+    chunks: int = Field(1, ge=1, description="Pieces that a pipeline cuts its tokens into, where a scheme has one.")
+    fastseq_dw: Literal["gather", "keep"] = Field(
+        "gather", description="What fastseq's weight gradient is made from: a second gather in backward, or the first one, kept."
+    )
+    network: str | None = Field(
+        None, description="What auto predicts with, a file of `opensora-dist bench network`; default: measured at the start."
+    )
+
+
 class ParallelConfig(Section):
     """How ranks share the work."""
 
@@ -133,6 +158,10 @@ class ParallelConfig(Section):
     )
     dp_replicate: int = Field(1, ge=1, description="Groups of ranks that hold copies of each other's shards (HSDP).")
     grad_accum: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
+    sp: SpConfig = SpConfig()
+    recompute: Literal["none", "block"] = Field(
+        "none", description="block: keep only each block's input and what it received; compute the rest again in backward."
+    )
     zero: ZeroConfig = ZeroConfig()
     timeout_s: float = Field(600.0, gt=0, description="Seconds after which a stuck collective ends the run.")
 

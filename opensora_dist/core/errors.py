@@ -35,3 +35,7 @@ class CheckpointError(OpensoraError):
 
 class WeightsError(OpensoraError):
     """Foreign weights don't fit the model they are loaded into."""
+
+
+class CommunicationError(OpensoraError):
+    """Another rank is gone, is late, or does something else than this one."""

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from opensora_dist.config.train import ModelConfig
 from opensora_dist.core.errors import ConfigError
-from opensora_dist.core.types import Thw
+from opensora_dist.core.types import Region, Thw
 from opensora_dist.models.layers import Block, CaptionEmbedder, FinalLayer, PatchEmbed, TimestepEmbedder, linear_flops
 from opensora_dist.models.positions import Positions
+from opensora_dist.parallel.sequence.base import Shard
+from opensora_dist.parallel.sequence.local import whole
 
 # Branches that start as the identity, so that an image model's weights stay what they were, and an output that starts at zero.
 _ZERO = ("attn_temp.proj.weight", "cross_attn.proj.weight", "final_layer.linear.weight")
@@ -74,38 +76,52 @@ class VideoTransformer(nn.Module, ABC):
         self.final_layer = FinalLayer(width, patch_values=self.patch.volume * io.out_channels)
 
     @abstractmethod
-    def add_positions(self, x_BTSD: Tensor, *, grid: Thw, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Tokens with the positions that the input carries, and the [T, D] positions that the first block is to add, if any.
+    def add_positions(self, x_BtsD: Tensor, *, grid: Thw, region: Region, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Tokens with the positions that the input carries, and the [t, D] positions that the first block is to add, if any.
 
         Args:
+            grid: Tokens of the whole sample.
+            region: Those of ``x_BtsD``.
             dtype: Of the positions, and so of the residual stream, which starts here.
         """
 
+    def positions_of(self, grid: Thw, region: Region, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Spatial [s, D] and temporal [t, D] positions of a region."""
+        space_SD = self.positions.space(grid.h, grid.w, device=device, dtype=dtype)
+        time_TD = self.positions.time(grid.t, device=device, dtype=dtype)
+        return space_SD[region.h0 * grid.w : region.h1 * grid.w], time_TD[region.t0 : region.t1]
+
     def forward(
         self,
-        x_BCTHW: Tensor,
+        x_BCthw: Tensor,
         timestep_B: Tensor,
         text_BYE: Tensor,
         text_mask_BY: Tensor | None,
         *,
         drop_caption_B: Tensor | None = None,
+        shard: Shard | None = None,
     ) -> Tensor:
         """
         Args:
-            x_BCTHW: Noised latents.
+            x_BCthw: Noised latents; of the region of ``shard`` only.
             timestep_B: What the objective calls the noise level, as given.
             text_BYE: Caption vectors; padding may hold anything.
             text_mask_BY: True (1) where a text token is valid, in any pattern; None if all are.
             drop_caption_B: bool, True where the null caption stands in; the mask stays the sample's.
+            shard: Where the samples are spread over ranks: this rank's part of them. None: they are whole.
         Returns:
-            [B, out_channels, T, H, W] in float32; float64 in a float64 model.
+            [B, out_channels, T, H, W] of the same region, in float32; float64 in a float64 model.
         Raises:
             ConfigError: The patch doesn't divide the latents.
         """
-        grid = self.token_grid(Thw(*x_BCTHW.shape[2:]))
+        local = self.token_grid(Thw(*x_BCthw.shape[2:]))
+        shard = whole(local) if shard is None else shard
+        assert shard.region.shape(shard.grid) == local, (shard, local)
         dtype = self.x_embedder.proj.weight.dtype
-        residual_dtype = torch.float32 if _autocast_is_on(x_BCTHW.device) else dtype
-        x, tpe_TD = self.add_positions(self.x_embedder(x_BCTHW.to(dtype), grid=grid), grid=grid, dtype=residual_dtype)
+        residual_dtype = torch.float32 if _autocast_is_on(x_BCthw.device) else dtype
+        x, tpe_tD = self.add_positions(
+            self.x_embedder(x_BCthw.to(dtype), grid=local), grid=shard.grid, region=shard.region, dtype=residual_dtype
+        )
         t_BD = self.t_embedder(timestep_B, dtype=dtype)
         if text_mask_BY is not None:
             text_mask_BY = text_mask_BY.bool()  # tokenizers give integers
@@ -115,8 +131,10 @@ class VideoTransformer(nn.Module, ABC):
         t_B6D = self.t_block(t_BD).unflatten(-1, (6, -1))
         text_BYD = self.y_embedder(text_BYE)
         for i, block in enumerate(self.blocks):
-            x = block(x, t_B6D=t_B6D, text_BYD=text_BYD, text_mask_BY=text_mask_BY, tpe_TD=tpe_TD if i == 0 else None)
-        out = self._unpatchify(self.final_layer(x, t_BD=t_BD), grid=grid)
+            x = block(
+                x, shard=shard, t_B6D=t_B6D, text_BYD=text_BYD, text_mask_BY=text_mask_BY, tpe_tD=tpe_tD if i == 0 else None
+            )
+        out = self._unpatchify(self.final_layer(x, t_BD=t_BD), grid=local)
         return out.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
     def _unpatchify(self, x_BTSP: Tensor, *, grid: Thw) -> Tensor:

@@ -1,29 +1,24 @@
 """The layers of Open-Sora 1.0's transformer, under its parameter names. Models differ only in how a block attends to itself."""
 
-# B batch, T token frames, S tokens per frame, L tokens of a sequence, D width, N heads, K head dim, Y text tokens, E text width
+# B batch, T token frames, S tokens per frame, L tokens of a sequence, D width, N heads, K head dim, Y text tokens,
+# E text width; t, s: those of T and S that a shard holds
 
 from __future__ import annotations
 
-import enum
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opensora_dist.core.types import Thw
+from opensora_dist.core.types import Axis, Thw
 from opensora_dist.ops.attention import attention
+from opensora_dist.parallel.recompute import recompute
+from opensora_dist.parallel.sequence.base import Shard
 
 TIMESTEP_FREQUENCIES = 256
-
-
-class Axis(enum.Enum):
-    """The tokens that see each other in a self-attention."""
-
-    SPACE = "space"  # those of one frame
-    TIME = "time"  # those at one place
-    JOINT = "joint"  # all
 
 
 def linear_flops(module: nn.Module, *, tokens: int) -> int:
@@ -55,7 +50,7 @@ class Mlp(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over the tokens of a sequence."""
+    """The projections of a multi-head self-attention; who attends to whom, and where, is ``Shard.branch``'s to say."""
 
     def __init__(self, width: int, *, heads: int) -> None:
         super().__init__()
@@ -63,38 +58,10 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        q_BNLK, k_BNLK, v_BNLK = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        out: Tensor = self.proj(attention(q_BNLK, k_BNLK, v_BNLK).transpose(1, 2).flatten(2))
-        return out
-
     def flops(self, grid: Thw, *, axis: Axis) -> int:
         """Forward FLOPs for one sample of this token grid."""
         length = {Axis.SPACE: grid.h * grid.w, Axis.TIME: grid.t, Axis.JOINT: grid.volume}[axis]
         return linear_flops(self, tokens=grid.volume) + 4 * grid.volume * length * self.proj.in_features
-
-
-def attend(attn: SelfAttention, x_BTSD: Tensor, axis: Axis) -> Tensor:
-    """Self-attention along ``axis``, from the residual layout to the residual layout.
-
-    Every self-attention of a model goes through here, so that it is the one place where tokens of a sample meet.
-
-    Args:
-        attn: The projections.
-        x_BTSD: All tokens of each sample.
-    Returns:
-        [B, T, S, D], for ``Axis.TIME`` as a transposed view.
-    """
-    B, T, S, _ = x_BTSD.shape
-    out: Tensor
-    if axis is Axis.SPACE:
-        out = attn(x_BTSD.flatten(0, 1)).unflatten(0, (B, T))
-    elif axis is Axis.TIME:
-        # Transposing the input moves D numbers per token; transposing q, k and v would move 3 D.
-        out = attn(x_BTSD.transpose(1, 2).flatten(0, 1)).unflatten(0, (B, S)).transpose(1, 2)
-    else:
-        out = attn(x_BTSD.flatten(1, 2)).unflatten(1, (T, S))
-    return out
 
 
 class CrossAttention(nn.Module):
@@ -107,11 +74,15 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BTSD: Tensor, *, text_BYD: Tensor, text_mask_BY: Tensor | None) -> Tensor:
+    def keys_and_values(self, text_BYD: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the caption, each [B, N, Y, K]; the same for every token, so computed once however the tokens come."""
+        k_BNYK, v_BNYK = self.kv_linear(text_BYD).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return k_BNYK, v_BNYK
+
+    def forward(self, x_BTSD: Tensor, *, kv_BNYK: tuple[Tensor, Tensor], text_mask_BY: Tensor | None) -> Tensor:
         _, T, S, _ = x_BTSD.shape
         q_BNLK = self.q_linear(x_BTSD).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k_BNYK, v_BNYK = self.kv_linear(text_BYD).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        out_BNLK = attention(q_BNLK, k_BNYK, v_BNYK, mask_BM=text_mask_BY)
+        out_BNLK = attention(q_BNLK, *kv_BNYK, mask_BM=text_mask_BY)
         out: Tensor = self.proj(out_BNLK.transpose(1, 2).flatten(2)).unflatten(1, (T, S))
         return out
 
@@ -130,6 +101,8 @@ class Block(nn.Module, ABC):
 
     def __init__(self, width: int, *, heads: int, mlp_hidden: int) -> None:
         super().__init__()
+        self.recompute = False
+        """Whether activations inside the block are computed again in backward rather than kept."""
         self.norm1 = layer_norm(width)
         self.attn = SelfAttention(width, heads=heads)
         self.cross_attn = CrossAttention(width, heads=heads)
@@ -139,31 +112,81 @@ class Block(nn.Module, ABC):
 
     @abstractmethod
     def mix_tokens(
-        self, x_BTSD: Tensor, *, shift_B11D: Tensor, scale_B11D: Tensor, gate_B11D: Tensor, tpe_TD: Tensor | None
+        self,
+        x_BtsD: Tensor,
+        *,
+        shard: Shard,
+        shift_B11D: Tensor,
+        scale_B11D: Tensor,
+        gate_B11D: Tensor,
+        tpe_tD: Tensor | None,
+        then: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """The residual stream after self-attention; ``tpe_TD`` are temporal positions where this block is to add them."""
+        """Self-attention as the model defines it, then ``then``, which works on each token by itself.
+
+        Every attention is a ``shard.branch``, so that it is the one place where tokens of a sample meet; the last one is handed
+        ``then``, so that there is work to do while its tokens travel.
+        """
 
     @abstractmethod
     def mix_flops(self, grid: Thw) -> int:
-        """Forward FLOPs of ``mix_tokens`` for one sample."""
+        """Forward FLOPs of the self-attentions for one sample."""
 
     def forward(
-        self, x_BTSD: Tensor, *, t_B6D: Tensor, text_BYD: Tensor, text_mask_BY: Tensor | None, tpe_TD: Tensor | None = None
+        self,
+        x_BtsD: Tensor,
+        *,
+        shard: Shard,
+        t_B6D: Tensor,
+        text_BYD: Tensor,
+        text_mask_BY: Tensor | None,
+        tpe_tD: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
-            x_BTSD: Residual stream.
+            x_BtsD: Residual stream, of the tokens of ``shard``.
+            shard: Which tokens these are, and how they meet the others.
             t_B6D: The timestep's part of shift, scale and gate for attention and for the MLP.
             text_BYD: Embedded caption.
             text_mask_BY: bool, True where a text token is valid; None if all are.
-            tpe_TD: Temporal positions, for the one block that adds them.
+            tpe_tD: Temporal positions of these frames, for the one block that adds them.
         """
+
+        def run(x: Tensor, shard: Shard) -> Tensor:
+            return self._run(x, shard=shard, t_B6D=t_B6D, text_BYD=text_BYD, text_mask_BY=text_mask_BY, tpe_tD=tpe_tD)
+
+        if self.recompute:
+            return recompute(lambda x, tape: run(x, shard.taped(tape)), x_BtsD)
+        return run(x_BtsD, shard)
+
+    def _run(
+        self,
+        x_BtsD: Tensor,
+        *,
+        shard: Shard,
+        t_B6D: Tensor,
+        text_BYD: Tensor,
+        text_mask_BY: Tensor | None,
+        tpe_tD: Tensor | None,
+    ) -> Tensor:
         modulation_B611D = (self.scale_shift_table + t_B6D)[:, :, None, None]
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation_B611D.unbind(1)
-        x = self.mix_tokens(x_BTSD, shift_B11D=shift_msa, scale_B11D=scale_msa, gate_B11D=gate_msa, tpe_TD=tpe_TD)
-        x = x + self.cross_attn(x, text_BYD=text_BYD, text_mask_BY=text_mask_BY)
-        out: Tensor = x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_B11D=shift_mlp, scale_B11D=scale_mlp))
-        return out
+        kv_BNYK = self.cross_attn.keys_and_values(text_BYD)
+
+        def cross_and_mlp(x: Tensor) -> Tensor:
+            x = x + self.cross_attn(x, kv_BNYK=kv_BNYK, text_mask_BY=text_mask_BY)
+            out: Tensor = x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_B11D=shift_mlp, scale_B11D=scale_mlp))
+            return out
+
+        return self.mix_tokens(
+            x_BtsD,
+            shard=shard,
+            shift_B11D=shift_msa,
+            scale_B11D=scale_msa,
+            gate_B11D=gate_msa,
+            tpe_tD=tpe_tD,
+            then=cross_and_mlp,
+        )
 
     def flops(self, grid: Thw, *, text_tokens: int) -> int:
         """Forward FLOPs for one sample of this token grid."""

@@ -13,14 +13,23 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from opensora_dist.config.train import SpConfig
 from opensora_dist.core.errors import ConfigError
+from opensora_dist.parallel.sequence.base import Links
+from opensora_dist.parallel.sequence.exchange import Exchange
 
 
 class AxisName(StrEnum):
     """Axes of the device mesh, outermost first."""
 
     DP_REPLICATE = "dp_replicate"  # ranks that hold copies
-    DP_SHARD = "dp_shard"  # ranks that hold shards of one copy
+    DP_SHARD = "dp_shard"  # ranks that hold shards of one copy, and see different samples
+    RING = "ring"  # groups of ulysses ranks that share a sample
+    ULYSSES = "ulysses"  # ranks that share a sample, next to each other
+
+
+FSDP_AXIS = "fsdp"
+"""dp_shard x ring x ulysses, flattened: all that hold shards of one copy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +39,8 @@ class Mesh:
     Args:
         device_mesh: Axes as ``AxisName``.
         device: What this rank computes on.
-        data_rank: Which slice of the global batch is this rank's.
-        data_size: How many slices there are: ranks that see different samples.
+        sp_size: Ranks that share a sample; consecutive ranks do.
+        links: For each number of ranks that may share a sample, those that do with this one.
         control: gloo group of all ranks, for small CPU messages (stop flags, agreement on a save) beside the training traffic.
     """
 
@@ -39,9 +48,19 @@ class Mesh:
     device: torch.device
     rank: int
     world: int
-    data_rank: int
-    data_size: int
+    sp_size: int
+    links: dict[int, Links]
     control: dist.ProcessGroup
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the groups that share a sample this rank is in."""
+        return self.rank // self.sp_size
+
+    @property
+    def data_size(self) -> int:
+        """Groups that share a sample."""
+        return self.world // self.sp_size
 
     @property
     def is_main(self) -> bool:
@@ -49,7 +68,8 @@ class Mesh:
         return self.rank == 0
 
     def __str__(self) -> str:
-        axes = " x ".join(f"{name} {self.device_mesh[name].size()}" for name in AxisName)
+        sizes = {name: self.device_mesh[name].size() for name in AxisName}
+        axes = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == AxisName.DP_SHARD)
         return f"{self.world} rank{'s' if self.world > 1 else ''} on {self.device.type}: {axes}"
 
 
@@ -97,15 +117,45 @@ def process_group(device: torch.device, *, timeout_s: float) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def build_mesh(device: torch.device, *, dp_replicate: int, timeout_s: float) -> Mesh:
-    """The mesh of the initialised process group.
+def build_mesh(device: torch.device, *, dp_replicate: int, sp: SpConfig, timeout_s: float) -> Mesh:
+    """The mesh of the initialised process group. Collective.
 
     Args:
-        dp_replicate: Groups of ranks holding copies; divides the world (checked with the config).
+        dp_replicate: Groups of ranks holding copies; dp_replicate x sp.degree divides the world (checked with the config).
+        sp: Who shares a sample.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
-    assert world % dp_replicate == 0, (world, dp_replicate)
-    shape = (dp_replicate, world // dp_replicate)
+    ulysses = sp_ulysses(sp)
+    assert world % (dp_replicate * sp.degree) == 0 and sp.degree % ulysses == 0, (world, dp_replicate, sp)
+    shape = (dp_replicate, world // (dp_replicate * sp.degree), sp.degree // ulysses, ulysses)
     device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=tuple(str(a) for a in AxisName))
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-    return Mesh(device_mesh=device_mesh, device=device, rank=rank, world=world, data_rank=rank, data_size=world, control=control)
+    device_mesh[AxisName.DP_SHARD, AxisName.RING, AxisName.ULYSSES]._flatten(FSDP_AXIS)
+    timeout = timedelta(seconds=timeout_s)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    links = {}
+    for degree in range(1, sp.degree + 1):
+        if sp.degree % degree == 0:
+            inner = ulysses if degree == sp.degree else degree
+            links[degree] = Links(
+                sp=_exchange(world, block=degree, stride=1, timeout=timeout),
+                ring=_exchange(world, block=degree, stride=inner, timeout=timeout),
+                ulysses=_exchange(world, block=inner, stride=1, timeout=timeout),
+            )
+    return Mesh(device_mesh=device_mesh, device=device, rank=rank, world=world, sp_size=sp.degree, links=links, control=control)
+
+
+def sp_ulysses(sp: SpConfig) -> int:
+    """Size of the axis ``ulysses``, where the config may leave it open."""
+    return sp.ulysses or (1 if sp.scheme == "ring" else sp.degree)
+
+
+def _exchange(world: int, *, block: int, stride: int, timeout: timedelta) -> Exchange:
+    """The group of this rank among groups of ranks ``stride`` apart, within blocks of ``block``. Collective: all make all groups."""
+    mine = None
+    for start in range(0, world, block):
+        for first in range(start, start + stride):
+            ranks = list(range(first, start + block, stride))
+            group = dist.new_group(ranks, timeout=timeout)
+            mine = group if dist.get_rank() in ranks else mine
+    assert mine is not None
+    return Exchange(mine)

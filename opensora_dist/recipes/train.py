@@ -66,7 +66,8 @@ def train(path: Path | None, *, overrides: Sequence[str] = ()) -> int:
         return run_ranks(args, nproc=nproc, log_dir=expand(config.run.dir) / LOGS_DIR)
     device = resolve_device(config.run.device)
     with process_group(device, timeout_s=config.parallel.timeout_s):
-        mesh = build_mesh(device, dp_replicate=config.parallel.dp_replicate, timeout_s=config.parallel.timeout_s)
+        parallel = config.parallel
+        mesh = build_mesh(device, dp_replicate=parallel.dp_replicate, sp=parallel.sp, timeout_s=parallel.timeout_s)
         setup_logging(rank=mesh.rank, world=mesh.world)
         train_rank(config, mesh)
     return 0

@@ -19,7 +19,7 @@ SMALL = ["model.depth=1", "model.width=16", "model.heads=2", "data.global_batch=
 
 def _train(*overrides: str) -> None:
     config = load_config(TrainConfig, None, overrides=[*SMALL, *overrides])
-    train_rank(config, build_mesh(torch.device("cpu"), dp_replicate=1, timeout_s=60))
+    train_rank(config, build_mesh(torch.device("cpu"), dp_replicate=1, sp=config.parallel.sp, timeout_s=60))
 
 
 def _tensors(run: Path, step: int, prefix: str) -> dict[str, torch.Tensor]:

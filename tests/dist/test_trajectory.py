@@ -13,7 +13,7 @@ import torch.distributed as dist
 from dataset_factory import write_dataset
 from torch.distributed.tensor import DTensor
 
-from opensora_dist.config.train import IddpmConfig, ModelConfig, OptimConfig, ParallelConfig, RectifiedFlowConfig, ZeroConfig
+from opensora_dist.config.train import IddpmConfig, ModelConfig, OptimConfig, ParallelConfig, RectifiedFlowConfig, SpConfig, ZeroConfig
 from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index
 from opensora_dist.data.loader import Loader
@@ -89,7 +89,7 @@ def _randomise(model):
 
 
 def _trajectory(folder: str, name: str, layout: Layout):
-    mesh = build_mesh(torch.device("cpu"), dp_replicate=layout.dp_replicate, timeout_s=60)
+    mesh = build_mesh(torch.device("cpu"), dp_replicate=layout.dp_replicate, sp=SpConfig(), timeout_s=60)
     keys, index = Keys(3), Index.open(Path(folder))
     config = ModelConfig(name=name, depth=2, width=20, heads=2, patch=(1, 1, 2))
     model, objective = meta_model(config, MODELS[name], index.spec, dtype=torch.float64)

@@ -105,7 +105,7 @@ def test_a_caption_without_valid_tokens_leaves_the_projection_bias_only():
     assert run(model, c).isfinite().all()
     assert torch.equal(run(model, c), run(model, other))
     attn = model.blocks[0].cross_attn
-    out = attn(torch.ones(2, 1, 3, 16).double(), text_BYD=torch.ones(2, 5, 16).double(), text_mask_BY=c.mask)
+    out = attn(torch.ones(2, 1, 3, 16).double(), kv_BNYK=attn.keys_and_values(torch.ones(2, 5, 16).double()), text_mask_BY=c.mask)
     torch.testing.assert_close(out, attn.proj.bias.expand_as(out), rtol=0, atol=0)
 
 

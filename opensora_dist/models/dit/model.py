@@ -4,23 +4,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from opensora_dist.core.types import Thw
+from opensora_dist.core.types import Axis, Region, Thw
 from opensora_dist.models.base import VideoTransformer
-from opensora_dist.models.layers import Axis, Block, attend, modulate
+from opensora_dist.models.layers import Block, modulate
+from opensora_dist.parallel.sequence.base import Shard
 
 
 class DiTBlock(Block):
     """Joint attention over frames and places."""
 
     def mix_tokens(
-        self, x_BTSD: Tensor, *, shift_B11D: Tensor, scale_B11D: Tensor, gate_B11D: Tensor, tpe_TD: Tensor | None
+        self,
+        x_BtsD: Tensor,
+        *,
+        shard: Shard,
+        shift_B11D: Tensor,
+        scale_B11D: Tensor,
+        gate_B11D: Tensor,
+        tpe_tD: Tensor | None,
+        then: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        assert tpe_TD is None, "DiT's temporal positions enter with the input"
-        attn_in = modulate(self.norm1(x_BTSD), shift_B11D=shift_B11D, scale_B11D=scale_B11D)
-        return x_BTSD + gate_B11D * attend(self.attn, attn_in, Axis.JOINT)
+        assert tpe_tD is None, "DiT's temporal positions enter with the input"
+
+        def modulated(x: Tensor, _frames: slice) -> Tensor:
+            return modulate(self.norm1(x), shift_B11D=shift_B11D, scale_B11D=scale_B11D)
+
+        return shard.branch(self.attn, x_BtsD, Axis.JOINT, before=modulated, then=lambda x, out: then(x + gate_B11D * out))
 
     def mix_flops(self, grid: Thw) -> int:
         return self.attn.flops(grid, axis=Axis.JOINT)
@@ -34,8 +48,6 @@ class DiT(VideoTransformer):
 
     block_class = DiTBlock
 
-    def add_positions(self, x_BTSD: Tensor, *, grid: Thw, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        device = x_BTSD.device
-        space_SD = self.positions.space(grid.h, grid.w, device=device, dtype=dtype)
-        time_TD = self.positions.time(grid.t, device=device, dtype=dtype)
-        return x_BTSD + (space_SD + time_TD[:, None]), None
+    def add_positions(self, x_BtsD: Tensor, *, grid: Thw, region: Region, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        space_sD, time_tD = self.positions_of(grid, region, device=x_BtsD.device, dtype=dtype)
+        return x_BtsD + (space_sD + time_tD[:, None]), None

@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from opensora_dist.config.train import ModelConfig
-from opensora_dist.core.types import Thw
+from opensora_dist.core.types import Axis, Region, Thw
 from opensora_dist.models.base import ModelIo, VideoTransformer
-from opensora_dist.models.layers import Axis, Block, SelfAttention, attend, modulate
+from opensora_dist.models.layers import Block, SelfAttention, modulate
+from opensora_dist.parallel.sequence.base import Shard
 
 
 class STDiTBlock(Block):
@@ -21,13 +24,29 @@ class STDiTBlock(Block):
         self.attn_temp = SelfAttention(width, heads=heads)
 
     def mix_tokens(
-        self, x_BTSD: Tensor, *, shift_B11D: Tensor, scale_B11D: Tensor, gate_B11D: Tensor, tpe_TD: Tensor | None
+        self,
+        x_BtsD: Tensor,
+        *,
+        shard: Shard,
+        shift_B11D: Tensor,
+        scale_B11D: Tensor,
+        gate_B11D: Tensor,
+        tpe_tD: Tensor | None,
+        then: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        spatial_in = modulate(self.norm1(x_BTSD), shift_B11D=shift_B11D, scale_B11D=scale_B11D)
-        x = x_BTSD + gate_B11D * attend(self.attn, spatial_in, Axis.SPACE)
-        # No norm and no modulation here, and positions reach the attention only, not the residual: that is the published model.
-        temporal_in = x if tpe_TD is None else x + tpe_TD[:, None]
-        return x + gate_B11D * attend(self.attn_temp, temporal_in, Axis.TIME)
+        def space(x: Tensor) -> Tensor:
+            return shard.branch(self.attn, x, Axis.SPACE, before=modulated, then=lambda x, out: x + gate_B11D * out)
+
+        def modulated(x: Tensor, _frames: slice) -> Tensor:
+            return modulate(self.norm1(x), shift_B11D=shift_B11D, scale_B11D=scale_B11D)
+
+        def positioned(x: Tensor, frames: slice) -> Tensor:
+            # No norm and no modulation here, and positions reach the attention only, not the residual: that is the published model.
+            return x if tpe_tD is None else x + tpe_tD[frames, None]
+
+        return shard.branch(
+            self.attn_temp, x_BtsD, Axis.TIME, first=space, before=positioned, then=lambda x, out: then(x + gate_B11D * out)
+        )
 
     def mix_flops(self, grid: Thw) -> int:
         return self.attn.flops(grid, axis=Axis.SPACE) + self.attn_temp.flops(grid, axis=Axis.TIME)
@@ -48,10 +67,8 @@ class STDiT(VideoTransformer):
         super().__init__(config, io)
         self._time_in_residual = config.temporal_positions == "residual"
 
-    def add_positions(self, x_BTSD: Tensor, *, grid: Thw, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        device = x_BTSD.device
-        space_SD = self.positions.space(grid.h, grid.w, device=device, dtype=dtype)
-        time_TD = self.positions.time(grid.t, device=device, dtype=dtype)
+    def add_positions(self, x_BtsD: Tensor, *, grid: Thw, region: Region, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        space_sD, time_tD = self.positions_of(grid, region, device=x_BtsD.device, dtype=dtype)
         if self._time_in_residual:
-            return x_BTSD + (space_SD + time_TD[:, None]), None
-        return x_BTSD + space_SD, time_TD
+            return x_BtsD + (space_sD + time_tD[:, None]), None
+        return x_BtsD + space_sD, time_tD

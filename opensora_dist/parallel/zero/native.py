@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from opensora_dist.config.train import OptimConfig, ParallelConfig
-from opensora_dist.parallel.mesh import AxisName, Mesh
+from opensora_dist.parallel.mesh import FSDP_AXIS, AxisName, Mesh
 
 
 class NativeBackend:
@@ -133,7 +133,8 @@ class NativeBackend:
 
 def _shard(model: nn.Module, *, mesh: Mesh, units: list[nn.Module], stage: int, compute_dtype: torch.dtype) -> None:
     """FSDP2: stage 3 frees parameters after use, stage 2 keeps them until the step. Two mesh axes make it HSDP."""
-    axes = mesh.device_mesh if mesh.device_mesh[AxisName.DP_REPLICATE].size() > 1 else mesh.device_mesh[AxisName.DP_SHARD]
+    replicated = mesh.device_mesh[AxisName.DP_REPLICATE].size() > 1
+    axes = mesh.device_mesh[str(AxisName.DP_REPLICATE), FSDP_AXIS] if replicated else mesh.device_mesh[FSDP_AXIS]
     # Inputs are not cast: autocast does that per operator, and a timestep of 999 has no bf16.
     half = compute_dtype == torch.bfloat16
     policy = MixedPrecisionPolicy(

@@ -1,0 +1,13 @@
+"""The schemes a config can name. A new one: one file beside this, one line here; the parity matrix picks it up by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from opensora_dist.config.train import SpConfig
+from opensora_dist.parallel.sequence.base import Scheme
+from opensora_dist.parallel.sequence.dsp import Dsp
+
+SCHEMES: dict[str, Callable[[SpConfig], Scheme]] = {
+    "dsp": lambda sp: Dsp(overlap=sp.overlap, chunks=sp.chunks),
+}
