@@ -9,5 +9,5 @@ from opensora_dist.parallel.sequence.base import Scheme
 from opensora_dist.parallel.sequence.dsp import Dsp
 
 SCHEMES: dict[str, Callable[[SpConfig], Scheme]] = {
-    "dsp": lambda sp: Dsp(overlap=sp.overlap, chunks=sp.chunks),
+    "dsp": lambda sp: Dsp(overlap=sp.overlap),
 }
