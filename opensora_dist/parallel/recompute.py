@@ -10,7 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Tape:
-    """What a region received in its first run, handed out again, in order, in every later run of it."""
+    """What a region received in its first run, handed out again, in order, in every later run of it.
+
+    It holds and hands out aliases without history: a node of autograd that knows the tape and returns a tensor becomes that tensor's
+    ``grad_fn``, and a tape that held the tensor would then hold itself, through C++, where no garbage collector sees it.
+    """
 
     def __init__(self) -> None:
         self._kept: list[Tensor] = []
@@ -24,14 +28,14 @@ class Tape:
     def keep(self, received: Tensor) -> Tensor:
         """Notes a result of communication in the first run; not called in a later one."""
         assert not self.replaying
-        self._kept.append(received)
+        self._kept.append(received.detach())
         return received
 
     def replay(self) -> Tensor:
         """The next result of the first run."""
         assert self._next is not None
         self._next += 1
-        return self._kept[self._next - 1]
+        return self._kept[self._next - 1].detach()
 
     def rewind(self) -> None:
         """Later runs start here."""
