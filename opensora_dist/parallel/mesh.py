@@ -1,9 +1,14 @@
-"""Ranks and how they are laid out: one process group, one mesh, named axes."""
+"""Ranks and how they are laid out: one process group, one mesh, named axes.
+
+Every group is made here, by ``dist.new_group`` with the run's own timeout: those that ``init_device_mesh`` makes keep torch's
+default, half an hour on gloo. Traffic of schemes has groups of its own, apart from that of parameters: two kinds of messages in one
+NCCL communicator would queue behind each other.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,7 +16,8 @@ from enum import StrEnum
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from opensora_dist.config.train import SpConfig
 from opensora_dist.core.errors import ConfigError
@@ -38,19 +44,25 @@ class Mesh:
 
     Args:
         device_mesh: Axes as ``AxisName``.
+        fsdp: What parameters are sharded over: dp_shard x ring x ulysses, flattened.
+        hsdp: dp_replicate x ``fsdp``, where there are replicas.
         device: What this rank computes on.
         sp_size: Ranks that share a sample; consecutive ranks do.
         links: For each number of ranks that may share a sample, those that do with this one.
         control: gloo group of all ranks, for small CPU messages (stop flags, agreement on a save) beside the training traffic.
+        sp_control: The same for those that share a sample, by their number.
     """
 
     device_mesh: DeviceMesh
+    fsdp: DeviceMesh
+    hsdp: DeviceMesh | None
     device: torch.device
     rank: int
     world: int
     sp_size: int
     links: dict[int, Links]
     control: dist.ProcessGroup
+    sp_control: dict[int, dist.ProcessGroup]
 
     @property
     def data_rank(self) -> int:
@@ -125,23 +137,38 @@ def build_mesh(device: torch.device, *, dp_replicate: int, sp: SpConfig, timeout
         sp: Who shares a sample.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
-    ulysses = sp_ulysses(sp)
+    ulysses, timeout = sp_ulysses(sp), timedelta(seconds=timeout_s)
     assert world % (dp_replicate * sp.degree) == 0 and sp.degree % ulysses == 0, (world, dp_replicate, sp)
-    shape = (dp_replicate, world // (dp_replicate * sp.degree), sp.degree // ulysses, ulysses)
-    device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=tuple(str(a) for a in AxisName))
-    device_mesh[AxisName.DP_SHARD, AxisName.RING, AxisName.ULYSSES]._flatten(FSDP_AXIS)
-    timeout = timedelta(seconds=timeout_s)
-    control = dist.new_group(backend="gloo", timeout=timeout)
-    links = {}
-    for degree in range(1, sp.degree + 1):
-        if sp.degree % degree == 0:
-            inner = ulysses if degree == sp.degree else degree
-            links[degree] = Links(
-                sp=_exchange(world, block=degree, stride=1, timeout=timeout),
-                ring=_exchange(world, block=degree, stride=inner, timeout=timeout),
-                ulysses=_exchange(world, block=inner, stride=1, timeout=timeout),
-            )
-    return Mesh(device_mesh=device_mesh, device=device, rank=rank, world=world, sp_size=sp.degree, links=links, control=control)
+    ranks = torch.arange(world).view(dp_replicate, -1, sp.degree // ulysses, ulysses)
+    axes = [_group(_lines(ranks, dim), timeout=timeout, name=str(axis)) for dim, axis in enumerate(AxisName)]
+    device_mesh = DeviceMesh.from_group(axes, device.type, mesh=ranks, mesh_dim_names=tuple(str(axis) for axis in AxisName))
+    shards = ranks.flatten(1)
+    fsdp_group = _group(shards.tolist(), timeout=timeout, name=FSDP_AXIS)
+    hsdp = None
+    if dp_replicate > 1:
+        names = (str(AxisName.DP_REPLICATE), FSDP_AXIS)
+        hsdp = DeviceMesh.from_group([axes[0], fsdp_group], device.type, mesh=shards, mesh_dim_names=names)
+    links, sp_control = {}, {}
+    for degree in (n for n in range(1, sp.degree + 1) if sp.degree % n == 0):
+        ring_group, ulysses_group = axes[2:]
+        blocks = torch.arange(world).view(-1, degree)
+        if degree < sp.degree:  # a shape that auto spreads over fewer ranks: each such block is one group of ulysses
+            ring_group, ulysses_group = (_group(_lines(blocks[:, None], dim), timeout=timeout, name="part") for dim in (1, 2))
+        sp_group = _group(blocks.tolist(), timeout=timeout, name="sp")
+        links[degree] = Links(sp=Exchange(sp_group), ring=Exchange(ring_group), ulysses=Exchange(ulysses_group))
+        sp_control[degree] = _group(blocks.tolist(), timeout=timeout, name="sp_control", backend="gloo")
+    return Mesh(
+        device_mesh=device_mesh,
+        fsdp=DeviceMesh.from_group(fsdp_group, device.type, mesh_dim_names=(FSDP_AXIS,)),
+        hsdp=hsdp,
+        device=device,
+        rank=rank,
+        world=world,
+        sp_size=sp.degree,
+        links=links,
+        control=_group([list(range(world))], timeout=timeout, name="control", backend="gloo"),
+        sp_control=sp_control,
+    )
 
 
 def sp_ulysses(sp: SpConfig) -> int:
@@ -149,13 +176,15 @@ def sp_ulysses(sp: SpConfig) -> int:
     return sp.ulysses or (1 if sp.scheme == "ring" else sp.degree)
 
 
-def _exchange(world: int, *, block: int, stride: int, timeout: timedelta) -> Exchange:
-    """The group of this rank among groups of ranks ``stride`` apart, within blocks of ``block``. Collective: all make all groups."""
-    mine = None
-    for start in range(0, world, block):
-        for first in range(start, start + stride):
-            ranks = list(range(first, start + block, stride))
-            group = dist.new_group(ranks, timeout=timeout)
-            mine = group if dist.get_rank() in ranks else mine
-    assert mine is not None
-    return Exchange(mine)
+def _lines(ranks: Tensor, dim: int) -> list[list[int]]:
+    """Ranks that differ in their place along one dim alone."""
+    lines: list[list[int]] = ranks.movedim(dim, -1).flatten(0, -2).tolist()
+    return lines
+
+
+def _group(parts: Sequence[Sequence[int]], *, timeout: timedelta, name: str, backend: str | None = None) -> dist.ProcessGroup:
+    """The group of this rank, among those that ``parts`` says. Collective for the ranks of each part, not across them."""
+    (mine,) = (part for part in parts if dist.get_rank() in part)
+    group = dist.new_group(list(mine), timeout=timeout, backend=backend, group_desc=name, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group

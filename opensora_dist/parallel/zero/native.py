@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from opensora_dist.config.train import OptimConfig, ParallelConfig
-from opensora_dist.parallel.mesh import FSDP_AXIS, AxisName, Mesh
+from opensora_dist.parallel.mesh import Mesh
 
 
 class NativeBackend:
@@ -133,15 +133,13 @@ class NativeBackend:
 
 def _shard(model: nn.Module, *, mesh: Mesh, units: list[nn.Module], stage: int, compute_dtype: torch.dtype) -> None:
     """FSDP2: stage 3 frees parameters after use, stage 2 keeps them until the step. Two mesh axes make it HSDP."""
-    replicated = mesh.device_mesh[AxisName.DP_REPLICATE].size() > 1
-    axes = mesh.device_mesh[str(AxisName.DP_REPLICATE), FSDP_AXIS] if replicated else mesh.device_mesh[FSDP_AXIS]
     # Inputs are not cast: autocast does that per operator, and a timestep of 999 has no bf16.
     half = compute_dtype == torch.bfloat16
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False
     )
     for unit in [*units, model]:
-        fully_shard(unit, mesh=axes, mp_policy=policy, reshard_after_forward=stage == 3 and unit is not model)
+        fully_shard(unit, mesh=mesh.hsdp or mesh.fsdp, mp_policy=policy, reshard_after_forward=stage == 3 and unit is not model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The gradient rule is a plain sum. gloo knows no PREMUL_SUM, so the reduction itself must be a sum too.
