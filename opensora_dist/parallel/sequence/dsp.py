@@ -68,7 +68,8 @@ class Dsp(Scheme):
     def _run(self, attn: Projections, x_BtsD: Tensor, input_BtsD: Tensor, axis: Axis, shard: Shard, *, then: Then) -> Tensor:
         """``then(x, attended(input))``, own tokens and the rest apart."""
         if axis is Axis.SPACE:  # the sharded dim first, the one to own second
-            x_BtsD, input_BtsD = x_BtsD.transpose(1, 2), (input_BtsD.transpose(1, 2) if input_BtsD is not x_BtsD else x_BtsD)
+            same, x_BtsD = input_BtsD is x_BtsD, x_BtsD.transpose(1, 2)
+            input_BtsD = x_BtsD if same else input_BtsD.transpose(1, 2)
         assert shard.links is not None
         B, t, S, D = x_BtsD.shape
         exchange, lengths = shard.links.sp, shard.lengths(axis)
