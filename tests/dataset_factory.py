@@ -85,7 +85,7 @@ def write_dataset(
                 shard=name,
                 latents_offset=offsets[f"{key}.latents.npy"],
                 latents_bytes=latents.nbytes,
-                latents_xxh3=xxhash.xxh3_64_intdigest(latents.tobytes()),
+                latents_frame_xxh3=tuple(xxhash.xxh3_64_intdigest(frame.tobytes()) for frame in latents),
                 text_offset=offsets[f"{key}.text.npy"],
                 text_bytes=text.nbytes,
                 text_xxh3=xxhash.xxh3_64_intdigest(text.tobytes()),

@@ -1,7 +1,8 @@
 """The index of a data set: one Parquet file that says where in which tar shard each sample's bytes lie.
 
 The writer (preparation) and the reader (training) share this format and nothing else. Offsets point at raw array bytes, past tar
-and .npy headers, so a reader needs one ``pread`` per array and no parser.
+and .npy headers, so a reader needs one ``pread`` per array and no parser. Latents have one hash per latent frame, so that a reader of
+some frames checks exactly these.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from opensora_dist.core.errors import DataError
 from opensora_dist.core.io import atomic_path
 
 INDEX_NAME = "index.parquet"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _COLUMNS = pa.schema(
     [
@@ -28,7 +29,7 @@ _COLUMNS = pa.schema(
         ("shard", pa.string()),
         ("latents_offset", pa.int64()),
         ("latents_bytes", pa.int64()),
-        ("latents_xxh3", pa.uint64()),
+        ("latents_frame_xxh3", pa.list_(pa.uint64())),
         ("text_offset", pa.int64()),
         ("text_bytes", pa.int64()),
         ("text_xxh3", pa.uint64()),
@@ -50,15 +51,16 @@ _COLUMNS = pa.schema(
 class SampleRow:
     """Where one sample is and what it is.
 
-    Latents are stored [t, C, h, w], frames outermost, so that a rank which owns some frames reads one range. Text is stored
-    [text_tokens, width], valid tokens only. ``*_xxh3`` are xxh3-64 of the array bytes. ``dtype`` is numpy's name of both arrays.
+    Latents are stored [t, C, h, w], frames outermost, so that a rank which owns some frames reads one range, and hashed frame by
+    frame. Text is stored [text_tokens, width], valid tokens only. ``*_xxh3`` are xxh3-64 of the array bytes. ``dtype`` is numpy's
+    name of both arrays.
     """
 
     key: str
     shard: str
     latents_offset: int
     latents_bytes: int
-    latents_xxh3: int
+    latents_frame_xxh3: tuple[int, ...]
     text_offset: int
     text_bytes: int
     text_xxh3: int
@@ -137,15 +139,18 @@ def read_index(folder: Path) -> IndexFile:
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: damaged or not a Parquet file ({error}); run `opensora-dist data prepare` again") from error
     raw = (table.schema.metadata or {}).get(b"opensora_dist")
-    if raw is None or table.schema.names != _COLUMNS.names:
-        raise DataError(f"{path}: not an index of opensora_dist; make one with `opensora-dist data prepare`")
+    foreign = DataError(f"{path}: not an index of opensora_dist; make one with `opensora-dist data prepare`")
+    if raw is None:
+        raise foreign
     header = json.loads(raw)
     if header["schema_version"] != SCHEMA_VERSION:
         raise DataError(f"{path}: schema version {header['schema_version']}, this release reads {SCHEMA_VERSION}; prepare again")
+    if table.schema.names != _COLUMNS.names:
+        raise foreign
     if table.num_rows == 0:
         raise DataError(f"{path}: the index lists no sample; see the preparation's report for why each clip was dropped")
     digest = xxhash.xxh3_64(raw)
-    for name in ("key", "latents_xxh3", "text_xxh3"):
+    for name in ("key", "latents_frame_xxh3", "text_xxh3"):
         digest.update("\n".join(map(str, table.column(name).to_pylist())).encode())
     shards = tuple(ShardRow(**s) for s in header["shards"])
     return IndexFile(table=table, shards=shards, spec=header["spec"], dataset_hash=digest.hexdigest())

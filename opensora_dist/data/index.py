@@ -22,10 +22,20 @@ _DTYPES = ("float16", "float32")
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Where the arrays of one kind lie: per sample the byte offset in its shard, the length, and xxh3-64 of the bytes."""
+    """Where the arrays of one kind lie, and what their parts, of equal size, hash to.
+
+    Args:
+        offset: Byte offset in the shard, [N].
+        num_bytes: Length, [N].
+        num_parts: Parts, [N]: of latents the frames, of text the whole.
+        first: Where the parts of each sample begin in ``xxh3``, [N].
+        xxh3: xxh3-64 of each part's bytes, sample by sample.
+    """
 
     offset: NDArray[np.int64]
     num_bytes: NDArray[np.int64]
+    num_parts: NDArray[np.int64]
+    first: NDArray[np.int64]
     xxh3: NDArray[np.uint64]
 
 
@@ -92,8 +102,8 @@ class Index:
             shards=file.shards,
             key=file.table.column("key").to_numpy(),
             shard=np.where(np.isnan(shard), -1, shard).astype(np.int64),  # a shard that isn't listed is null, refused below
-            latents=_span(file.table, "latents"),
-            text=_span(file.table, "text"),
+            latents=_span(file.table, "latents", file.table.column("latents_frame_xxh3")),
+            text=_span(file.table, "text", file.table.column("text_xxh3")),
             dtype=file.table.column("dtype").to_numpy(),
             latent=_triples(file.table, "latent"),
             clip=clip,
@@ -139,6 +149,7 @@ class Index:
             "its latents' bytes do not match their shape": (
                 self.latents.num_bytes != self.latent.prod(axis=1) * spec.channels * itemsize
             ),
+            "its latents have not one hash per frame": self.latents.num_parts != self.latent[:, 0],
             "its text's bytes do not match their tokens": self.text.num_bytes != self.text_tokens * spec.text_width * itemsize,
             "its bytes lie outside its shard": (
                 (np.minimum(self.latents.offset, self.text.offset) < 0)
@@ -161,9 +172,14 @@ def _triples(table: pa.Table, name: str) -> NDArray[np.int64]:
     return np.stack([table.column(f"{name}_{axis}").to_numpy() for axis in "thw"], axis=1).astype(np.int64)
 
 
-def _span(table: pa.Table, name: str) -> Span:
-    offset, num_bytes, xxh3 = (table.column(f"{name}_{part}").to_numpy() for part in ("offset", "bytes", "xxh3"))
-    return Span(offset=offset, num_bytes=num_bytes, xxh3=xxh3)
+def _span(table: pa.Table, name: str, hashes: pa.ChunkedArray) -> Span:
+    num_parts = np.ones(len(table), dtype=np.int64)
+    if pa.types.is_list(hashes.type):
+        num_parts = pc.list_value_length(hashes).to_numpy().astype(np.int64)
+        hashes = pc.list_flatten(hashes)
+    offset, num_bytes = (table.column(f"{name}_{part}").to_numpy() for part in ("offset", "bytes"))
+    first = np.cumsum(num_parts) - num_parts
+    return Span(offset=offset, num_bytes=num_bytes, num_parts=num_parts, first=first, xxh3=hashes.to_numpy())
 
 
 def _check_shards(folder: Path, file: IndexFile) -> None:

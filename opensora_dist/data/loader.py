@@ -1,16 +1,16 @@
-"""Batches for one data rank, read ahead by threads, in order.
+"""Batches of one rank, read ahead by threads, in order.
 
 Threads, not processes: reading, hashing and casting release the GIL, and a worker process would copy every batch twice.
 """
 
-# B micro-batch, C latent channels, T H W latent frames, height, width, Y text tokens, E text width
+# B micro-batch, C latent channels, t h w latent frames, height, width of the region that this rank holds, Y text tokens, E text width
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -18,6 +18,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from opensora_dist.core.types import Region, Share, Thw
 from opensora_dist.data.index import Index
 from opensora_dist.data.order import GlobalBatch, Order, micro_rows, position_weights
 from opensora_dist.data.reader import ShardReader
@@ -28,16 +29,20 @@ class MicroBatch:
     """What one data rank runs at once.
 
     Args:
-        latents_BCTHW: Normalised, (latent - mean) / std.
+        latents_BCthw: Normalised, (latent - mean) / std; of ``region`` only.
+        latent: Latent shape of the whole samples.
+        region: The latents of each sample that this rank holds.
         text_BYE: Token vectors, zero where there is no token; Y is the longest caption of the global batch.
         text_mask_BY: bool, True on tokens.
         samples: ``keys.sample_id`` of each sample.
         keys: Key of each sample.
-        weight_B: float64, the loss weight of *each* latent position of the sample: weight x positions sums to 1 over the
-            global batch.
+        weight_B: float64, the loss weight of *each* latent position of the sample: weight x positions of whole samples sums to 1
+            over the global batch.
     """
 
-    latents_BCTHW: Tensor
+    latents_BCthw: Tensor
+    latent: Thw
+    region: Region
     text_BYE: Tensor
     text_mask_BY: Tensor
     samples: tuple[int, ...]
@@ -61,7 +66,7 @@ class Loader:
     Args:
         index: The data set.
         order: Its order.
-        data_rank: Which of the ``data_size`` ranks that see different samples.
+        share: What of the batches of a latent shape is this rank's; asked once for every shape of the order.
         accum: Micro-batches per step.
         start_step: First step (0, or where a resumed run goes on).
         num_steps: How many steps from there.
@@ -71,7 +76,7 @@ class Loader:
         dtype: float32 or float64, of latents and text.
         device: Where the tensors go.
     Raises:
-        ConfigError: The global batch does not divide into micro-batches.
+        ConfigError: The global batch does not divide into micro-batches, for batches of some shape.
         DataError: From iterating: a sample can't be read as it was written.
     """
 
@@ -80,8 +85,7 @@ class Loader:
         index: Index,
         order: Order,
         *,
-        data_rank: int,
-        data_size: int,
+        share: Callable[[Thw], Share],
         accum: int,
         start_step: int,
         num_steps: int,
@@ -91,10 +95,14 @@ class Loader:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        micro_rows(order.batch(start_step).rows, data_rank=data_rank, data_size=data_size, accum=accum, micro=0)  # divides?
+        self._shares = {latent: share(latent) for latent in order.latents}
+        for mine in self._shares.values():
+            micro_rows(
+                range(order.global_batch), data_rank=mine.data_rank, data_size=mine.data_size, accum=accum, micro=0
+            )  # divides?
         self.last_wait_s = 0.0
         self._index, self._order = index, order
-        self._data_rank, self._data_size, self._accum = data_rank, data_size, accum
+        self._accum = accum
         self._steps = range(start_step, start_step + num_steps)
         self._loss_weight, self._prefetch_batches = loss_weight, prefetch_batches
         self._dtype, self._device = dtype, device
@@ -147,21 +155,24 @@ class Loader:
             self._thread.reader = ShardReader(self._index)
             self._readers.append(self._thread.reader)
         index, pin = self._index, self._device.type == "cuda"
-        rows = micro_rows(batch.rows, data_rank=self._data_rank, data_size=self._data_size, accum=self._accum, micro=micro)
+        data_rank, data_size, region = self._shares[batch.latent]
+        rows = micro_rows(batch.rows, data_rank=data_rank, data_size=data_size, accum=self._accum, micro=micro)
         tokens = max(int(index.text_tokens[row]) for row in batch.rows)  # of the global batch: all ranks share a shape
-        t, h, w = batch.latent
-        latents = torch.empty((len(rows), index.spec.channels, t, h, w), dtype=self._dtype, pin_memory=pin)
+        shape = (len(rows), index.spec.channels, *region.shape(batch.latent))
+        latents = torch.empty(shape, dtype=self._dtype, pin_memory=pin)
         text = torch.zeros((len(rows), tokens, index.spec.text_width), dtype=self._dtype, pin_memory=pin)
         mask = torch.zeros((len(rows), tokens), dtype=torch.bool, pin_memory=pin)
-        for b, sample in enumerate(self._thread.reader.read(rows)):
-            latents[b].copy_(torch.from_numpy(sample.latents).transpose(0, 1))
+        for b, sample in enumerate(self._thread.reader.read(rows, frames=region.frames)):
+            latents[b].copy_(torch.from_numpy(sample.latents[:, :, region.h0 : region.h1]).transpose(0, 1))
             text[b, : len(sample.text)].copy_(torch.from_numpy(sample.text))
             mask[b, : len(sample.text)] = True
         latents.sub_(self._mean_C111).div_(self._std_C111)
         positions = [index.latent_shape(row) for row in batch.rows]
         weights = dict(zip(batch.rows, position_weights(self._loss_weight, [p.t * p.h * p.w for p in positions]), strict=True))
         return MicroBatch(
-            latents_BCTHW=latents,
+            latents_BCthw=latents,
+            latent=batch.latent,
+            region=region,
             text_BYE=text,
             text_mask_BY=mask,
             samples=tuple(index.sample_id(row) for row in rows),
@@ -173,5 +184,5 @@ class Loader:
         """From pinned memory without waiting; the allocator keeps it until the copy is done."""
         if self._device.type == "cpu":
             return micro
-        names = ("latents_BCTHW", "text_BYE", "text_mask_BY", "weight_B")
+        names = ("latents_BCthw", "text_BYE", "text_mask_BY", "weight_B")
         return replace(micro, **{n: getattr(micro, n).to(self._device, non_blocking=True) for n in names})

@@ -45,7 +45,7 @@ class Order:
 
     In each epoch, each bucket is shuffled and cut into global batches; the tail that fills none is dropped for that epoch
     (another epoch drops others). The batches of all buckets are shuffled together. ``dropped`` counts, per bucket and reason, the
-    samples an epoch leaves out.
+    samples an epoch leaves out; ``latents`` are the latent shapes of its batches.
 
     Args:
         index: The data set.
@@ -58,7 +58,7 @@ class Order:
     def __init__(self, index: Index, *, keys: Keys, global_batch: int) -> None:
         self._index = index
         self._keys = keys
-        self._global_batch = global_batch
+        self.global_batch = global_batch
         self._buckets = [(bucket, rows) for bucket, rows in index.buckets.items() if len(rows) >= global_batch]
         if not self._buckets:
             counts = ", ".join(f"{bucket}: {len(rows)}" for bucket, rows in index.buckets.items())
@@ -73,6 +73,7 @@ class Order:
             for bucket, rows in index.buckets.items()
             if (count := len(rows) % global_batch)
         }
+        self.latents = tuple(sorted({index.latent_shape(int(rows[0])) for _, rows in self._buckets}))
         self.batches_per_epoch = sum(len(rows) // global_batch for _, rows in self._buckets)
         self._plan = lru_cache(maxsize=2)(self._make_plan)  # two: readers cross into the next epoch before the consumer does
 
@@ -89,8 +90,8 @@ class Order:
         batches = []
         for bucket, rows in self._buckets:
             shuffled = rows[self._permutation(f"order:{bucket}", epoch=epoch, size=len(rows))]
-            whole = len(rows) // self._global_batch * self._global_batch
-            batches.append(shuffled[:whole].reshape(-1, self._global_batch))
+            whole = len(rows) // self.global_batch * self.global_batch
+            batches.append(shuffled[:whole].reshape(-1, self.global_batch))
         return np.concatenate(batches)[self._permutation("order:batches", epoch=epoch, size=self.batches_per_epoch)]
 
     def _permutation(self, purpose: str, *, epoch: int, size: int) -> NDArray[np.int64]:

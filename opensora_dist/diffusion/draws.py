@@ -1,6 +1,6 @@
 """Everything random about a training batch, drawn by what is drawn: equal under every layout."""
 
-# B batch, C latent channels, T H W latent frames (those asked for), height, width
+# B batch, C latent channels, t h w latent frames, height, width of the region asked for
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opensora_dist.core.types import Thw
+from opensora_dist.core.types import Region, Thw
 from opensora_dist.diffusion.base import Objective
 from opensora_dist.parallel.keys import Keys
 
@@ -20,12 +20,12 @@ class Draws:
     """The draws of one micro-batch, on the CPU.
 
     Args:
-        noise_BCTHW: float32.
+        noise_BCthw: float32, of the region asked for.
         level_B: float64, as ``Objective`` defines it.
         drop_caption_B: bool, True where the sample is trained without its caption.
     """
 
-    noise_BCTHW: Tensor
+    noise_BCthw: Tensor
     level_B: Tensor
     drop_caption_B: Tensor
 
@@ -38,7 +38,7 @@ def draw(
     step: int,
     channels: int,
     latent: Thw,
-    frames: Sequence[int] | None = None,
+    region: Region | None,
 ) -> Draws:
     """Draws noise, level and caption dropout of each sample.
 
@@ -47,17 +47,28 @@ def draw(
         step: Global step.
         channels: Latent channels.
         latent: Latent shape of the whole samples.
-        frames: Latent frames to draw noise for, where a rank owns some only; default all.
+        region: The latents to draw noise for, where a rank holds some only; None: all. Level and caption dropout are the sample's.
     """
-    frames = range(latent.t) if frames is None else frames
-    shape = (channels, latent.h, latent.w)
+    region = Region.whole(latent) if region is None else region
     levels = [objective.draw_level(keys, sample=s, step=step, latent=latent) for s in samples]
     drops = [_uniform(keys, sample=s, step=step) < objective.caption_dropout for s in samples]
     return Draws(
-        noise_BCTHW=torch.stack([keys.normal_frames("noise", s, step, frames=frames, shape=shape) for s in samples]),
+        noise_BCthw=draw_noise(keys, "noise", samples=samples, step=step, channels=channels, latent=latent, region=region),
         level_B=torch.tensor(levels, dtype=torch.float64),
         drop_caption_B=torch.tensor(drops, dtype=torch.bool),
     )
+
+
+def draw_noise(
+    keys: Keys, purpose: str, *, samples: Sequence[int], step: int, channels: int, latent: Thw, region: Region
+) -> Tensor:
+    """Standard normal noise of a region of each sample, float32 [B, C, t, h, w]: bitwise that part of the whole's.
+
+    A frame is one draw, so where a region is some rows of a frame, all of it is drawn.
+    """
+    shape = (channels, latent.h, latent.w)
+    noise = torch.stack([keys.normal_frames(purpose, s, step, frames=region.frames, shape=shape) for s in samples])
+    return noise[..., region.h0 : region.h1, :].contiguous()
 
 
 def _uniform(keys: Keys, *, sample: int, step: int) -> float:

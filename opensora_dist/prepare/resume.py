@@ -22,7 +22,7 @@ from opensora_dist.prepare.sources import Source
 from opensora_dist.prepare.stats import ChannelSums
 
 STATE_DIR = ".prepare"
-_FORMAT = 1  # of the shards and records; a release that writes other bytes for the same input raises it
+_FORMAT = 2  # of the shards and records; a release that writes other bytes for the same input raises it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def read_finished(folder: Path) -> dict[str, Finished]:
         if tar.is_file() and tar.stat().st_size == shard.num_bytes:
             records[shard.name] = Finished(
                 shard=shard,
-                rows=tuple(SampleRow(**row) for row in raw["rows"]),
+                rows=tuple(SampleRow(**row | {"latents_frame_xxh3": tuple(row["latents_frame_xxh3"])}) for row in raw["rows"]),
                 sums=ChannelSums(
                     count=raw["sums"]["count"], total=tuple(raw["sums"]["total"]), squares=tuple(raw["sums"]["squares"])
                 ),

@@ -86,7 +86,7 @@ class ShardWriter:
             shard=self.path.name,
             latents_offset=latents_offset,
             latents_bytes=latents.nbytes,
-            latents_xxh3=xxhash.xxh3_64_intdigest(latents.data),
+            latents_frame_xxh3=tuple(xxhash.xxh3_64_intdigest(frame.data) for frame in latents),
             text_offset=text_offset,
             text_bytes=text.nbytes,
             text_xxh3=xxhash.xxh3_64_intdigest(text.data),

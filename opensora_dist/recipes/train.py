@@ -20,7 +20,7 @@ from opensora_dist.core.errors import CheckpointError, ConfigError, OpensoraErro
 from opensora_dist.core.io import exclusive_lock, write_json, write_text
 from opensora_dist.core.layout import CHECKPOINTS_DIR, CONFIG_NAME, ENVIRONMENT_NAME, LOGS_DIR, METRICS_NAME
 from opensora_dist.core.logging import get_logger, setup_logging
-from opensora_dist.core.types import Thw
+from opensora_dist.core.types import Region, Share, Thw
 from opensora_dist.data.index import Index
 from opensora_dist.data.loader import Loader
 from opensora_dist.data.order import Order
@@ -35,6 +35,7 @@ from opensora_dist.observe.report import write_report
 from opensora_dist.observe.trackers import build_trackers, track_problems
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import Mesh, build_mesh, default_nproc, launched_world, process_group, resolve_device
+from opensora_dist.parallel.sequence.local import whole
 from opensora_dist.parallel.spawn import run_ranks
 from opensora_dist.parallel.zero.native import NativeBackend
 from opensora_dist.plan.hardware import peak_flops
@@ -238,8 +239,7 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
             return Loader(
                 index,
                 order,
-                data_rank=mesh.data_rank,
-                data_size=mesh.data_size,
+                share=lambda latent: Share(mesh.data_rank, mesh.data_size, Region.whole(latent)),
                 accum=config.parallel.grad_accum,
                 start_step=step,
                 num_steps=config.run.steps - step,
@@ -261,6 +261,8 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
                 objective=objective,
                 state=state,
                 make_loader=make_loader,
+                shards=lambda latent: whole(model.token_grid(latent)),
+                agree=lambda micro: None,
                 cost=lambda latent, tokens: _cost(model, latent, text_tokens=tokens),
                 saver=saver,
                 validator=validator,

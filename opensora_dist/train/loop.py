@@ -12,10 +12,11 @@ from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.errors import CheckpointError
 from opensora_dist.core.logging import get_logger
 from opensora_dist.core.types import Thw
-from opensora_dist.data.loader import Loader, StepData
+from opensora_dist.data.loader import Loader, MicroBatch, StepData
 from opensora_dist.diffusion.base import Objective
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import Mesh
+from opensora_dist.parallel.sequence.base import Shard
 from opensora_dist.parallel.zero.base import ZeroBackend
 from opensora_dist.resilience.signals import StopAgreement, StopFlag, clear_marker, write_marker
 from opensora_dist.train.ema import Ema
@@ -42,6 +43,8 @@ class Trainer:
     Args:
         state: Where to start; step 0, or what a checkpoint held.
         make_loader: Opens the loader at a step.
+        shards: This rank's part of samples of a latent shape.
+        agree: As in ``train_step``.
         cost: Tokens and FLOPs of one sample of a latent shape with a number of text tokens.
         validator: Draws videos; None draws none.
     """
@@ -58,6 +61,8 @@ class Trainer:
         objective: Objective,
         state: TrainerState,
         make_loader: Callable[[int], Loader],
+        shards: Callable[[Thw], Shard],
+        agree: Callable[[MicroBatch], None],
         cost: Callable[[Thw, int], BatchCost],
         saver: Saver,
         validator: Validator | None,
@@ -65,7 +70,7 @@ class Trainer:
     ) -> None:
         self.config, self.run_dir, self.mesh, self.keys = config, run_dir, mesh, keys
         self.backend, self.ema, self.objective, self.state = backend, ema, objective, state
-        self.make_loader, self.cost = make_loader, cost
+        self.make_loader, self.shards, self.agree, self.cost = make_loader, shards, agree, cost
         self.saver, self.validator, self.logbook = saver, validator, logbook
         self._saved_step = state.step
         self._edge_s = 0.0
@@ -99,11 +104,18 @@ class Trainer:
     def _step(self, data: StepData, *, wait_s: float) -> None:
         lr = learning_rate(data.step, self.config.optim, steps=self.config.run.steps)
         result = train_step(
-            self.backend, data, objective=self.objective, keys=self.keys, lr=lr, clip_norm=self.config.optim.clip_norm
+            self.backend,
+            data,
+            objective=self.objective,
+            keys=self.keys,
+            shards=self.shards,
+            agree=self.agree,
+            lr=lr,
+            clip_norm=self.config.optim.clip_norm,
         )
         self.ema.update(step=data.step)
         first = data.micros[0]
-        cost = self.cost(Thw(*first.latents_BCTHW.shape[2:]), first.text_BYE.shape[1])
+        cost = self.cost(first.latent, first.text_BYE.shape[1])
         samples = self.config.data.global_batch
         self.state = TrainerState(
             step=data.step + 1,

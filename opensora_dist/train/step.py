@@ -1,9 +1,10 @@
 """One optimizer step: what is drawn, what is lost, what is summed."""
 
-# B batch, C latent channels, T H W latent frames, height, width
+# B batch, C latent channels, t h w latent frames, height, width of the part of the samples that this rank holds
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from opensora_dist.data.loader import MicroBatch, StepData
 from opensora_dist.diffusion.base import Objective
 from opensora_dist.diffusion.draws import draw
 from opensora_dist.parallel.keys import Keys
+from opensora_dist.parallel.sequence.base import Shard
 from opensora_dist.parallel.zero.base import ZeroBackend
 
 
@@ -32,24 +34,31 @@ class StepResult:
     skipped: Tensor
 
 
-def micro_loss(model: nn.Module, micro: MicroBatch, *, objective: Objective, keys: Keys, step: int) -> Tensor:
-    """The weighted loss sum of one micro-batch: this rank's share, to be summed over ranks and micro-batches as it is."""
-    x0_BCTHW = micro.latents_BCTHW
-    _, channels, *latent = x0_BCTHW.shape
-    draws = draw(keys, objective, samples=micro.samples, step=step, channels=channels, latent=Thw(*latent))
+def micro_loss(
+    model: nn.Module, micro: MicroBatch, *, objective: Objective, keys: Keys, step: int, shard: Shard | None
+) -> Tensor:
+    """The weighted loss sum of one micro-batch: this rank's share, to be summed over ranks and micro-batches as it is.
+
+    Args:
+        shard: The tokens of the samples that this rank holds, those of ``micro.region``; None: all.
+    """
+    x0_BCthw = micro.latents_BCthw
+    channels = x0_BCthw.shape[1]
+    draws = draw(keys, objective, samples=micro.samples, step=step, channels=channels, latent=micro.latent, region=micro.region)
     noise, level_B, drop_caption_B = (
-        _to_device(t, x0_BCTHW.device) for t in (draws.noise_BCTHW, draws.level_B, draws.drop_caption_B)
+        _to_device(t, x0_BCthw.device) for t in (draws.noise_BCthw, draws.level_B, draws.drop_caption_B)
     )
-    noise = noise.to(x0_BCTHW.dtype)
+    noise = noise.to(x0_BCthw.dtype)
     output = model(
-        objective.corrupt(x0_BCTHW, noise, level_B),
+        objective.corrupt(x0_BCthw, noise, level_B),
         objective.timestep(level_B),
         micro.text_BYE,
         micro.text_mask_BY,
         drop_caption_B=drop_caption_B,
+        shard=shard,
     )
-    loss_BTHW = objective.loss(output, x0=x0_BCTHW, noise=noise, level_B=level_B)
-    return (loss_BTHW.sum(dim=(1, 2, 3)) * micro.weight_B.to(loss_BTHW)).sum()
+    loss_Bthw = objective.loss(output, x0=x0_BCthw, noise=noise, level_B=level_B)
+    return (loss_Bthw.sum(dim=(1, 2, 3)) * micro.weight_B.to(loss_Bthw)).sum()
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -58,13 +67,28 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def train_step(
-    backend: ZeroBackend, data: StepData, *, objective: Objective, keys: Keys, lr: float, clip_norm: float
+    backend: ZeroBackend,
+    data: StepData,
+    *,
+    objective: Objective,
+    keys: Keys,
+    shards: Callable[[Thw], Shard],
+    agree: Callable[[MicroBatch], None],
+    lr: float,
+    clip_norm: float,
 ) -> StepResult:
-    """Forward and backward over the micro-batches, clip once, one optimizer step."""
+    """Forward and backward over the micro-batches, clip once, one optimizer step.
+
+    Args:
+        shards: This rank's part of samples of a latent shape.
+        agree: Called before each forward: fails where the ranks that share its samples hold other ones than this rank.
+    """
     losses = []
     for i, micro in enumerate(data.micros):
+        agree(micro)
+        shard = shards(micro.latent)
         with backend.forward_context(last_micro=i == len(data.micros) - 1):
-            loss = micro_loss(backend.model, micro, objective=objective, keys=keys, step=data.step)
+            loss = micro_loss(backend.model, micro, objective=objective, keys=keys, step=data.step, shard=shard)
             backend.backward(loss)
         losses.append(loss.detach())
     grad_norm = backend.clip(clip_norm)

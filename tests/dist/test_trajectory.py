@@ -13,14 +13,23 @@ import torch.distributed as dist
 from dataset_factory import write_dataset
 from torch.distributed.tensor import DTensor
 
-from opensora_dist.config.train import IddpmConfig, ModelConfig, OptimConfig, ParallelConfig, RectifiedFlowConfig, SpConfig, ZeroConfig
-from opensora_dist.core.types import Thw
+from opensora_dist.config.train import (
+    IddpmConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RectifiedFlowConfig,
+    SpConfig,
+    ZeroConfig,
+)
+from opensora_dist.core.types import Region, Share
 from opensora_dist.data.index import Index
 from opensora_dist.data.loader import Loader
 from opensora_dist.data.order import Order
 from opensora_dist.diffusion.draws import draw
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import build_mesh
+from opensora_dist.parallel.sequence.local import whole
 from opensora_dist.parallel.zero.native import NativeBackend
 from opensora_dist.recipes.build import meta_model
 from opensora_dist.train.ema import Ema
@@ -107,8 +116,7 @@ def _trajectory(folder: str, name: str, layout: Layout):
     loader = Loader(
         index,
         Order(index, keys=keys, global_batch=GLOBAL_BATCH),
-        data_rank=mesh.data_rank,
-        data_size=mesh.data_size,
+        share=lambda latent: Share(mesh.data_rank, mesh.data_size, Region.whole(latent)),
         accum=layout.accum,
         start_step=0,
         num_steps=STEPS,
@@ -119,17 +127,34 @@ def _trajectory(folder: str, name: str, layout: Layout):
         device=torch.device("cpu"),
     )
     for data in loader:
-        result = train_step(backend, data, objective=objective, keys=keys, lr=1e-3, clip_norm=0.5)
+        result = train_step(
+            backend,
+            data,
+            objective=objective,
+            keys=keys,
+            shards=lambda latent: whole(model.token_grid(latent)),
+            agree=lambda micro: None,
+            lr=1e-3,
+            clip_norm=0.5,
+        )
         ema.update(step=data.step)
         loss = result.loss.clone()
         dist.all_reduce(loss)
         losses.append(loss.item())
         norms.append(result.grad_norm.item())
         for micro in data.micros:
-            _, channels, *latent = micro.latents_BCTHW.shape
-            draws = draw(keys, objective, samples=micro.samples, step=data.step, channels=channels, latent=Thw(*latent))
+            channels = micro.latents_BCthw.shape[1]
+            draws = draw(
+                keys,
+                objective,
+                samples=micro.samples,
+                step=data.step,
+                channels=channels,
+                latent=micro.latent,
+                region=micro.region,
+            )
             for i, key in enumerate(micro.keys):
-                digest = hashlib.sha256(draws.noise_BCTHW[i].numpy().tobytes()).hexdigest()
+                digest = hashlib.sha256(draws.noise_BCthw[i].numpy().tobytes()).hexdigest()
                 drawn[data.step, key] = (digest, draws.level_B[i].item(), draws.drop_caption_B[i].item())
     params = {n: _full(p).detach().clone() for n, p in backend.params.items()}
     averaged = {n: _full(p).clone() for n, p in ema.shadow.items()}

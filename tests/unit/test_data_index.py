@@ -47,7 +47,9 @@ def test_an_index_offers_its_samples_by_bucket(folder):
             assert index.text_tokens[row] == len(stored.text)
             assert index.sample_id(row) == keys.sample_id(stored.row.key)
             assert index.shard_path(row) == folder / stored.row.shard
-            assert index.latents.xxh3[row] == stored.row.latents_xxh3
+            first, frames = index.latents.first[row], index.latents.num_parts[row]
+            assert tuple(index.latents.xxh3[first : first + frames]) == stored.row.latents_frame_xxh3
+            assert index.text.xxh3[index.text.first[row]] == stored.row.text_xxh3
 
 
 def test_every_missing_and_short_shard_is_named(folder):
@@ -77,6 +79,26 @@ def test_the_index_of_another_program_is_refused(tmp_path):
         Index.open(tmp_path)
 
 
+def test_an_index_of_an_earlier_format_is_refused_by_its_version(folder):
+    write_dataset(folder, samples={(2, 16, 24): 3})
+    table = pq.read_table(folder / INDEX_NAME)
+    metadata = {"opensora_dist": table.schema.metadata[b"opensora_dist"].replace(b'"schema_version": 2', b'"schema_version": 1')}
+    old = table.rename_columns([name.replace("_frame_xxh3", "_xxh3") for name in table.column_names])
+    pq.write_table(old.replace_schema_metadata(metadata), folder / INDEX_NAME)
+    with pytest.raises(DataError, match="schema version 1, this release reads 2; prepare again"):
+        Index.open(folder)
+
+
+def test_the_hash_of_any_frame_is_part_of_the_data_sets_identity(folder):
+    write_dataset(folder, samples={(2, 16, 24): 7, (4, 16, 16): 5})
+    before = read_index(folder)
+    frames = before.table.column("latents_frame_xxh3").to_pylist()[3]
+    rewrite(folder, latents_frame_xxh3=tuple([*frames[:-1], frames[-1] ^ 1]))
+    assert read_index(folder).dataset_hash != before.dataset_hash
+    rewrite(folder)
+    assert read_index(folder).dataset_hash == before.dataset_hash
+
+
 def test_an_index_without_samples_is_refused(folder):
     write_dataset(folder, samples={(2, 16, 24): 3})
     table = pq.read_table(folder / INDEX_NAME)
@@ -101,6 +123,8 @@ def test_a_description_of_another_release_is_refused(folder):
         ({"dtype": "int16"}, "its precision is none of float16, float32"),
         ({"text_tokens": 0, "text_bytes": 0}, "it has no text token"),
         ({"latents_bytes": 10}, "its latents' bytes do not match their shape"),
+        ({"latents_frame_xxh3": (1, 2, 3)}, "its latents have not one hash per frame"),
+        ({"latents_frame_xxh3": ()}, "its latents have not one hash per frame"),
         ({"text_bytes": 10}, "its text's bytes do not match their tokens"),
         ({"text_offset": 1 << 40}, "its bytes lie outside its shard"),
         ({"latents_offset": -1}, "its bytes lie outside its shard"),

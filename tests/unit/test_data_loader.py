@@ -11,7 +11,7 @@ import torch
 from dataset_factory import SPEC, write_dataset
 
 from opensora_dist.core.errors import ConfigError, DataError
-from opensora_dist.core.types import Thw
+from opensora_dist.core.types import Region, Share, Thw
 from opensora_dist.data import reader as reader_module
 from opensora_dist.data.index import Index
 from opensora_dist.data.loader import Loader
@@ -30,9 +30,9 @@ def dataset(tmp_path):
 
 def loader(index, **changes):
     order = changes.pop("order", None) or Order(index, keys=Keys(0), global_batch=8)
+    data_rank, data_size = changes.pop("data_rank", 0), changes.pop("data_size", 1)
     arguments = {
-        "data_rank": 0,
-        "data_size": 1,
+        "share": lambda latent: Share(data_rank, data_size, Region.whole(latent)),
         "accum": 1,
         "start_step": 0,
         "num_steps": 6,
@@ -105,7 +105,8 @@ def test_a_flipped_bit_names_sample_shard_and_offset(dataset, kind):
     flip_bit(index, 4, offset + 1)
     with pytest.raises(DataError) as error:
         ShardReader(index).read([3, 4])
-    for part in (str(index.shard_path(4)), repr(index.key[4]), f"{kind} at offset {offset}", "expected", "data prepare"):
+    what = {"latents": "latents, frame 0", "text": "text"}[kind]
+    for part in (str(index.shard_path(4)), repr(index.key[4]), f"{what} at offset {offset}", "expected", "data prepare"):
         assert part in str(error.value)
     ShardReader(index).read([3])  # the others are still good
 
@@ -115,14 +116,14 @@ def test_a_shard_cut_after_opening_is_named(dataset):
     row = 4
     with open(index.shard_path(row), "r+b") as handle:
         handle.truncate(int(index.latents.offset[row]) + 10)
-    with pytest.raises(DataError, match=r"latents at offset \d+: the file ends after 10 of [\d,]+ bytes"):
+    with pytest.raises(DataError, match=r"latents, frame 0 at offset \d+: the file ends after 10 of [\d,]+ bytes"):
         ShardReader(index).read([row])
 
 
 def test_a_shard_gone_after_opening_is_named(dataset):
     index, _ = dataset
     index.shard_path(0).unlink()
-    with pytest.raises(DataError, match=r"sample 'clip-00000', latents at offset \d+: can't be read \(.*No such file"):
+    with pytest.raises(DataError, match=r"sample 'clip-00000', latents, frame 0 at offset \d+: can't be read \(.*No such file"):
         ShardReader(index).read([0])
 
 
@@ -139,12 +140,12 @@ def test_batches_hold_normalised_latents_and_padded_text(tmp_path, stored, dtype
             (micro,) = step.micros
             assert micro.keys == tuple(index.key[row] for row in rows[4:])
             assert micro.samples == tuple(sample_id(k) for k in micro.keys)
-            assert micro.latents_BCTHW.dtype == micro.text_BYE.dtype == dtype
+            assert micro.latents_BCthw.dtype == micro.text_BYE.dtype == dtype
             assert micro.text_BYE.shape == (4, longest, 8)
             for b, key in enumerate(micro.keys):
                 latents, text = written[key].latents.astype(np.float64), written[key].text
                 expected = ((latents - mean) / std).transpose(1, 0, 2, 3)
-                np.testing.assert_allclose(micro.latents_BCTHW[b].numpy(), expected, rtol=1e-5, atol=1e-6)
+                np.testing.assert_allclose(micro.latents_BCthw[b].numpy(), expected, rtol=1e-5, atol=1e-6)
                 np.testing.assert_array_equal(micro.text_BYE[b, : len(text)].numpy(), text)
                 assert not micro.text_BYE[b, len(text) :].any()
                 assert micro.text_mask_BY[b].tolist() == [i < len(text) for i in range(longest)]
@@ -162,7 +163,7 @@ def collect(index, *, data_size, accum, **changes):
                 for m in step.micros:
                     for b, key in enumerate(m.keys):
                         shape = tuple(m.text_BYE.shape[1:])
-                        samples.append((key, m.samples[b], m.latents_BCTHW[b].numpy().tobytes(), shape, float(m.weight_B[b])))
+                        samples.append((key, m.samples[b], m.latents_BCthw[b].numpy().tobytes(), shape, float(m.weight_B[b])))
     return steps
 
 
@@ -184,7 +185,7 @@ def test_weights_times_positions_sum_to_one_over_ranks_and_micro_batches(dataset
             for i, step in enumerate(data):
                 for m in step.micros:
                     assert m.weight_B.dtype == torch.float64
-                    total[i] += float(m.weight_B.sum()) * m.latents_BCTHW[0, 0].numel()
+                    total[i] += float(m.weight_B.sum()) * m.latents_BCthw[0, 0].numel()
     assert total == pytest.approx([1.0] * 6, rel=1e-14)
 
 

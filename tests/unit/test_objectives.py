@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from opensora_dist.config.train import IddpmConfig, RectifiedFlowConfig
-from opensora_dist.core.types import Thw
+from opensora_dist.core.types import Region, Thw
 from opensora_dist.diffusion.draws import draw
 from opensora_dist.diffusion.iddpm import Iddpm, discretized_gaussian_log_likelihood
 from opensora_dist.diffusion.rectified_flow import RectifiedFlow, shift_sigma
@@ -204,34 +204,40 @@ def test_draws_are_identical_however_samples_are_batched(config):
     samples = [sample_id(f"clip-{i}") for i in range(6)]
 
     def drawn(part):
-        return draw(keys, objective, samples=part, step=11, channels=3, latent=LATENT)
+        return draw(keys, objective, samples=part, step=11, channels=3, latent=LATENT, region=None)
 
     whole = drawn(samples)
     for size in (1, 2, 3):
         parts = [drawn(samples[i : i + size]) for i in range(0, 6, size)]
-        for name in ("noise_BCTHW", "level_B", "drop_caption_B"):
+        for name in ("noise_BCthw", "level_B", "drop_caption_B"):
             assert torch.equal(getattr(whole, name), torch.cat([getattr(p, name) for p in parts]))
-    assert whole.noise_BCTHW.dtype == torch.float32
+    assert whole.noise_BCthw.dtype == torch.float32
     assert whole.level_B.dtype == torch.float64
     assert len(set(whole.level_B.tolist())) == 6
-    other = draw(keys, objective, samples=samples, step=12, channels=3, latent=LATENT)
+    other = draw(keys, objective, samples=samples, step=12, channels=3, latent=LATENT, region=None)
     assert not torch.equal(other.level_B, whole.level_B)
-    assert not torch.equal(other.noise_BCTHW, whole.noise_BCTHW)
+    assert not torch.equal(other.noise_BCthw, whole.noise_BCthw)
 
 
-def test_a_rank_that_owns_some_frames_draws_their_noise_and_the_whole_samples_level():
-    keys, objective, samples = Keys(5), flow(shift="resolution_frames"), [3, 4]
-    whole = draw(keys, objective, samples=samples, step=1, channels=3, latent=LATENT)
-    part = draw(keys, objective, samples=samples, step=1, channels=3, latent=LATENT, frames=[2, 1])
-    assert torch.equal(part.noise_BCTHW, whole.noise_BCTHW[:, :, [2, 1]])
+@pytest.mark.parametrize(
+    "region",
+    [Region(1, 3, 0, LATENT.h), Region(2, 3, 0, LATENT.h), Region(0, LATENT.t, 1, 2)],
+    ids=["frames", "one frame", "rows"],
+)
+def test_a_rank_that_holds_a_region_draws_its_noise_bitwise_and_the_whole_samples_level_and_dropout(region):
+    keys, objective, samples = Keys(5), flow(shift="resolution_frames", caption_dropout=0.5), list(range(3, 9))
+    whole = draw(keys, objective, samples=samples, step=1, channels=3, latent=LATENT, region=None)
+    part = draw(keys, objective, samples=samples, step=1, channels=3, latent=LATENT, region=region)
+    assert torch.equal(part.noise_BCthw, whole.noise_BCthw[:, :, region.t0 : region.t1, region.h0 : region.h1])
     assert torch.equal(part.level_B, whole.level_B)
+    assert torch.equal(part.drop_caption_B, whole.drop_caption_B) and 0 < part.drop_caption_B.sum() < len(samples)
 
 
 def test_caption_dropout_has_its_probability():
     objective = flow(caption_dropout=0.25)
-    drops = draw(Keys(0), objective, samples=range(2000), step=0, channels=1, latent=Thw(1, 1, 1)).drop_caption_B
+    drops = draw(Keys(0), objective, samples=range(2000), step=0, channels=1, latent=Thw(1, 1, 1), region=None).drop_caption_B
     assert drops.float().mean().item() == pytest.approx(0.25, abs=0.04)
-    never = draw(Keys(0), flow(caption_dropout=0.0), samples=range(50), step=0, channels=1, latent=Thw(1, 1, 1))
-    always = draw(Keys(0), flow(caption_dropout=1.0), samples=range(50), step=0, channels=1, latent=Thw(1, 1, 1))
+    never = draw(Keys(0), flow(caption_dropout=0.0), samples=range(50), step=0, channels=1, latent=Thw(1, 1, 1), region=None)
+    always = draw(Keys(0), flow(caption_dropout=1.0), samples=range(50), step=0, channels=1, latent=Thw(1, 1, 1), region=None)
     assert not never.drop_caption_B.any()
     assert always.drop_caption_B.all()
