@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from opensora_dist.config.train import SpConfig
-from opensora_dist.core.errors import ConfigError
+from opensora_dist.core.errors import CommunicationError, ConfigError
 from opensora_dist.parallel.sequence.base import Links
 from opensora_dist.parallel.sequence.exchange import Exchange
 
@@ -50,7 +50,7 @@ class Mesh:
         sp_size: Ranks that share a sample; consecutive ranks do.
         links: For each number of ranks that may share a sample, those that do with this one.
         control: gloo group of all ranks, for small CPU messages (stop flags, agreement on a save) beside the training traffic.
-        sp_control: The same for those that share a sample, by their number.
+        sp_control: The same for the ranks that share a sample.
     """
 
     device_mesh: DeviceMesh
@@ -62,7 +62,7 @@ class Mesh:
     sp_size: int
     links: dict[int, Links]
     control: dist.ProcessGroup
-    sp_control: dict[int, dist.ProcessGroup]
+    sp_control: dist.ProcessGroup
 
     @property
     def data_rank(self) -> int:
@@ -125,8 +125,12 @@ def process_group(device: torch.device, *, timeout_s: float) -> Iterator[None]:
         dist.init_process_group(backend, timeout=timeout)
     try:
         yield
-    finally:
+    except CommunicationError:
+        raise  # the process ends; closing NCCL's communicators could wait for the rank that is gone
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def build_mesh(device: torch.device, *, dp_replicate: int, sp: SpConfig, timeout_s: float) -> Mesh:
@@ -148,7 +152,7 @@ def build_mesh(device: torch.device, *, dp_replicate: int, sp: SpConfig, timeout
     if dp_replicate > 1:
         names = (str(AxisName.DP_REPLICATE), FSDP_AXIS)
         hsdp = DeviceMesh.from_group([axes[0], fsdp_group], device.type, mesh=shards, mesh_dim_names=names)
-    links, sp_control = {}, {}
+    links = {}
     for degree in (n for n in range(1, sp.degree + 1) if sp.degree % n == 0):
         ring_group, ulysses_group = axes[2:]
         blocks = torch.arange(world).view(-1, degree)
@@ -156,7 +160,6 @@ def build_mesh(device: torch.device, *, dp_replicate: int, sp: SpConfig, timeout
             ring_group, ulysses_group = (_group(_lines(blocks[:, None], dim), timeout=timeout, name="part") for dim in (1, 2))
         sp_group = _group(blocks.tolist(), timeout=timeout, name="sp")
         links[degree] = Links(sp=Exchange(sp_group), ring=Exchange(ring_group), ulysses=Exchange(ulysses_group))
-        sp_control[degree] = _group(blocks.tolist(), timeout=timeout, name="sp_control", backend="gloo")
     return Mesh(
         device_mesh=device_mesh,
         fsdp=DeviceMesh.from_group(fsdp_group, device.type, mesh_dim_names=(FSDP_AXIS,)),
@@ -167,7 +170,7 @@ def build_mesh(device: torch.device, *, dp_replicate: int, sp: SpConfig, timeout
         sp_size=sp.degree,
         links=links,
         control=_group([list(range(world))], timeout=timeout, name="control", backend="gloo"),
-        sp_control=sp_control,
+        sp_control=_group(ranks.view(-1, sp.degree).tolist(), timeout=timeout, name="sp_control", backend="gloo"),
     )
 
 

@@ -96,7 +96,11 @@ class Shard:
     @property
     def region(self) -> Region:
         """The tokens held here."""
-        part = ranges(self.sizes)[self.rank]
+        return self.region_of(self.rank)
+
+    def region_of(self, rank: int) -> Region:
+        """The tokens that a rank holds, of those that share the sample."""
+        part = ranges(self.sizes)[rank]
         if self.by_rows:
             return Region(0, self.grid.t, part.start, part.stop)
         return Region(part.start, part.stop, 0, self.grid.h)
