@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from opensora_dist.config.train import SpConfig
+from opensora_dist.parallel.sequence.allgather import AllGather
 from opensora_dist.parallel.sequence.base import Scheme
 from opensora_dist.parallel.sequence.dsp import Dsp
 from opensora_dist.parallel.sequence.ulysses import Ulysses
@@ -12,4 +13,5 @@ from opensora_dist.parallel.sequence.ulysses import Ulysses
 SCHEMES: dict[str, Callable[[SpConfig], Scheme]] = {
     "dsp": lambda sp: Dsp(overlap=sp.overlap),
     "ulysses": lambda sp: Ulysses(overlap=sp.overlap, chunks=sp.chunks),
+    "allgather": lambda _sp: AllGather(),
 }
