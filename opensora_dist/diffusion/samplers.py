@@ -1,6 +1,6 @@
 """From noise to latents: diffusers' schedulers, set up so that they invert our objectives, and classifier-free guidance."""
 
-# B batch, C latent channels, T H W latent frames, height, width
+# B batch, C latent channels, T H W latent frames, height, width; t, h: those of the region that this rank holds
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opensora_dist.config.train import IddpmConfig, ObjectiveConfig
 from opensora_dist.core.errors import ConfigError
-from opensora_dist.core.types import Thw
+from opensora_dist.core.types import Region, Thw
 from opensora_dist.diffusion.base import Objective
 from opensora_dist.diffusion.iddpm import Iddpm
 from opensora_dist.diffusion.rectified_flow import TIMESTEP_SCALE, RectifiedFlow, shift_sigma
@@ -25,17 +25,21 @@ class ModelFn(Protocol):
     """A denoiser with its captions already bound.
 
     ``drop_caption_B`` is True where the null caption is to be used. With guidance the batch is doubled, so the captions of B
-    samples must be repeated when ``x_BCTHW`` has 2B entries.
+    samples must be repeated when ``x_BCthW`` has 2B entries.
     """
 
-    def __call__(self, x_BCTHW: Tensor, timestep_B: Tensor, drop_caption_B: Tensor) -> Tensor:
-        """The model's raw output, [B, channel_multiplier * C, T, H, W]."""
+    def __call__(self, x_BCthW: Tensor, timestep_B: Tensor, drop_caption_B: Tensor) -> Tensor:
+        """The model's raw output, [B, channel_multiplier * C, t, h, W]."""
         ...
+
+
+Advance = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""One step of a scheduler: from the model's output, the scheduler's timestep and the noisy latents to less noisy ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """A scheduler ready to step, the level of each step, and what of the model's output [B, *, T, H, W] the scheduler takes."""
+    """A scheduler ready to step, the level of each step, and what of the model's output [B, *, t, h, W] the scheduler takes."""
 
     scheduler: Any
     levels: list[float]
@@ -155,7 +159,7 @@ def _plan(objective: Objective, *, sampler: str, steps: int, latent: Thw) -> _Pl
     return plan
 
 
-def guide(model_fn: ModelFn, x_BCTHW: Tensor, timestep_B: Tensor, *, cfg_scale: float, guided_channels: int | None) -> Tensor:
+def guide(model_fn: ModelFn, x_BCthW: Tensor, timestep_B: Tensor, *, cfg_scale: float, guided_channels: int | None) -> Tensor:
     """The model's output with classifier-free guidance: uncond + cfg_scale (cond - uncond), from one doubled batch.
 
     Args:
@@ -163,11 +167,11 @@ def guide(model_fn: ModelFn, x_BCTHW: Tensor, timestep_B: Tensor, *, cfg_scale: 
         guided_channels: Leading channels guidance applies to; the others keep the captioned output. None: all latent channels,
             never the variance. (Open-Sora 1.0 guides 3 of its 4.)
     """
-    batch, channels = x_BCTHW.shape[:2]
-    keep = torch.zeros(batch, dtype=torch.bool, device=x_BCTHW.device)
+    batch, channels = x_BCthW.shape[:2]
+    keep = torch.zeros(batch, dtype=torch.bool, device=x_BCthW.device)
     if cfg_scale == 1:
-        return model_fn(x_BCTHW, timestep_B, keep)
-    output = model_fn(torch.cat([x_BCTHW, x_BCTHW]), torch.cat([timestep_B, timestep_B]), torch.cat([keep, ~keep]))
+        return model_fn(x_BCthW, timestep_B, keep)
+    output = model_fn(torch.cat([x_BCthW, x_BCthW]), torch.cat([timestep_B, timestep_B]), torch.cat([keep, ~keep]))
     cond, uncond = output.chunk(2)
     cut = channels if guided_channels is None else guided_channels
     guided = uncond[:, :cut] + cfg_scale * (cond[:, :cut] - uncond[:, :cut])
@@ -182,8 +186,9 @@ def sample_latents(
     sampler: str | None,
     steps: int,
     cfg_scale: float,
-    noise_BCTHW: Tensor,
+    noise_BCthW: Tensor,
     latent: Thw,
+    region: Region | None = None,
     guided_channels: int | None = None,
     generators: Sequence[torch.Generator] | None = None,
 ) -> Tensor:
@@ -195,16 +200,17 @@ def sample_latents(
         sampler: One of ``samplers_of(objective.name)``; None takes the default.
         steps: Model evaluations (each of a doubled batch with guidance).
         cfg_scale: Guidance; 1 turns it off.
-        noise_BCTHW: Standard normal start.
+        noise_BCthW: Standard normal start, of ``region``.
         latent: Latent shape of the whole samples, which sets the noise shift.
+        region: The latents that this rank draws, and ``model_fn`` is shown, where ranks share the samples; None: all.
         guided_channels: As in ``guide``.
         generators: One per video, for ``ddpm``, which draws noise in every step.
     Returns:
-        Normalised latents [B, C, T, H, W], float32, or float64 where the noise is (diffusers computes its steps in float32).
+        Normalised latents of the region, [B, C, t, h, W], float32, or float64 where the noise is (diffusers computes its steps in float32).
     Raises:
         ConfigError: Sampler, steps or guided channels that don't fit the objective.
     """
-    batch, channels = noise_BCTHW.shape[:2]
+    batch, channels = noise_BCthW.shape[:2]
     check_sampling(objective, sampler=sampler, steps=steps)
     sampler = default_sampler(objective.name) if sampler is None else sampler
     if guided_channels is not None and not 1 <= guided_channels <= channels:
@@ -212,11 +218,35 @@ def sample_latents(
     if sampler == "ddpm" and (generators is None or len(generators) != batch):
         raise ValueError("sampler=ddpm draws noise in every step; pass one generator per video, from parallel.keys.Keys")
     plan = _plan(objective, sampler=sampler, steps=steps, latent=latent)
-    x = noise_BCTHW if noise_BCTHW.dtype == torch.float64 else noise_BCTHW.float()
+    advance = _advance(plan, generators=generators)
+    if sampler == "ddpm" and region is not None:
+        advance = _on_whole_samples(advance, latent=latent, region=region)
+    x = noise_BCthW if noise_BCthW.dtype == torch.float64 else noise_BCthW.float()
     for level, time in zip(plan.levels, plan.scheduler.timesteps, strict=True):
         level_B = torch.full((batch,), level, dtype=torch.float64, device=x.device)
         output = guide(model_fn, x, objective.timestep(level_B), cfg_scale=cfg_scale, guided_channels=guided_channels)
-        x = plan.scheduler.step(
-            plan.to_scheduler(output.to(x.dtype)), time, x, generator=list(generators or ()) or None, return_dict=False
-        )[0]
+        x = advance(plan.to_scheduler(output.to(x.dtype)), time, x)
     return x
+
+
+def _advance(plan: _Plan, *, generators: Sequence[torch.Generator] | None) -> Advance:
+    def advance(output: Tensor, time: Tensor, x: Tensor) -> Tensor:
+        stepped: Tensor = plan.scheduler.step(output, time, x, generator=list(generators or ()) or None, return_dict=False)[0]
+        return stepped
+
+    return advance
+
+
+def _on_whole_samples(advance: Advance, *, latent: Thw, region: Region) -> Advance:
+    """For a scheduler that draws noise, in the shape of what it is given: gives it whole samples, and keeps the region.
+
+    So every rank draws the noise of one process. A step is elementwise: what stands outside the region reaches nothing inside it.
+    """
+    frames, rows = slice(region.t0, region.t1), slice(region.h0, region.h1)
+
+    def whole(part_BCthW: Tensor) -> Tensor:
+        filled = part_BCthW.new_zeros((*part_BCthW.shape[:2], *latent))
+        filled[:, :, frames, rows] = part_BCthW
+        return filled
+
+    return lambda output, time, x: advance(whole(output), time, whole(x))[:, :, frames, rows].contiguous()

@@ -110,6 +110,7 @@ def draw_videos(
                 options=options,
                 keys=keys,
                 device=loaded.device,
+                shard=None,
             )
         yield from to_frames(latents, spec=loaded.spec, codec=loaded.codec)
 

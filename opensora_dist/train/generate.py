@@ -1,6 +1,7 @@
 """From prompts to latents to pixels, the same way in validation, ``sample`` and ``evaluate``."""
 
-# B batch, C latent channels, T H W latent frames, height, width, Y text tokens, E text width
+# B batch, C latent channels, T H W latent frames, height, width; t, h: those of the region that this rank holds; Y text tokens,
+# E text width
 
 from __future__ import annotations
 
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 
 from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.core.protocols import VideoCodec
-from opensora_dist.core.types import Thw
+from opensora_dist.core.types import Region, Thw
 from opensora_dist.core.video import Frames
 from opensora_dist.diffusion.base import Objective
+from opensora_dist.diffusion.draws import draw_noise
 from opensora_dist.diffusion.samplers import sample_latents
 from opensora_dist.parallel.keys import Keys, sample_id
+from opensora_dist.parallel.sequence.base import Shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,40 +64,73 @@ def generate_latents(
     options: SamplingOptions,
     keys: Keys,
     device: torch.device,
+    shard: Shard | None,
 ) -> Tensor:
     """Draws one latent video per caption. All noise is keyed by ``noise_ids``, so neither batch nor rank changes a video.
+
+    Ranks that share the videos draw their parts side by side, and meet once at the end; collective among them.
 
     Args:
         model: Called as ``VideoTransformer.forward``; the caller sets precision, eval mode and weights.
         noise_ids: One per video, as ``noise_ids`` gives them.
         texts: Token vectors of the captions, one [tokens, E] per video.
         latent: Latent frames, height, width.
+        shard: The tokens of each video that this rank holds; None: all.
     Returns:
-        Normalised latents [B, C, T, H, W], on ``device``.
+        Normalised latents [B, C, T, H, W] of the whole videos, on ``device``, on every rank.
     """
+    region = Region.whole(latent) if shard is None else _region(shard, latent=latent)
     text_BYE, mask_BY = (t.to(device) for t in pad_texts(texts))
-    shape = (spec.channels, latent.h, latent.w)
-    noise = [keys.normal_frames("sampling", i, 0, frames=range(latent.t), shape=shape) for i in noise_ids]
+    noise = draw_noise(keys, "sampling", samples=noise_ids, step=0, channels=spec.channels, latent=latent, region=region)
 
-    def model_fn(x_BCTHW: Tensor, timestep_B: Tensor, drop_caption_B: Tensor) -> Tensor:
-        copies = len(x_BCTHW) // len(text_BYE)
+    def model_fn(x_BCthW: Tensor, timestep_B: Tensor, drop_caption_B: Tensor) -> Tensor:
+        copies = len(x_BCthW) // len(text_BYE)
         output = model(
-            x_BCTHW, timestep_B, text_BYE.repeat(copies, 1, 1), mask_BY.repeat(copies, 1), drop_caption_B=drop_caption_B
+            x_BCthW,
+            timestep_B,
+            text_BYE.repeat(copies, 1, 1),
+            mask_BY.repeat(copies, 1),
+            drop_caption_B=drop_caption_B,
+            shard=shard,
         )
         assert isinstance(output, Tensor)
         return output
 
-    return sample_latents(
+    latents_BCthW = sample_latents(
         model_fn,
         objective=objective,
         sampler=options.sampler,
         steps=options.steps,
         cfg_scale=options.cfg_scale,
-        noise_BCTHW=torch.stack(noise).to(device),
+        noise_BCthW=noise.to(device),
         latent=latent,
+        region=None if shard is None else region,
         guided_channels=options.guided_channels,
         generators=[keys.generator("sampler", i) for i in noise_ids],
     )
+    return latents_BCthW if shard is None else gather_region(latents_BCthW, shard=shard)
+
+
+def _region(shard: Shard, *, latent: Thw) -> Region:
+    """The latents of a shard's tokens."""
+    return shard.region.times(Thw(*(size // tokens for size, tokens in zip(latent, shard.grid, strict=True))))
+
+
+def gather_region(latents_BCthW: Tensor, *, shard: Shard) -> Tensor:
+    """Whole latents, on every rank that shares them, from the regions that each holds. Collective among them.
+
+    Args:
+        latents_BCthW: The latents of this rank's tokens; other ranks may hold more or fewer.
+    """
+    if shard.links is None:
+        return latents_BCthW
+    dim = 3 if shard.by_rows else 2
+    size = list(latents_BCthW.shape)
+    per_token = size[dim] // shard.sizes[shard.rank]
+    parts = [latents_BCthW.new_empty([*size[:dim], tokens * per_token, *size[dim + 1 :]]) for tokens in shard.sizes]
+    parts[shard.rank] = latents_BCthW.contiguous()
+    shard.links.sp.gather(parts[shard.rank], parts=parts).wait()
+    return torch.cat(parts, dim=dim)
 
 
 @torch.no_grad()

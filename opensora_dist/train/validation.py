@@ -7,7 +7,7 @@ and never ends the run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +26,7 @@ from opensora_dist.core.video import write_video
 from opensora_dist.diffusion.base import Objective
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import Mesh
+from opensora_dist.parallel.sequence.base import Shard
 from opensora_dist.parallel.zero.base import ZeroBackend
 from opensora_dist.train.ema import Ema
 from opensora_dist.train.generate import SamplingOptions, generate_latents, noise_ids, to_frames
@@ -34,13 +35,14 @@ _log = get_logger(__name__)
 
 
 class Validator:
-    """Draws the validation prompts, shared out over the ranks.
+    """Draws the validation prompts, shared out over the groups of ranks that share samples; each group draws a video together.
 
     Args:
         prompts: Captions.
         texts: Their token vectors.
         latent: Latent shape of the videos.
         keys: Of the run; every round draws from the same noise, so that rounds can be compared by eye.
+        shards: This rank's part of samples of a latent shape.
     """
 
     def __init__(
@@ -56,16 +58,20 @@ class Validator:
         options: SamplingOptions,
         keys: Keys,
         mesh: Mesh,
+        shards: Callable[[Thw], Shard],
     ) -> None:
         assert prompts, "validation without prompts"
         self.failures = 0
         self._root = Path(run_dir) / SAMPLES_DIR
         self._prompts, self._latent, self._spec, self._codec = list(prompts), latent, spec, codec
         self._objective, self._options, self._keys, self._mesh = objective, options, keys, mesh
-        share = -(-len(prompts) // mesh.world)
-        # A rank without a prompt draws the first one again: under ZeRO-3 every forward is a collective, so all ranks do as many.
-        mine = list(range(len(prompts)))[mesh.rank * share : (mesh.rank + 1) * share]
-        self._written = mine
+        self._shard = shards(latent)
+        group, in_group = divmod(mesh.rank, len(self._shard.sizes))
+        share = -(-len(prompts) // (mesh.world // len(self._shard.sizes)))
+        # A group without a prompt draws the first one again: under ZeRO-3 every forward is a collective, so all ranks do as many.
+        mine = list(range(len(prompts)))[group * share : (group + 1) * share]
+        # All of a group have the whole videos in the end; the first writes them.
+        self._written = mine if in_group == 0 else []
         self._drawn = mine or [0]
         self._texts = [texts[i] for i in self._drawn]
         self._noise_ids = [noise_ids(prompts)[i] for i in self._drawn]
@@ -91,6 +97,7 @@ class Validator:
                 options=self._options,
                 keys=self._keys,
                 device=self._mesh.device,
+                shard=self._shard,
             )
         self._pending.append((step, self._pool.submit(self._write, latents, step)))
         self._unshown.append(step)

@@ -39,6 +39,7 @@ def _draw(model, objective, picks, sampler=None):
             options=SamplingOptions(sampler=sampler, steps=3, cfg_scale=2.0),
             keys=Keys(0),
             device=CPU,
+            shard=None,
         )
 
 

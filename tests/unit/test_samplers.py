@@ -58,7 +58,7 @@ def test_iddpm_samplers_reproduce_mean_and_std_of_gaussian_data(sampler, steps, 
         sampler=sampler,
         steps=steps,
         cfg_scale=1.0,
-        noise_BCTHW=noise(),
+        noise_BCthW=noise(),
         latent=LATENT,
         generators=generators(len(noise())),
     )
@@ -72,7 +72,7 @@ def test_iddpm_samplers_reproduce_mean_and_std_of_gaussian_data(sampler, steps, 
 def test_flow_samplers_reproduce_mean_and_std_of_gaussian_data(sampler, steps, shift):
     objective = RectifiedFlow(RectifiedFlowConfig(shift=shift), spatial_factor=32)
     latents = sample_latents(
-        flow_oracle, objective=objective, sampler=sampler, steps=steps, cfg_scale=1.0, noise_BCTHW=noise(), latent=LATENT
+        flow_oracle, objective=objective, sampler=sampler, steps=steps, cfg_scale=1.0, noise_BCthW=noise(), latent=LATENT
     )
     assert latents.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert latents.std().item() == pytest.approx(STD, abs=0.02)
@@ -96,7 +96,7 @@ def test_ddim_leaves_no_noise_where_steps_do_not_divide_the_schedule(steps):
         return model(x, timestep, drop)
 
     latents = sample_latents(
-        recording, objective=IDDPM, sampler="ddim", steps=steps, cfg_scale=1.0, noise_BCTHW=noise(), latent=LATENT
+        recording, objective=IDDPM, sampler="ddim", steps=steps, cfg_scale=1.0, noise_BCthW=noise(), latent=LATENT
     )
     torch.testing.assert_close(latents, target, atol=1e-3, rtol=0)
     assert all(s == pytest.approx(1, abs=0.02) for s in seen)  # at every step the noise is what the timestep says
@@ -104,7 +104,7 @@ def test_ddim_leaves_no_noise_where_steps_do_not_divide_the_schedule(steps):
 
 def test_ddim_is_that_of_diffusers_where_steps_divide_the_schedule():
     model, start = iddpm_oracle(IDDPM), noise()
-    ours = sample_latents(model, objective=IDDPM, sampler="ddim", steps=20, cfg_scale=1.0, noise_BCTHW=start, latent=LATENT)
+    ours = sample_latents(model, objective=IDDPM, sampler="ddim", steps=20, cfg_scale=1.0, noise_BCthW=start, latent=LATENT)
     scheduler = DDIMScheduler(trained_betas=IDDPM.betas.numpy(), clip_sample=False, timestep_spacing="trailing")
     scheduler.set_timesteps(20)
     x = start
@@ -122,7 +122,7 @@ def test_flow_euler_is_the_sum_of_velocity_times_sigma_steps():
         return 2 * x
 
     start = noise()
-    latents = sample_latents(model, objective=objective, sampler=None, steps=4, cfg_scale=1.0, noise_BCTHW=start, latent=LATENT)
+    latents = sample_latents(model, objective=objective, sampler=None, steps=4, cfg_scale=1.0, noise_BCthW=start, latent=LATENT)
     sigmas = [3 * s / (1 + 2 * s) for s in (1, 0.75, 0.5, 0.25)] + [0]
     expected = start
     for now, after in itertools.pairwise(sigmas):
@@ -139,7 +139,7 @@ def test_flow_dpm_solver_is_told_shifted_levels_unrounded():
         times.append(timestep[0].item())
         return x
 
-    sample_latents(model, objective=objective, sampler="dpm_solver", steps=3, cfg_scale=1.0, noise_BCTHW=noise(), latent=LATENT)
+    sample_latents(model, objective=objective, sampler="dpm_solver", steps=3, cfg_scale=1.0, noise_BCthW=noise(), latent=LATENT)
     assert times == pytest.approx([1000 * 3 * s / (1 + 2 * s) for s in (0.999, 0.666, 0.333)], rel=1e-6)
 
 
@@ -173,7 +173,7 @@ def test_cfg_scale_one_asks_the_model_once_per_step_with_captions():
         return x
 
     objective = RectifiedFlow(RectifiedFlowConfig(), spatial_factor=8)
-    sample_latents(model, objective=objective, sampler=None, steps=3, cfg_scale=1.0, noise_BCTHW=noise(), latent=LATENT)
+    sample_latents(model, objective=objective, sampler=None, steps=3, cfg_scale=1.0, noise_BCthW=noise(), latent=LATENT)
     assert calls == [(2, False)] * 3
 
 
@@ -192,7 +192,7 @@ def test_sampling_starts_at_the_last_timestep_and_runs_each_step_once(sampler, s
         sampler=sampler,
         steps=steps,
         cfg_scale=1.0,
-        noise_BCTHW=noise(),
+        noise_BCthW=noise(),
         latent=LATENT,
         generators=generators(len(noise())),
     )
@@ -206,13 +206,13 @@ def test_float64_noise_gives_float64_latents():
     objective = RectifiedFlow(RectifiedFlowConfig(), spatial_factor=8)
     for sampler in samplers_of("rectified_flow"):
         latents = sample_latents(
-            flow_oracle, objective=objective, sampler=sampler, steps=3, cfg_scale=1.0, noise_BCTHW=noise().double(), latent=LATENT
+            flow_oracle, objective=objective, sampler=sampler, steps=3, cfg_scale=1.0, noise_BCthW=noise().double(), latent=LATENT
         )
         assert latents.dtype == torch.float64
 
 
 def sample_wrongly(objective, **changes):
-    arguments = {"sampler": None, "steps": 5, "cfg_scale": 1.0, "noise_BCTHW": noise(), "latent": LATENT} | changes
+    arguments = {"sampler": None, "steps": 5, "cfg_scale": 1.0, "noise_BCthW": noise(), "latent": LATENT} | changes
     return sample_latents(lambda x, timestep, drop: x, objective=objective, **arguments)
 
 

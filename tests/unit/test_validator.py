@@ -15,6 +15,7 @@ from opensora_dist.core.errors import DataError
 from opensora_dist.core.types import Thw
 from opensora_dist.core.video import read_video
 from opensora_dist.parallel.keys import Keys
+from opensora_dist.parallel.sequence.local import whole
 from opensora_dist.train import validation
 from opensora_dist.train.generate import SamplingOptions
 from opensora_dist.train.validation import Validator
@@ -44,6 +45,7 @@ def make(tmp_path, monkeypatch):
             options=SamplingOptions(sampler=None, steps=1, cfg_scale=1.0),
             keys=Keys(0),
             mesh=SimpleNamespace(rank=rank, world=world, is_main=rank == 0, device=CPU),
+            shards=whole,
         )
 
     return build
