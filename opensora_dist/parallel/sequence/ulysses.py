@@ -27,6 +27,7 @@ from opensora_dist.parallel.sequence.base import (
     Then,
     Traffic,
     from_sequences,
+    ranges,
     split_sizes,
     to_sequences,
 )
@@ -57,16 +58,17 @@ def cast(tensor: Tensor) -> Tensor:
 class Ulysses(Scheme):
     """All-to-all on q, k and v, attention of whole sequences with heads / P heads, all-to-all on its output.
 
-    With ``overlap`` each of q, k and v travels while the next is projected. Where there are sequences to cut, in ``chunks`` pieces,
-    a piece travels while others are projected, attended to or worked on after; ``Axis.JOINT`` has one sequence per sample and is not
-    cut. Backward runs the same pipeline the other way around.
+    With ``overlap`` each of q, k and v travels while the next is projected, and the attention is cut in ``chunks`` pieces: a piece
+    travels while others are projected, attended to or worked on after. Pieces are sequences (places where the attention is along
+    time, frames where it is along space); ``Axis.JOINT`` has but one sequence per sample and is cut into heads, so that only
+    attention hides the transfers. Backward runs the same pipeline the other way around.
 
     Under recomputation q, k, v of this rank's heads (3 l G D elements where ranks hold as many tokens) and the output of its tokens
     (l G D) are kept.
 
     Args:
         overlap: False sends q, k, v packed, and waits for each transfer where it starts.
-        chunks: Pieces of the sequences; without ``overlap`` there are none.
+        chunks: Pieces; without ``overlap`` there is one.
 
     Source: DeepSpeed-Ulysses, arXiv 2309.14509; the asynchronous form is VeOmni's, arXiv 2508.02317.
     """
@@ -88,81 +90,105 @@ class Ulysses(Scheme):
         return Traffic(forward=(3 * to_heads + to_tokens) * row_bytes, backward=(3 * to_tokens + to_heads) * row_bytes)
 
     def attend(self, attn: Projections, x_BtsD: Tensor, axis: Axis, shard: Shard) -> Tensor:
-        crossing = _Crossing(x_BtsD, attn, self._linears(attn), axis=axis, shard=shard, overlap=self._overlap)
-        crossing.attend()
-        return crossing.output()
+        x = cast(x_BtsD)
+        crossings = [
+            _Crossing(x, linears, attn=attn, axis=axis, shard=shard, overlap=self._overlap)
+            for linears in self._linears(attn, ranks=len(shard.sizes), pieces=self._chunks if axis is Axis.JOINT else 1)
+        ]
+        for crossing in crossings:
+            crossing.attend()
+        return _project(attn, [crossing.output() for crossing in crossings], axis=axis, like=x_BtsD)
 
     def branch(
         self, attn: Projections, x_BtsD: Tensor, axis: Axis, shard: Shard, *, first: First | None, before: Before, then: Then
     ) -> Tensor:
-        """Pieces are places where the attention is along time, and frames where it is along space.
-
-        Every piece is sent before the first is attended to, so that the link has no pause between them.
-        """
+        if axis is Axis.JOINT:
+            return super().branch(attn, x_BtsD, axis, shard, first=first, before=before, then=then)
         x_BtsD = x_BtsD if first is None else first(x_BtsD)
         dim = 1 if axis is Axis.SPACE else 2
-        sizes = split_sizes(x_BtsD.shape[dim], 1 if axis is Axis.JOINT else self._chunks)
-        pieces = torch.split(x_BtsD, [size for size in sizes if size], dim=dim)  # its backward is one cat
-        linears = self._linears(attn)
-        crossings, frame = [], 0
-        for piece in pieces:
-            frames = slice(frame, frame := frame + piece.shape[1]) if axis is Axis.SPACE else slice(None)
-            x = before(piece, frames)
-            crossings.append(_Crossing(x, attn, linears, axis=axis, shard=shard, overlap=self._overlap))
+        sizes = [size for size in split_sizes(x_BtsD.shape[dim], self._chunks) if size]
+        pieces = torch.split(x_BtsD, sizes, dim=dim)  # its backward is one cat
+        (linears,) = self._linears(attn, ranks=len(shard.sizes), pieces=1)
+        # Every piece is sent before the first is attended to, so that the link has no pause between them.
+        crossings = [
+            _Crossing(
+                before(piece, slice(part.start, part.stop) if axis is Axis.SPACE else slice(None)),
+                linears,
+                attn=attn,
+                axis=axis,
+                shard=shard,
+                overlap=self._overlap,
+            )
+            for piece, part in zip(pieces, ranges(sizes))
+        ]
         for crossing in crossings:
             crossing.attend()
-        done = [then(piece, crossing.output()) for piece, crossing in zip(pieces, crossings)]
+        done = [
+            then(piece, _project(attn, [crossing.output()], axis=axis, like=piece)) for piece, crossing in zip(pieces, crossings)
+        ]
         return done[0] if len(done) == 1 else torch.cat(done, dim=dim)
 
-    def _linears(self, attn: Projections) -> list[Linear]:
-        """What is projected and sent at a time: q, k and v each, or all. Cut once for all pieces, as backward joins them."""
-        weight, bias = cast(attn.qkv.weight), cast(attn.qkv.bias)
-        return list(zip(weight.chunk(3), bias.chunk(3))) if self._overlap else [(weight, bias)]
+    def _linears(self, attn: Projections, *, ranks: int, pieces: int) -> list[list[Linear]]:
+        """For pieces of every rank's heads: what is projected and sent at a time, which is q, k and v each, or all.
+
+        Weights are cut once for all sequences, so that backward joins their gradients once.
+        """
+        sizes = [size for size in split_sizes(attn.heads // ranks, pieces) if size]
+        width = attn.qkv.in_features
+        weights = torch.split(cast(attn.qkv.weight).view(3, ranks, attn.heads // ranks, -1, width), sizes, dim=2)
+        biases = torch.split(cast(attn.qkv.bias).view(3, ranks, attn.heads // ranks, -1), sizes, dim=2)
+        if not self._overlap:
+            return [[(weight.reshape(-1, width), bias.flatten())] for weight, bias in zip(weights, biases)]
+        return [
+            [(w.reshape(-1, width), b.flatten()) for w, b in zip(weight.unbind(0), bias.unbind(0))]
+            for weight, bias in zip(weights, biases)
+        ]
 
 
 class _Crossing:
-    """Some sequences, from here to the ranks of the heads and back. All ranks make the same calls in the same order.
+    """Some sequences, or some heads of all, on the way to the ranks of the heads and back. All ranks make the same in the same order.
 
     Made, it has sent q, k and v. ``attend`` waits for the others' and sends the output, ``output`` waits for that of the tokens here.
     """
 
     def __init__(
-        self, x_BtsD: Tensor, attn: Projections, linears: list[Linear], *, axis: Axis, shard: Shard, overlap: bool
+        self, x_BtsD: Tensor, linears: list[Linear], *, attn: Projections, axis: Axis, shard: Shard, overlap: bool
     ) -> None:
         assert shard.links is not None
-        self._attn, self._axis, self._like = attn, axis, x_BtsD
         lengths = shard.lengths(axis)
-        self._ranks = len(lengths)
-        self._to_heads = [lengths[shard.rank]] * self._ranks
+        self._ranks, self._head_dim = len(lengths), x_BtsD.shape[-1] // attn.heads
+        self._whole, self._mine = lengths, [lengths[shard.rank]] * len(lengths)
         self._transfer = partial(Transfer, shard.links.sp, overlap=overlap, tape=shard.tape)
-        self._lengths = lengths
         x_BtsD = cast(x_BtsD).contiguous()  # a piece is a view: copied once here, not by each linear
-        self._arriving = [self._send(F.linear(x_BtsD, *linear)) for linear in linears]
+        self._arriving = [
+            self._send(to_sequences(F.linear(x_BtsD, *linear), axis), parts=3 // len(linears)) for linear in linears
+        ]
 
-    def _send(self, y_BtsC: Tensor) -> tuple[Transfer, Tensor]:
-        """Starts sending one of q, k, v or all of them; C is D or 3 D."""
-        D = self._like.shape[-1]
-        y = to_sequences(y_BtsC, self._axis)
-        y = y.view(*y.shape[:-1], -1, self._ranks, D // self._ranks)  # [l, G.., 1 or 3, P, n K]
-        rows = y.movedim(-2, 0).contiguous().flatten(0, 1)
-        transfer = self._transfer(send_rows=self._to_heads, recv_rows=self._lengths)
-        return transfer, transfer.issue(rows)
+    def _send(self, y_lGC: Tensor, *, parts: int) -> tuple[Transfer, Tensor]:
+        """Starts sending one of q, k, v, or all three ``parts``."""
+        y = y_lGC.view(*y_lGC.shape[:-1], parts, self._ranks, -1)  # [l, G.., parts, P, n K]
+        transfer = self._transfer(send_rows=self._mine, recv_rows=self._whole)
+        return transfer, transfer.issue(y.movedim(-2, 0).contiguous().flatten(0, 1))
 
     def attend(self) -> None:
         """Attention of whole sequences with the heads of this rank."""
-        heads = self._attn.heads // self._ranks
         qkv_GnLK: list[Tensor] = []
         for transfer, arriving in self._arriving:
-            got = transfer.wait(arriving)  # [L, G.., 1 or 3, n K]
-            parts = got.view(len(got), -1, got.shape[-2], heads, got.shape[-1] // heads).unbind(2)
+            got = transfer.wait(arriving)  # [L, G.., parts, n K]
+            parts = got.view(len(got), -1, got.shape[-2], got.shape[-1] // self._head_dim, self._head_dim).unbind(2)
             qkv_GnLK += [part_LGnK.permute(1, 2, 0, 3) for part_LGnK in parts]
         rows = attention(*qkv_GnLK).permute(2, 0, 1, 3).contiguous().view(*got.shape[:-2], -1)  # [L, G.., n K]
-        self._back = self._transfer(send_rows=self._lengths, recv_rows=self._to_heads)
+        self._back = self._transfer(send_rows=self._whole, recv_rows=self._mine)
         self._returning = self._back.issue(rows)
 
     def output(self) -> Tensor:
-        """Of the tokens here, in the residual layout."""
+        """Of the tokens here, [l, G.., P, n K], a view."""
         got = self._back.wait(self._returning)
-        got = got.view(self._ranks, -1, *got.shape[1:])  # [P, l, G.., n K]
-        out_lGD: Tensor = self._attn.proj(got.movedim(0, -2).flatten(-2))
-        return from_sequences(out_lGD, self._axis, like=self._like)
+        return got.view(self._ranks, -1, *got.shape[1:]).movedim(0, -2)
+
+
+def _project(attn: Projections, outputs: list[Tensor], *, axis: Axis, like: Tensor) -> Tensor:
+    """The output projection of one piece of the sequences whose heads came in these pieces, in the residual layout."""
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    out_lGD: Tensor = attn.proj(out.flatten(-2))
+    return from_sequences(out_lGD, axis, like=like)
