@@ -7,13 +7,14 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # What travels only within a rank, or waits. A receive is counted where it was sent.
 _SILENT = {"recv_", "recv_any_source_", "barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd"}
 
 
-class SentBytes(TorchDispatchMode):
+class SentBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch's, which has no types
     """Counts what this rank sends to other ranks while the block runs, in forward and backward, by kind of collective.
 
     All-to-alls and point-to-point sends are counted as they are called. How a gather or a reduction goes about it is the backend's
@@ -25,7 +26,7 @@ class SentBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.by_collective: dict[str, int] = {}
         """Bytes by name of the operator."""
 
@@ -46,9 +47,9 @@ class SentBytes(TorchDispatchMode):
 
 
 def _group(given: dict[str, Any]) -> dist.ProcessGroup:
-    group = given.get("process_group", given.get("group_name"))
+    group: Any = given.get("process_group", given.get("group_name"))
     if isinstance(group, str):
-        return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined]  # not in torch's __all__
+        return _resolve_process_group(GroupName(group))
     return group if isinstance(group, dist.ProcessGroup) else dist.ProcessGroup.unbox(group)
 
 
@@ -59,7 +60,7 @@ def _size(tensors: Tensor | Sequence[Any]) -> int:
 
 def _all_to_all_single(given: dict[str, Any], group: dist.ProcessGroup) -> int:
     send: Tensor = given["input"]
-    rows = given["input_split_sizes"] or [len(send) // group.size()] * group.size()
+    rows: list[int] = given["input_split_sizes"] or [len(send) // group.size()] * group.size()
     return (sum(rows) - rows[group.rank()]) * (send.nbytes // len(send) if len(send) else 0)
 
 
