@@ -3,16 +3,21 @@
 Said for frames (``Axis.TIME``): a rank holds all places of t frames, and attends over all T frames of the places that it *owns*. So
 its tokens are of two kinds: the *own*, at places it owns, which never travel, and the *rest*. The rest leave first; own tokens are
 projected while they are on their way. After the attention, the output for other ranks' frames is projected and leaves first; own
-tokens then go through the rest of the block meanwhile. Backward is the mirror image. For a shard by rows, read rows and frames in
-place of frames and places.
+tokens then go through the rest of the block meanwhile. Backward is the mirror image.
+
+With many ranks few tokens are own, and hide little. Then ``chunks`` helps: the local work before the attention is done for one run of
+frames after the other, each leaving while the next is worked on, and the attention likewise for one run of places after the other.
+
+For a shard by rows, read rows and frames in place of frames and places.
 """
 
-# B batch, T frames, S places, D width, N heads, K head dim; t: frames held here, s: places owned here, G = B * s
-# R rows: tokens as they travel, [t, B, places] of one owner after the other
+# B batch, T frames, S places, D width, N heads, K head dim, E = 3 D; t: frames held here, s: places owned here, G = B * s
+# R rows: tokens as they travel, [t, B, places]
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +25,8 @@ from torch import Tensor
 
 from opensora_dist.core.types import Axis, Thw
 from opensora_dist.ops.attention import attention
-from opensora_dist.parallel.sequence.base import Before, First, Projections, Scheme, Shard, Then, Traffic, split_sizes
+from opensora_dist.parallel.sequence.base import Before, First, Projections, Scheme, Shard, Then, Traffic, ranges, split_sizes
+from opensora_dist.parallel.sequence.rows import join, part
 from opensora_dist.parallel.sequence.transfer import Transfer
 
 
@@ -29,14 +35,15 @@ class Dsp(Scheme):
 
     Args:
         overlap: False is the published form, which waits for each transfer; with the same bytes.
+        chunks: Runs of frames on the way out, and of places on the way back.
 
     Source: DSP, arXiv 2403.10266; the overlap is ours.
     """
 
     name = "dsp"
 
-    def __init__(self, *, overlap: bool) -> None:
-        self._overlap = overlap
+    def __init__(self, *, overlap: bool, chunks: int) -> None:
+        self._overlap, self._chunks = overlap, chunks
 
     def problems(self, grid: Thw, *, size: int, heads: int, joint: bool) -> list[str]:
         if not joint:
@@ -55,143 +62,171 @@ class Dsp(Scheme):
         return Traffic(forward=sent, backward=sent)
 
     def attend(self, attn: Projections, x_BtsD: Tensor, axis: Axis, shard: Shard) -> Tensor:
-        return self._run(attn, x_BtsD, x_BtsD, axis, shard, then=lambda _x, out: out)
+        x_BtSD = _frames_first(x_BtsD, axis)
+        pipeline = _Pipeline(attn, shard, axis, like=x_BtSD, overlap=self._overlap, chunks=1)
+        return _frames_first(pipeline.arrive([pipeline.depart(0, x_BtSD, x_BtSD)], lambda _x, out: out), axis)
 
     def branch(
         self, attn: Projections, x_BtsD: Tensor, axis: Axis, shard: Shard, *, first: First | None, before: Before, then: Then
     ) -> Tensor:
         if not self._overlap:
             return super().branch(attn, x_BtsD, axis, shard, first=first, before=before, then=then)
-        x = x_BtsD if first is None else first(x_BtsD)
-        return self._run(attn, x, before(x, slice(None)), axis, shard, then=then)
-
-    def _run(self, attn: Projections, x_BtsD: Tensor, input_BtsD: Tensor, axis: Axis, shard: Shard, *, then: Then) -> Tensor:
-        """``then(x, attended(input))``, own tokens and the rest apart."""
-        if axis is Axis.SPACE:  # the sharded dim first, the one to own second
-            same, x_BtsD = input_BtsD is x_BtsD, x_BtsD.transpose(1, 2)
-            input_BtsD = x_BtsD if same else input_BtsD.transpose(1, 2)
-        assert shard.links is not None
-        B, t, S, D = x_BtsD.shape
-        exchange, lengths = shard.links.sp, shard.lengths(axis)
-        owners = _Owners(batch=B, held=t, sizes=split_sizes(S, exchange.size), rank=exchange.rank)
-        rows_in = [0 if r == exchange.rank else length * B * owners.own for r, length in enumerate(lengths)]
-        there = Transfer(exchange, send_rows=owners.rows, recv_rows=rows_in, overlap=self._overlap, tape=shard.tape)
-        back = Transfer(exchange, send_rows=rows_in, recv_rows=owners.rows, overlap=self._overlap, tape=shard.tape)
-
-        rest_RD, own_RD = _Part.apply(x_BtsD, owners)  # type: ignore[no-untyped-call]
-        sent_RD, kept_RD = (rest_RD, own_RD) if input_BtsD is x_BtsD else _Part.apply(input_BtsD, owners)  # type: ignore[no-untyped-call]
-        weight, bias, (sent_RD, kept_RD) = _computed_in(attn.qkv, sent_RD, kept_RD)
-        arriving_RD = there.issue(sent_RD)
-        qkv = _Qkv()
-        own_RE = _ProjectOwn.apply(kept_RD, weight, bias, len(arriving_RD), qkv)  # type: ignore[no-untyped-call]
-        qkv_RE = _ProjectRest.apply(own_RE, there.wait(arriving_RD), weight, bias, qkv)  # type: ignore[no-untyped-call]
-
-        q_GNTK, k_GNTK, v_GNTK = (
-            qkv_RE.view(sum(lengths), B * owners.own, 3, attn.heads, D // attn.heads).permute(2, 1, 3, 0, 4).unbind(0)
-        )
-        out_GTD = attention(q_GNTK, k_GNTK, v_GNTK).transpose(1, 2).flatten(2)
-        out_own_RD, out_rest_RD = _Leave.apply(out_GTD, t)  # type: ignore[no-untyped-call]
-        arriving_RD = back.issue(attn.proj(out_rest_RD))
-        done_own_RD = owners.apply_own(then, own_RD, attn.proj(out_own_RD))
-        done_rest_RD = owners.apply_rest(then, rest_RD, back.wait(arriving_RD))
-        out: Tensor = _Join.apply(done_rest_RD, done_own_RD, owners)  # type: ignore[no-untyped-call]
-        return out.transpose(1, 2) if axis is Axis.SPACE else out
+        x_BtSD = _frames_first(x_BtsD, axis)
+        pipeline = _Pipeline(attn, shard, axis, like=x_BtSD, overlap=True, chunks=self._chunks)
+        departed = []
+        for run, (piece, frames) in enumerate(zip(torch.split(x_BtSD, pipeline.held, dim=1), ranges(pipeline.held))):
+            x = _frames_first(piece, axis)
+            x = x if first is None else first(x)
+            # All frames are in a piece of a shard by rows.
+            into = before(x, slice(None) if axis is Axis.SPACE else slice(frames.start, frames.stop))
+            x_piece = _frames_first(x, axis)
+            departed.append(pipeline.depart(run, x_piece, x_piece if into is x else _frames_first(into, axis)))
+        return _frames_first(pipeline.arrive(departed, then), axis)
 
 
-class _Owners:
-    """How this rank's tokens [B, t, S, D] part into rows by the owner of their place.
+def _frames_first(x_BtsD: Tensor, axis: Axis) -> Tensor:
+    """The sharded dim before the one whose places are owned; a view, and its own inverse."""
+    return x_BtsD.transpose(1, 2) if axis is Axis.SPACE else x_BtsD
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Departed:
+    """One run of frames: its residual, the rows sent and kept of its input, and what other ranks send of theirs."""
+
+    x_BtSD: Tensor
+    rows_RD: tuple[Tensor, Tensor]
+    residual_is_input: bool
+    arriving_RD: Tensor
+    transfer: Transfer
+
+
+class _Pipeline:
+    """One attention of one forward: ``depart`` for each run of frames, then ``arrive``.
 
     Args:
-        batch: B.
-        held: t.
-        sizes: Places of each owner.
-        rank: This one.
+        like: The residual, frames first.
+        chunks: Runs of frames, and of places; fewer where a rank has fewer.
     """
 
-    def __init__(self, *, batch: int, held: int, sizes: Sequence[int], rank: int) -> None:
-        self.batch, self.held, self.sizes, self.rank = batch, held, list(sizes), rank
-        self.own = self.sizes[rank]
-        self.rows = [0 if p == rank else held * batch * size for p, size in enumerate(sizes)]
+    def __init__(self, attn: Projections, shard: Shard, axis: Axis, *, like: Tensor, overlap: bool, chunks: int) -> None:
+        assert shard.links is not None
+        self._attn, self._exchange, self._tape, self._overlap = attn, shard.links.sp, shard.tape, overlap
+        self._batch, self._t, S, self._width = like.shape
+        rank, lengths = self._exchange.rank, shard.lengths(axis)
+        self._others = [r for r in range(len(lengths)) if r != rank]
+        # Every rank makes as many runs as every other, or they would wait for each other for ever.
+        self._held_by = [split_sizes(length, min(chunks, *lengths)) for length in lengths]
+        self.held = list(self._held_by[rank])
+        owned = ranges(split_sizes(S, len(lengths)))
+        self._owned = len(owned[rank])
+        num_runs = max(1, min(chunks, *map(len, owned)))
+        runs = [[range(o.start + r.start, o.start + r.stop) for r in ranges(split_sizes(len(o), num_runs))] for o in owned]
+        self._own_runs = [len(run) for run in runs[rank]]
+        self._leaving = ([owned[p] for p in self._others], [owned[rank]])
+        self._returning = [[runs[p][j] for p in self._others] for j in range(num_runs)]
 
-    def part(self, x_BtSD: Tensor) -> tuple[Tensor, Tensor]:
-        """The rest and the own tokens, as rows; one pass over ``x``."""
-        rows_RD = x_BtSD.new_empty((x_BtSD.numel() // x_BtSD.shape[-1], x_BtSD.shape[-1]))
-        rest_RD, own_RD = torch.split(rows_RD, [sum(self.rows), len(rows_RD) - sum(self.rows)])
-        for view_tBsD, place_BtsD in zip(self._views(rest_RD, own_RD), torch.split(x_BtSD, self.sizes, dim=2)):
-            view_tBsD.copy_(place_BtsD.transpose(0, 1))
-        return rest_RD, own_RD
+    def depart(self, run: int, x_BtSD: Tensor, input_BtSD: Tensor) -> _Departed:
+        """Sends the rest of the input of one run of frames."""
+        rest_RD, own_RD = part(input_BtSD, self._leaving)
+        transfer = self._transfer(
+            send=[self.held[run] * self._batch * len(places) for places in self._leaving[0]],
+            recv=[self._held_by[r][run] * self._batch * self._owned for r in self._others],
+        )
+        return _Departed(
+            x_BtSD=x_BtSD,
+            rows_RD=(rest_RD, own_RD),
+            residual_is_input=input_BtSD is x_BtSD,
+            arriving_RD=transfer.issue(rest_RD.to(_compute_dtype(rest_RD))),
+            transfer=transfer,
+        )
 
-    def join(self, rest_RD: Tensor, own_RD: Tensor) -> Tensor:
-        """Back from ``part``; one pass."""
-        x_BtSD = rest_RD.new_empty((self.batch, self.held, sum(self.sizes), rest_RD.shape[-1]))
-        for view_tBsD, place_BtsD in zip(self._views(rest_RD, own_RD), torch.split(x_BtSD, self.sizes, dim=2)):
-            place_BtsD.copy_(view_tBsD.transpose(0, 1))
-        return x_BtSD
+    def arrive(self, departed: Sequence[_Departed], then: Then) -> Tensor:
+        """``then`` on all tokens, given the output of the attention."""
+        qkv_RE = self._project(departed)
+        heads = self._attn.heads
+        qkv_TBsE = qkv_RE.view(sum(map(sum, self._held_by)), self._batch, self._owned, 3 * self._width)
+        own_tBsD, returning = [], []
+        for j, run_TBsE in enumerate(torch.split(qkv_TBsE, self._own_runs, dim=2)):
+            T, B, s, _ = run_TBsE.shape
+            qkv_BsNTK = run_TBsE.view(T, B, s, 3, heads, self._width // heads).permute(3, 1, 2, 4, 0, 5).flatten(1, 2)
+            out_GTD = attention(*qkv_BsNTK.unbind(0)).transpose(1, 2).flatten(2)
+            own_RD, rest_RD = _Leave.apply(out_GTD, self._t, self._order())  # type: ignore[no-untyped-call]
+            own_tBsD.append(own_RD.view(self._t, B, s, self._width))
+            transfer = self._transfer(
+                send=[sum(self._held_by[r]) * B * s for r in self._others],
+                recv=[self._t * B * len(places) for places in self._returning[j]],
+            )
+            returning.append((transfer, transfer.issue(self._attn.proj(rest_RD))))
+        own_RD = _cat(own_tBsD, dim=2).flatten(0, 2)
+        *rest_RD, x_own_RD = self._residual(departed)
+        done_own = self._apply(then, x_own_RD, self._attn.proj(own_RD), self._leaving[1])
+        done_rest = [
+            self._apply(then, x_RD, transfer.wait(arriving_RD), group)
+            for x_RD, (transfer, arriving_RD), group in zip(rest_RD, returning, self._returning)
+        ]
+        return join([*done_rest, done_own], [*self._returning, self._leaving[1]], batch=self._batch)
 
-    def apply_own(self, then: Then, x_RD: Tensor, out_RD: Tensor) -> Tensor:
-        """``then`` on own tokens."""
-        return self._apply(then, x_RD, out_RD, size=self.own)
+    def _transfer(self, *, send: Sequence[int], recv: Sequence[int]) -> Transfer:
+        """Rows for and from every *other* rank; nothing goes through the collective from a rank to itself."""
+        send_rows, recv_rows = [0] * self._exchange.size, [0] * self._exchange.size
+        for r, sent, received in zip(self._others, send, recv):
+            send_rows[r], recv_rows[r] = sent, received
+        return Transfer(self._exchange, send_rows=send_rows, recv_rows=recv_rows, overlap=self._overlap, tape=self._tape)
 
-    def apply_rest(self, then: Then, x_RD: Tensor, out_RD: Tensor) -> Tensor:
-        """``then`` on the rest: at once for one sample, owner by owner where samples alternate in the rows."""
-        if self.batch == 1:
-            return self._apply(then, x_RD, out_RD, size=sum(self.sizes) - self.own)
-        parts = zip(torch.split(x_RD, self.rows), torch.split(out_RD, self.rows), self.sizes)
-        return torch.cat([self._apply(then, x, out, size=size) for p, (x, out, size) in enumerate(parts) if p != self.rank])
+    def _project(self, departed: Sequence[_Departed]) -> Tensor:
+        """QKV of all frames of the places owned, [T * G, E]: this rank's frames, then the others' run by run, in each by rank."""
+        dtype = _compute_dtype(departed[0].arriving_RD)
+        weight, bias = self._attn.qkv.weight.to(dtype), self._attn.qkv.bias.to(dtype)
+        shared = _Shared()
+        own_RD = _cat([d.rows_RD[1] for d in departed], dim=0).to(dtype)
+        arriving = sum(len(d.arriving_RD) for d in departed)
+        qkv_RE: Tensor = _ProjectOwn.apply(own_RD, weight, bias, arriving, shared)  # type: ignore[no-untyped-call]
+        for d in departed:
+            arrived_RD = d.transfer.wait(d.arriving_RD)
+            qkv_RE = _ProjectRest.apply(qkv_RE, arrived_RD, weight, bias, shared)  # type: ignore[no-untyped-call]
+        return qkv_RE
 
-    def _apply(self, then: Then, x_RD: Tensor, out_RD: Tensor, *, size: int) -> Tensor:
-        B, t, D = self.batch, self.held, x_RD.shape[-1]
-        if B == 1:  # rows of several owners don't make places in order, and needn't: `then` takes each token by itself
-            return then(x_RD.view(1, t, size, D), out_RD.view(1, t, size, D)).reshape(-1, D)
-        x_BtsD, out_BtsD = (rows.view(t, B, size, D).transpose(0, 1) for rows in (x_RD, out_RD))
-        return then(x_BtsD, out_BtsD).transpose(0, 1).reshape(-1, D)
+    def _order(self) -> list[slice]:
+        """Where other ranks' frames lie along T, rank by rank: as they leave again."""
+        sizes = [self._held_by[r][run] for run in range(len(self.held)) for r in self._others]
+        spans = [slice(self._t + span.start, self._t + span.stop) for span in ranges(sizes)]
+        return [spans[run * len(self._others) + i] for i in range(len(self._others)) for run in range(len(self.held))]
 
-    def _views(self, rest_RD: Tensor, own_RD: Tensor) -> list[Tensor]:
-        """[t, B, places, D] of each owner, in order."""
-        blocks = [own_RD if p == self.rank else block for p, block in enumerate(torch.split(rest_RD, self.rows))]
-        return [block.view(self.held, self.batch, size, block.shape[-1]) for block, size in zip(blocks, self.sizes)]
+    def _residual(self, departed: Sequence[_Departed]) -> tuple[Tensor, ...]:
+        """Rows of the residual: of the rest, run of places by run, and own."""
+        only = departed[0]
+        if len(departed) == len(self._returning) == 1 and only.residual_is_input:
+            return only.rows_RD
+        return part(_cat([d.x_BtSD for d in departed], dim=1), [*self._returning, self._leaving[1]])
 
-
-def _computed_in(linear: torch.nn.Linear, *inputs: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """Weight, bias and inputs in the dtype that autocast would compute them in, so that this is what travels."""
-    device = inputs[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return linear.weight, linear.bias, inputs
-    dtype = torch.get_autocast_dtype(device)
-    return linear.weight.to(dtype), linear.bias.to(dtype), tuple(x.to(dtype) for x in inputs)
-
-
-class _Part(torch.autograd.Function):
-    """``_Owners.part``, whose gradient is one pass and not a sum of zero-filled slices."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BtSD: Tensor, owners: _Owners) -> tuple[Tensor, Tensor]:
-        ctx.owners = owners
-        return owners.part(x_BtSD)
-
-    @staticmethod
-    def backward(ctx: Any, grad_rest_RD: Tensor, grad_own_RD: Tensor) -> tuple[Tensor, None]:
-        return ctx.owners.join(grad_rest_RD, grad_own_RD), None
-
-
-class _Join(torch.autograd.Function):
-    """``_Owners.join``."""
-
-    @staticmethod
-    def forward(ctx: Any, rest_RD: Tensor, own_RD: Tensor, owners: _Owners) -> Tensor:
-        ctx.owners = owners
-        return owners.join(rest_RD, own_RD)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BtSD: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *ctx.owners.part(grad_BtSD), None
+    def _apply(self, then: Then, x_RD: Tensor, out_RD: Tensor, group: Sequence[range]) -> Tensor:
+        """``then`` on the rows of a group: at once for one sample, range by range where samples alternate in the rows."""
+        B, t, D = self._batch, self._t, self._width
+        if B == 1:  # rows of several ranges don't make places in order, and needn't: `then` takes each token by itself
+            return then(x_RD.view(1, t, len(x_RD) // t, D), out_RD.view(1, t, len(x_RD) // t, D)).reshape(-1, D)
+        done, sizes = [], [t * B * len(places) for places in group]
+        for places, x, out in zip(group, torch.split(x_RD, sizes), torch.split(out_RD, sizes)):
+            x_BtsD, out_BtsD = (rows.view(t, B, len(places), D).transpose(0, 1) for rows in (x, out))
+            done.append(then(x_BtsD, out_BtsD).transpose(0, 1).reshape(-1, D))
+        return _cat(done, dim=0)
 
 
-class _Qkv:
-    """What the two halves of one QKV projection share: in forward their output, in backward the rest's part of the weight gradient."""
+def _cat(tensors: Sequence[Tensor], *, dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=dim)
 
-    out_RE: Tensor | None = None
-    rest: tuple[Tensor, Tensor] | None = None
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What autocast would compute in, so that this is what travels."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class _Shared:
+    """What the nodes of one QKV projection share: in forward their output, in backward the rest's part of the weight gradient."""
+
+    def __init__(self) -> None:
+        self.out_RE: Tensor | None = None
+        self.rest: list[tuple[Tensor, Tensor]] = []
 
 
 class _ProjectOwn(torch.autograd.Function):
@@ -201,59 +236,60 @@ class _ProjectOwn(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, own_RD: Tensor, weight: Tensor, bias: Tensor | None, rest_rows: int, qkv: _Qkv) -> Tensor:
+    def forward(ctx: Any, own_RD: Tensor, weight: Tensor, bias: Tensor, num_arriving: int, shared: _Shared) -> Tensor:
         ctx.save_for_backward(own_RD, weight)
-        ctx.qkv, ctx.has_bias = qkv, bias is not None
-        qkv.out_RE = own_RD.new_empty((len(own_RD) + rest_rows, len(weight)))
-        return _linear_into(qkv.out_RE[: len(own_RD)], own_RD, weight, bias)
+        ctx.shared = shared
+        shared.out_RE = own_RD.new_empty((len(own_RD) + num_arriving, len(weight)))
+        return torch.addmm(bias, own_RD, weight.t(), out=shared.out_RE[: len(own_RD)])
 
     @staticmethod
-    def backward(ctx: Any, grad_RE: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_RE: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         own_RD, weight = ctx.saved_tensors
-        (grad_rest_RE, rest_RD), ctx.qkv.rest = ctx.qkv.rest, None
-        grad_weight = torch.mm(grad_RE.t(), own_RD).addmm_(grad_rest_RE.t(), rest_RD)
-        grad_bias = grad_RE.sum(0) + grad_rest_RE.sum(0) if ctx.has_bias else None
+        rest, ctx.shared.rest = ctx.shared.rest, []
+        grad_weight, grad_bias = torch.mm(grad_RE.t(), own_RD), grad_RE.sum(0)
+        for grad_rest_RE, rest_RD in rest:
+            grad_weight.addmm_(grad_rest_RE.t(), rest_RD)
+            grad_bias += grad_rest_RE.sum(0)
         return torch.mm(grad_RE, weight), grad_weight, grad_bias, None, None
 
 
 class _ProjectRest(torch.autograd.Function):
-    """QKV of the tokens that arrived, into the tail of the buffer; gives the whole buffer."""
+    """QKV of tokens that arrived, into the buffer after what is there; gives the buffer up to their end."""
 
     @staticmethod
-    def forward(ctx: Any, own_RE: Tensor, rest_RD: Tensor, weight: Tensor, bias: Tensor | None, qkv: _Qkv) -> Tensor:
+    def forward(ctx: Any, before_RE: Tensor, rest_RD: Tensor, weight: Tensor, bias: Tensor, shared: _Shared) -> Tensor:
         ctx.save_for_backward(rest_RD, weight)
-        ctx.qkv, ctx.num_own = qkv, len(own_RE)
-        out_RE, qkv.out_RE = qkv.out_RE, None
-        assert out_RE is not None
-        _linear_into(out_RE[ctx.num_own :], rest_RD, weight, bias)
-        return out_RE
+        ctx.shared, ctx.start = shared, len(before_RE)
+        assert shared.out_RE is not None
+        end = ctx.start + len(rest_RD)
+        torch.addmm(bias, rest_RD, weight.t(), out=shared.out_RE[ctx.start : end])
+        return shared.out_RE[:end]
 
     @staticmethod
     def backward(ctx: Any, grad_RE: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         rest_RD, weight = ctx.saved_tensors
-        grad_own_RE, grad_rest_RE = grad_RE[: ctx.num_own], grad_RE[ctx.num_own :]
-        ctx.qkv.rest = (grad_rest_RE, rest_RD)
-        return grad_own_RE, torch.mm(grad_rest_RE, weight), None, None, None
-
-
-def _linear_into(out_RE: Tensor, x_RD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return torch.mm(x_RD, weight.t(), out=out_RE)
-    return torch.addmm(bias, x_RD, weight.t(), out=out_RE)
+        grad_rest_RE = grad_RE[ctx.start :]
+        ctx.shared.rest.append((grad_rest_RE, rest_RD))
+        return grad_RE[: ctx.start], torch.mm(grad_rest_RE, weight), None, None, None
 
 
 class _Leave(torch.autograd.Function):
-    """The output of whole sequences as rows: of the first ``held`` positions, which are this rank's, and of the others."""
+    """The output of whole sequences as rows, positions outermost: of this rank's, which are first, and of the others in an order."""
 
     @staticmethod
-    def forward(ctx: Any, out_GTD: Tensor, held: int) -> tuple[Tensor, Tensor]:
-        ctx.held, ctx.rest = held, out_GTD.shape[1] - held
-        own_tGD, rest_TGD = out_GTD[:, :held].transpose(0, 1), out_GTD[:, held:].transpose(0, 1)
-        return own_tGD.reshape(-1, out_GTD.shape[2]), rest_TGD.reshape(-1, out_GTD.shape[2])
+    def forward(ctx: Any, out_GTD: Tensor, held: int, order: Sequence[slice]) -> tuple[Tensor, Tensor]:
+        ctx.held, ctx.order, ctx.shape = held, order, out_GTD.shape
+        D = out_GTD.shape[2]
+        out_TGD = out_GTD.transpose(0, 1)
+        rest_TGD = _cat([out_TGD[span] for span in order], dim=0)
+        return out_TGD[:held].reshape(-1, D), rest_TGD.reshape(-1, D)
 
     @staticmethod
-    def backward(ctx: Any, grad_own_RD: Tensor, grad_rest_RD: Tensor) -> tuple[Tensor, None]:
-        rows, D = grad_own_RD.shape
-        own_GtD = grad_own_RD.view(ctx.held, rows // ctx.held, D).transpose(0, 1)
-        rest_GTD = grad_rest_RD.view(ctx.rest, rows // ctx.held, D).transpose(0, 1)
-        return torch.cat([own_GtD, rest_GTD], dim=1), None
+    def backward(ctx: Any, grad_own_RD: Tensor, grad_rest_RD: Tensor) -> tuple[Tensor, None, None]:
+        G, T, D = ctx.shape
+        grad_GTD = grad_own_RD.new_empty(ctx.shape)
+        grad_GTD[:, : ctx.held] = grad_own_RD.view(ctx.held, G, D).transpose(0, 1)
+        sizes = [span.stop - span.start for span in ctx.order]
+        for span, rows_TGD in zip(ctx.order, torch.split(grad_rest_RD.view(T - ctx.held, G, D), sizes)):
+            grad_GTD[:, span] = rows_TGD.transpose(0, 1)
+        return grad_GTD, None, None
