@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from opensora_dist.config.load import Problem, expand
 from opensora_dist.config.prepare import PrepareConfig
-from opensora_dist.config.train import ModelConfig, TrainConfig
+from opensora_dist.config.train import ModelConfig, SpConfig, TrainConfig
 
 
 def prepare_problems(config: PrepareConfig) -> list[Problem]:
@@ -33,6 +33,8 @@ def train_problems(config: TrainConfig, *, world: int) -> list[Problem]:
     """What can't be in a training run of ``world`` ranks."""
     return [
         *_model_problems(config.model),
+        *_layout_problems(config, world=world),
+        *_sp_problems(config.parallel.sp),
         *_batch_problems(config, world=world),
         *_optim_problems(config),
         *_validation_problems(config),
@@ -60,6 +62,66 @@ def _model_problems(model: ModelConfig) -> list[Problem]:
     return problems
 
 
+def divisors(number: int) -> list[int]:
+    """All of them, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _layout_problems(config: TrainConfig, *, world: int) -> list[Problem]:
+    """Whether the ranks can be laid out as replicas x shards x ranks that share a sample."""
+    problems = []
+    parallel = config.parallel
+    replicas, degree = parallel.dp_replicate, parallel.sp.degree
+    for name, value in (("dp_replicate", replicas), ("sp.degree", degree)):
+        if world % value:
+            message = f"parallel.{name}={value} must divide the {world} ranks; use one of {divisors(world)}"
+            problems.append(Problem(fields=(f"parallel.{name}", "parallel.nproc"), message=message))
+    if not problems and world % (replicas * degree):
+        message = (
+            f"parallel.dp_replicate={replicas} x parallel.sp.degree={degree} = {replicas * degree} must divide the {world} ranks; "
+            f"with this degree use dp_replicate from {divisors(world // degree)}, or with these replicas a degree from "
+            f"{divisors(world // replicas)}"
+        )
+        problems.append(Problem(fields=("parallel.dp_replicate", "parallel.sp.degree", "parallel.nproc"), message=message))
+    if replicas > 1 and parallel.zero.stage == 0:
+        message = (
+            f"parallel.dp_replicate={replicas} with parallel.zero.stage=0: stage 0 replicates on all ranks already; "
+            "use dp_replicate=1, or stage 2 or 3"
+        )
+        problems.append(Problem(fields=("parallel.dp_replicate", "parallel.zero.stage"), message=message))
+    return problems
+
+
+def _sp_problems(sp: SpConfig) -> list[Problem]:
+    """The rules of ``parallel.sp`` that need no sample."""
+    problems = []
+    name, ulysses, least = f"parallel.sp.ulysses={sp.ulysses}", sp.ulysses or sp.degree, sp.min_degree
+    fields = ("parallel.sp.ulysses", "parallel.sp.degree", "parallel.sp.scheme")
+    if sp.degree % ulysses:
+        message = f"{name} must divide parallel.sp.degree={sp.degree}; use one of {divisors(sp.degree)}"
+        problems.append(Problem(fields=fields, message=message))
+    elif sp.scheme == "ring" and sp.ulysses not in (None, 1):
+        message = f"{name} with parallel.sp.scheme=ring, whose ring is all of degree; drop it, or use parallel.sp.scheme=usp"
+        problems.append(Problem(fields=fields, message=message))
+    elif sp.scheme not in ("ring", "usp", "auto") and ulysses < sp.degree:
+        message = (
+            f"{name} is less than parallel.sp.degree={sp.degree} with parallel.sp.scheme={sp.scheme}, which has no ring around it; "
+            f"drop it, or use parallel.sp.scheme=usp for {ulysses} x a ring of {sp.degree // ulysses}"
+        )
+        problems.append(Problem(fields=fields, message=message))
+    least_fields = ("parallel.sp.min_degree", "parallel.sp.degree", "parallel.sp.scheme")
+    if least is not None and sp.scheme != "auto":
+        message = (
+            f"parallel.sp.min_degree={least} is a choice for parallel.sp.scheme=auto, and the scheme is {sp.scheme}; "
+            "drop it, or use parallel.sp.scheme=auto"
+        )
+        problems.append(Problem(fields=least_fields, message=message))
+    elif least is not None and sp.degree % least:
+        message = f"parallel.sp.min_degree={least} must divide parallel.sp.degree={sp.degree}; use one of {divisors(sp.degree)}"
+        problems.append(Problem(fields=least_fields, message=message))
+    return problems
+
+
 def _batch_problems(config: TrainConfig, *, world: int) -> list[Problem]:
     problems = []
     parallel, data = config.parallel, config.data
@@ -69,26 +131,19 @@ def _batch_problems(config: TrainConfig, *, world: int) -> list[Problem]:
     elif not expand(data.path).is_dir():
         message = f"data.path={data.path!r} is not a folder; make it with `opensora-dist data prepare`, or correct the path"
         problems.append(Problem(fields=("data.path",), message=message))
-    if world % parallel.dp_replicate:
-        message = (
-            f"parallel.dp_replicate={parallel.dp_replicate} must divide the {world} ranks; "
-            f"use one of {[n for n in range(1, world + 1) if world % n == 0]}"
-        )
-        problems.append(Problem(fields=("parallel.dp_replicate", "parallel.nproc"), message=message))
-    if parallel.dp_replicate > 1 and parallel.zero.stage == 0:
-        message = (
-            f"parallel.dp_replicate={parallel.dp_replicate} with parallel.zero.stage=0: stage 0 replicates on all ranks already; "
-            "use dp_replicate=1, or stage 2 or 3"
-        )
-        problems.append(Problem(fields=("parallel.dp_replicate", "parallel.zero.stage"), message=message))
-    pieces = world * parallel.grad_accum
-    if data.global_batch % pieces:
+    # Where auto may spread a sample over fewer ranks, more of them see different samples.
+    degree = parallel.sp.min_degree or parallel.sp.degree if parallel.sp.scheme == "auto" else parallel.sp.degree
+    data_ranks = world // degree
+    pieces = data_ranks * parallel.grad_accum
+    if world % degree == 0 and data.global_batch % pieces:
         up = (data.global_batch // pieces + 1) * pieces
+        of = f" (= {world} ranks / {degree} that share a sample)" if degree > 1 else ""
         message = (
-            f"data.global_batch={data.global_batch} must be a multiple of ranks x parallel.grad_accum = {world} x {parallel.grad_accum}"
-            f" = {pieces}; use {up}" + (f" or {up - pieces}" if up > pieces else "")
+            f"data.global_batch={data.global_batch} must be a multiple of data ranks{of} x parallel.grad_accum = {data_ranks} x "
+            f"{parallel.grad_accum} = {pieces}; use {up}" + (f" or {up - pieces}" if up > pieces else "")
         )
-        problems.append(Problem(fields=("data.global_batch", "parallel.grad_accum", "parallel.nproc"), message=message))
+        fields = ("data.global_batch", "parallel.grad_accum", "parallel.nproc", "parallel.sp.degree", "parallel.sp.min_degree")
+        problems.append(Problem(fields=fields, message=message))
     return problems
 
 

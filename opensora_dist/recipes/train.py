@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,26 +20,30 @@ from opensora_dist.core.errors import CheckpointError, ConfigError, OpensoraErro
 from opensora_dist.core.io import exclusive_lock, write_json, write_text
 from opensora_dist.core.layout import CHECKPOINTS_DIR, CONFIG_NAME, ENVIRONMENT_NAME, LOGS_DIR, METRICS_NAME
 from opensora_dist.core.logging import get_logger, setup_logging
-from opensora_dist.core.types import Region, Share, Thw
+from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index
 from opensora_dist.data.loader import Loader
 from opensora_dist.data.order import Order
 from opensora_dist.diffusion.base import Objective
 from opensora_dist.diffusion.samplers import check_sampling
 from opensora_dist.models.base import VideoTransformer
+from opensora_dist.models.layers import Block
 from opensora_dist.observe.environment import describe_environment
 from opensora_dist.observe.events import EventLog
 from opensora_dist.observe.metrics import MetricLog
 from opensora_dist.observe.progress import TrainProgress
 from opensora_dist.observe.report import write_report
 from opensora_dist.observe.trackers import build_trackers, track_problems
+from opensora_dist.parallel.failures import lost_contact_said
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import Mesh, build_mesh, default_nproc, launched_world, process_group, resolve_device
-from opensora_dist.parallel.sequence.local import whole
+from opensora_dist.parallel.sequence.base import Shard
+from opensora_dist.parallel.sequence.layout import SequenceParallel, describe_shard
 from opensora_dist.parallel.spawn import run_ranks
 from opensora_dist.parallel.zero.native import NativeBackend
 from opensora_dist.plan.hardware import peak_flops
 from opensora_dist.recipes.build import initialiser, meta_model
+from opensora_dist.recipes.shards import LatentShards, share_problems
 from opensora_dist.train.ema import Ema
 from opensora_dist.train.generate import SamplingOptions
 from opensora_dist.train.logbook import Logbook
@@ -70,7 +74,8 @@ def train(path: Path | None, *, overrides: Sequence[str] = ()) -> int:
         parallel = config.parallel
         mesh = build_mesh(device, dp_replicate=parallel.dp_replicate, sp=parallel.sp, timeout_s=parallel.timeout_s)
         setup_logging(rank=mesh.rank, world=mesh.world)
-        train_rank(config, mesh)
+        with lost_contact_said(rank=mesh.rank, world=mesh.world, timeout_s=parallel.timeout_s):
+            train_rank(config, mesh)
     return 0
 
 
@@ -136,20 +141,26 @@ def _init_from_problems(config: TrainConfig) -> list[Problem]:
 
 
 def _dataset_problems(config: TrainConfig) -> list[Problem]:
-    """What does not fit the data set: each shape of clips must be one the model can cut into patches."""
+    """What does not fit the data set: the model must cut each shape of clips into patches, and the ranks those into parts."""
     assert config.data.path is not None
     problems: list[Problem] = []
     try:
         index = Index.open(expand(config.data.path))
-        Order(index, keys=Keys(config.run.seed), global_batch=config.data.global_batch)
+        order = Order(index, keys=Keys(config.run.seed), global_batch=config.data.global_batch)
         model, _ = meta_model(config.model, config.objective, index.spec)
     except OpensoraError as error:
         return [Problem(fields=("data.path",), message=p) for p in _sentences(error)]
+    grids: dict[str, Thw] = {}
     for bucket, rows in index.buckets.items():
+        latent = index.latent_shape(int(rows[0]))
         try:
-            model.token_grid(index.latent_shape(int(rows[0])))
+            grid = model.token_grid(latent)
         except ConfigError as error:
             problems += [Problem(fields=("model.patch",), message=f"clips of {bucket}: {p}") for p in error.problems]
+            continue
+        if latent in order.latents:  # others are never trained on
+            grids[f"clips of {bucket}"] = grid
+    problems += share_problems(config.parallel.sp, config.model, grids)
     if config.validation.every_steps:
         problems += _drawing_problems(config, index.spec, model)
     return problems
@@ -175,9 +186,11 @@ def _drawing_problems(config: TrainConfig, spec: DatasetSpec, model: VideoTransf
         return problems
     if config.validation.clip is not None:
         try:
-            model.token_grid(codec.latent_shape(Thw(*config.validation.clip)))
+            grid = model.token_grid(codec.latent_shape(Thw(*config.validation.clip)))
         except ConfigError as error:
-            problems += [Problem(fields=("validation.clip",), message=f"validation.clip: {p}") for p in error.problems]
+            return problems + [Problem(fields=("validation.clip",), message=f"validation.clip: {p}") for p in error.problems]
+        clip = {f"validation.clip={list(config.validation.clip)}": grid}
+        problems += share_problems(config.parallel.sp, config.model, clip)
     return problems
 
 
@@ -203,6 +216,10 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
         index = Index.open(expand(config.data.path or ""))
         order = Order(index, keys=keys, global_batch=config.data.global_batch)
         model, objective = meta_model(config.model, config.objective, index.spec, dtype=dtype)
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            block.recompute = config.parallel.recompute == "block"
+        shards = LatentShards(mesh, SequenceParallel(mesh, config.parallel.sp), model)
         saver = Saver(run_dir, config=config, spec=index.spec, mesh=mesh)
         # Asked before the collective `find`: once past it, the main rank may already write metrics.
         used = (run_dir / METRICS_NAME).exists()
@@ -226,20 +243,16 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
         logbook = _open_logbook(config, mesh, run_dir=run_dir, step=state.step, stack=stack)
         for name, fields in start.events:
             logbook.event(name, **fields)
-        num_parameters = sum(p.numel() for p in backend.params.values())
-        logbook.event(
-            "start", step=state.step, mesh=str(mesh), parameters=num_parameters, samples=len(index), dropped=order.dropped
+        _note_start(config, mesh, logbook, backend=backend, order=order, shards=shards, step=state.step, samples=len(index))
+        validator = _build_validator(
+            config, mesh, run_dir=run_dir, index=index, objective=objective, keys=keys, shards=shards.shard
         )
-        for reason, count in order.dropped.items():
-            _log.info("data.global_batch=%d leaves out %d samples per epoch (%s)", config.data.global_batch, count, reason)
-        _log.info("%s with %s parameters on %s", config.model.name, f"{num_parameters:,}", mesh)
-        validator = _build_validator(config, mesh, run_dir=run_dir, index=index, objective=objective, keys=keys)
 
         def make_loader(step: int) -> Loader:
             return Loader(
                 index,
                 order,
-                share=lambda latent: Share(mesh.data_rank, mesh.data_size, Region.whole(latent)),
+                share=shards.share,
                 accum=config.parallel.grad_accum,
                 start_step=step,
                 num_steps=config.run.steps - step,
@@ -261,8 +274,8 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
                 objective=objective,
                 state=state,
                 make_loader=make_loader,
-                shards=lambda latent: whole(model.token_grid(latent)),
-                agree=lambda micro: None,
+                shards=shards.shard,
+                agree=shards.agree,
                 cost=lambda latent, tokens: _cost(model, latent, text_tokens=tokens),
                 saver=saver,
                 validator=validator,
@@ -282,6 +295,31 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
         logbook.show_videos(validator.take_finished() if validator else [])
     if mesh.is_main:
         _log.info("report: %s", write_report(run_dir))
+
+
+def _note_start(
+    config: TrainConfig,
+    mesh: Mesh,
+    logbook: Logbook,
+    *,
+    backend: NativeBackend,
+    order: Order,
+    shards: LatentShards,
+    step: int,
+    samples: int,
+) -> None:
+    """Says, in the event log and to the reader, what is trained and how it is laid out."""
+    parameters = sum(p.numel() for p in backend.params.values())
+    shapes = {str(latent): describe_shard(shards.shard(latent)) for latent in order.latents}
+    logbook.event(
+        "start", step=step, mesh=str(mesh), parameters=parameters, samples=samples, dropped=order.dropped, latents=shapes
+    )
+    for reason, count in order.dropped.items():
+        _log.info("data.global_batch=%d leaves out %d samples per epoch (%s)", config.data.global_batch, count, reason)
+    _log.info("%s with %s parameters on %s", config.model.name, f"{parameters:,}", mesh)
+    if mesh.sp_size > 1:
+        for latent, how in shapes.items():
+            _log.info("latents of %s: %s", latent, how)
 
 
 def _cost(model: VideoTransformer, latent: Thw, *, text_tokens: int) -> BatchCost:
@@ -337,7 +375,14 @@ def _open_logbook(config: TrainConfig, mesh: Mesh, *, run_dir: Path, step: int, 
 
 
 def _build_validator(
-    config: TrainConfig, mesh: Mesh, *, run_dir: Path, index: Index, objective: Objective, keys: Keys
+    config: TrainConfig,
+    mesh: Mesh,
+    *,
+    run_dir: Path,
+    index: Index,
+    objective: Objective,
+    keys: Keys,
+    shards: Callable[[Thw], Shard],
 ) -> Validator | None:
     validation = config.validation
     if not validation.every_steps:
@@ -357,4 +402,5 @@ def _build_validator(
         options=SamplingOptions(sampler=validation.sampler, steps=validation.sampling_steps, cfg_scale=validation.cfg_scale),
         keys=keys,
         mesh=mesh,
+        shards=shards,
     )

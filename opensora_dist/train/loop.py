@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from opensora_dist.config.train import TrainConfig
@@ -44,7 +45,8 @@ class Trainer:
         state: Where to start; step 0, or what a checkpoint held.
         make_loader: Opens the loader at a step.
         shards: This rank's part of samples of a latent shape.
-        agree: As in ``train_step``.
+        agree: Fails, on all of them, where the ranks that share the samples of a micro-batch are about to do different things.
+            Collective over these ranks.
         cost: Tokens and FLOPs of one sample of a latent shape with a number of text tokens.
         validator: Draws videos; None draws none.
     """
@@ -62,7 +64,7 @@ class Trainer:
         state: TrainerState,
         make_loader: Callable[[int], Loader],
         shards: Callable[[Thw], Shard],
-        agree: Callable[[MicroBatch], None],
+        agree: Callable[[StepData, MicroBatch], None],
         cost: Callable[[Thw, int], BatchCost],
         saver: Saver,
         validator: Validator | None,
@@ -109,7 +111,7 @@ class Trainer:
             objective=self.objective,
             keys=self.keys,
             shards=self.shards,
-            agree=self.agree,
+            agree=partial(self.agree, data),
             lr=lr,
             clip_norm=self.config.optim.clip_norm,
         )

@@ -55,6 +55,15 @@ class SequenceParallel:
         )
 
 
+def describe_shard(shard: Shard) -> str:
+    """How samples of a shape are spread, for logs: ``dsp over 4 ranks, 5 or 4 of 18 frames each``."""
+    if len(shard.sizes) == 1:
+        return "whole on each rank"
+    each = " or ".join(str(size) for size in sorted(set(shard.sizes), reverse=True))
+    what = f"{shard.grid.h} rows" if shard.by_rows else f"{shard.grid.t} frames"
+    return f"{shard.scheme.name} over {len(shard.sizes)} ranks, {each} of {what} of tokens each"
+
+
 def shards_rows(grid: Thw, *, size: int) -> bool:
     """Whether a sample is cut into rows, as its frames are fewer than the ranks."""
     return grid.t < size

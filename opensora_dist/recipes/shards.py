@@ -1,0 +1,64 @@
+"""Samples spread over ranks: from the shapes of latents, which data have, to shards of tokens, which models work on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from opensora_dist.config.load import Problem
+from opensora_dist.config.train import ModelConfig, SpConfig
+from opensora_dist.core.types import Share, Thw
+from opensora_dist.data.loader import MicroBatch, StepData
+from opensora_dist.models.base import VideoTransformer
+from opensora_dist.parallel.mesh import Mesh
+from opensora_dist.parallel.sequence.agree import Agreement, Intent
+from opensora_dist.parallel.sequence.base import Shard
+from opensora_dist.parallel.sequence.layout import SequenceParallel, scheme_problems
+
+
+def share_problems(sp: SpConfig, model: ModelConfig, grids: Mapping[str, Thw]) -> list[Problem]:
+    """What keeps ranks from sharing samples; a rule that several shapes break is said once, with all of them.
+
+    Args:
+        grids: Token grids, by what an error calls the samples that have them.
+    """
+    broken: dict[str, list[str]] = {}
+    for what, grid in grids.items():
+        for problem in scheme_problems(sp, grid, heads=model.shape.heads, joint=model.name == "dit"):
+            broken.setdefault(problem, []).append(what)
+    fields = ("parallel.sp", "model.heads", "model.size", "model.name")
+    return [Problem(fields=fields, message=f"{problem} ({', '.join(whose)})") for problem, whose in broken.items()]
+
+
+class LatentShards:
+    """This rank's part of samples, by their latent shape."""
+
+    def __init__(self, mesh: Mesh, sequences: SequenceParallel, model: VideoTransformer) -> None:
+        self._sequences, self._model = sequences, model
+        self._agreement = Agreement(mesh)
+
+    def shard(self, latent: Thw) -> Shard:
+        """The tokens of samples of this shape that are held here, and how they meet the others."""
+        return self._sequences.shard(self._model.token_grid(latent))
+
+    def share(self, latent: Thw) -> Share:
+        """Which samples of a batch, and which latents of each, are read here."""
+        return self._sequences.share(self._model.token_grid(latent), patch=self._model.patch)
+
+    def agree(self, data: StepData, micro: MicroBatch) -> None:
+        """Makes sure that the ranks that share these samples are about to do the same with them. Collective over them.
+
+        Raises:
+            CommunicationError: On all of them, where they are not.
+        """
+        intent = Intent(
+            step=data.step,
+            digest=data.digest,
+            samples=micro.samples,
+            latent=micro.latent,
+            part=Thw(*micro.latents_BCthw.shape[2:]),
+            text_tokens=micro.text_BYE.shape[1],
+            dtype=micro.latents_BCthw.dtype,
+            shard=self.shard(micro.latent),
+            patch=self._model.patch,
+        )
+        self._agreement.check(intent)
