@@ -74,7 +74,9 @@ class Dsp(Scheme):
         x_BtSD = _frames_first(x_BtsD, axis)
         pipeline = _Pipeline(attn, shard, axis, like=x_BtSD, overlap=True, chunks=self._chunks)
         departed = []
-        for run, (piece, frames) in enumerate(zip(torch.split(x_BtSD, pipeline.held, dim=1), ranges(pipeline.held))):
+        # The gradient of a split is a copy, for one piece too.
+        pieces = torch.split(x_BtSD, pipeline.held, dim=1) if len(pipeline.held) > 1 else (x_BtSD,)
+        for run, (piece, frames) in enumerate(zip(pieces, ranges(pipeline.held))):
             x = _frames_first(piece, axis)
             x = x if first is None else first(x)
             # All frames are in a piece of a shard by rows.
