@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from opensora_dist.config.train import SpConfig
 from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.types import Thw
 
@@ -48,6 +49,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="videos drawn at once; changes speed only (default 8)")
     parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged (default) or raw weights")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto")
+    parser.add_argument(
+        "--nproc", type=int, default=1, metavar="N", help="ranks of this machine that share each video (default 1, or torchrun's)"
+    )
+    schemes = [name for name in get_args(SpConfig.model_fields["scheme"].annotation) if name != "auto"]
+    parser.add_argument("--scheme", choices=schemes, help="how they share it (default: as the run, or the one with fewest bytes)")
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -61,7 +67,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name in ("steps", "cfg_scale") if (value := getattr(args, name)) is not None}
     options = SamplingOptions(sampler=args.sampler, guided_channels=args.guided_channels, **given)
     problems = []
-    for flag, value in (("steps", options.steps), ("batch", args.batch)):
+    for flag, value in (("steps", options.steps), ("batch", args.batch), ("nproc", args.nproc)):
         if value < 1:
             problems.append(f"--{flag}={value} must be at least 1")
     if options.cfg_scale < 1:
@@ -83,7 +89,16 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "batch": args.batch,
         "device": args.device,
         "weights": args.weights,
+        "scheme": args.scheme,
     }
+
+
+def start_ranks(args: argparse.Namespace) -> int | None:
+    """``recipes.sharing.start_ranks`` for the command that was parsed: the exit code, or None where this process does the work."""
+    from opensora_dist.recipes import sharing
+
+    given = {name: value for name, value in sampling_options(args).items() if name in ("clip", "options", "device", "scheme")}
+    return sharing.start_ranks(args.argv, nproc=args.nproc, checkpoint=args.checkpoint, **given)
 
 
 def parse_clip(text: str) -> Thw:

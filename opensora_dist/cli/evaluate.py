@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from opensora_dist.cli.arguments import add_sampling_arguments
+from opensora_dist.cli.arguments import add_sampling_arguments, start_ranks
 from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.extras import require_extra
 
@@ -39,7 +40,10 @@ def _run(args: argparse.Namespace) -> int:
     problems = [f"--{n}={getattr(args, n)} must be at least 1" for n in ("count", "repeats") if getattr(args, n) < 1]
     if problems:
         raise ConfigError(problems)
-    with Bar("videos", total=args.count * args.repeats) as bar:
+    options = sampling_options(args)
+    if (code := start_ranks(args)) is not None:
+        return code
+    with Bar("videos", total=args.count * args.repeats, enabled=os.environ.get("RANK", "0") == "0") as bar:
         found = evaluate(
             args.checkpoint,
             count=args.count,
@@ -47,8 +51,10 @@ def _run(args: argparse.Namespace) -> int:
             repeats=args.repeats,
             out=args.out,
             on_progress=bar.update,
-            **sampling_options(args),
+            **options,
         )
+    if found is None:
+        return 0
     if args.json:
         print(json.dumps(asdict(found.summary)))
         return 0

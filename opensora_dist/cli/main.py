@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for verb in _VERBS:
         importlib.import_module(f"opensora_dist.cli.{verb}").add_parser(verbs)
     args = parser.parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)  # for verbs that start ranks of themselves
     setup_logging()
     try:
         code = args.run(args)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from opensora_dist.cli.arguments import add_sampling_arguments
+from opensora_dist.cli.arguments import add_sampling_arguments, start_ranks
 from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.io import read_utf8
 
@@ -37,7 +37,10 @@ def _run(args: argparse.Namespace) -> int:
         prompts += [line.strip() for line in read_utf8(args.prompt_file).splitlines() if line.strip()]
     if args.count < 1:
         raise ConfigError(f"--count={args.count} must be at least 1")
-    files = sample(args.checkpoint, prompts=prompts, out=args.out, count=args.count, **sampling_options(args))
-    for path in (*files.videos, files.contact_sheet):
+    options = sampling_options(args)
+    if (code := start_ranks(args)) is not None:
+        return code
+    files = sample(args.checkpoint, prompts=prompts, out=args.out, count=args.count, **options)
+    for path in (*files.videos, files.contact_sheet) if files else ():
         print(path)
     return 0

@@ -97,6 +97,7 @@ def demo(out: Path, *, clips: int = _CLIPS, steps: int | None = None, say: Calla
             weights="ema",
             on_progress=bar.update,
         )
+    assert files is not None and evaluation is not None  # they are on the first rank, which a process alone is
     say("5/5 report")
     report = write_report(run_dir)
     return DemoResult(run_dir=run_dir, samples=files, evaluation=evaluation, report=report, seconds=time.monotonic() - began)

@@ -14,7 +14,7 @@ from opensora_dist.core.types import Thw
 from opensora_dist.core.video import Frames, contact_sheet
 from opensora_dist.prepare.toy.grammar import held_out_prompts
 from opensora_dist.prepare.toy.score import ToyScore, ToySummary, score_video, summarise
-from opensora_dist.recipes.sample import draw_videos, load_model, run_dir_of
+from opensora_dist.recipes.sample import draw_videos, is_first, load_model, run_dir_of
 from opensora_dist.train.generate import SamplingOptions
 
 _SHEET_ROWS = 24
@@ -43,8 +43,11 @@ def evaluate(
     device: str,
     weights: str,
     on_progress: Callable[[int], None],
-) -> Evaluation:
+    scheme: str | None = None,
+) -> Evaluation | None:
     """Draws ``count`` held-out toy captions and scores each by classical vision.
+
+    All ranks that a launcher started draw each video together.
 
     Args:
         count: Captions.
@@ -52,6 +55,9 @@ def evaluate(
         repeats: Videos per caption.
         out: Folder for ``evaluation.json`` and its contact sheet; None is the run directory.
         on_progress: Called with the number of videos done.
+        scheme: How the ranks share a video; None as in ``sampling_sp``.
+    Returns:
+        None on ranks other than the first, which score and write nothing.
     """
     loaded = load_model(checkpoint, device=device, weights=weights)
     out = out or run_dir_of(loaded.folder)
@@ -60,13 +66,14 @@ def evaluate(
     began = time.perf_counter()
     scores: list[ToyScore] = []
     shown: list[Frames] = []
-    for prompt, frames in zip(
-        prompts, draw_videos(loaded, prompts, clip=clip, options=options, seed=seed, batch=batch), strict=True
-    ):
-        scores.append(score_video(frames, caption=prompt))
-        if len(shown) < _SHEET_ROWS:
-            shown.append(frames)
-        on_progress(len(scores))
+    with loaded.ranks(clip=clip, scheme=scheme) as shard:
+        for prompt, frames in draw_videos(loaded, prompts, clip=clip, options=options, seed=seed, batch=batch, shard=shard):
+            scores.append(score_video(frames, caption=prompt))
+            if len(shown) < _SHEET_ROWS:
+                shown.append(frames)
+            on_progress(len(scores))
+    if not is_first(shard):
+        return None
     summary = summarise(scores)
     result: dict[str, Any] = {
         "rates": {name: rate for name, rate in asdict(summary).items() if name != "videos"},
