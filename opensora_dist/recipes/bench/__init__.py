@@ -1,0 +1,1 @@
+"""What `opensora-dist bench` runs."""

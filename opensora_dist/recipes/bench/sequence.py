@@ -1,0 +1,325 @@
+"""Times one block under every sequence scheme that fits, interleaved: ranks meet before each pass, and the slowest rank's time counts."""
+
+# B batch, T frames, S tokens per frame, D width; t, s: of this rank
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opensora_dist.config.train import SpConfig
+from opensora_dist.core.errors import OpensoraError
+from opensora_dist.core.types import Region
+from opensora_dist.parallel.mesh import build_mesh, sp_ulysses
+from opensora_dist.parallel.sequence.base import Links, Scheme, Shard, Traffic, split_sizes
+from opensora_dist.parallel.sequence.layout import scheme_problems, shards_rows
+from opensora_dist.parallel.sequence.local import Local, whole
+from opensora_dist.parallel.sequence.network import synchronise
+from opensora_dist.parallel.sequence.registry import SCHEMES
+from opensora_dist.parallel.sequence.traffic import SentBytes
+from opensora_dist.recipes.bench.case import SequenceCase, Subject
+from opensora_dist.recipes.bench.forms import PACKAGES, package_missing, silent
+from opensora_dist.recipes.bench.memory import peak_memory
+
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float64": 1e-10}
+"""Largest difference from the block on one process, over the largest value, by the case's dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One forward and backward: seconds of the slowest rank, and the mean over ranks of what the host waited for transfers."""
+
+    forward_s: float
+    backward_s: float
+    forward_wait_s: float
+    backward_wait_s: float
+
+    @property
+    def both_s(self) -> float:
+        """Forward and backward."""
+        return self.forward_s + self.backward_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceResult:
+    """One form of one scheme.
+
+    Args:
+        scheme: Its name; or a package's, or "local" for one rank.
+        overlap: None where there is but one form.
+        problem: Why it was not timed.
+        difference: From one process, of output and input gradient together, over the largest value.
+        sent: Bytes that rank 0 sent, as counted on the collectives.
+        formula: The same by the scheme's formula.
+        memory_bytes: Peak beyond weights and inputs, of the rank that held most.
+        passes: One per round.
+        silent: The same without communication, in the same rounds.
+    """
+
+    scheme: str
+    overlap: bool | None = None
+    problem: str | None = None
+    difference: float | None = None
+    sent: Traffic | None = None
+    formula: Traffic | None = None
+    memory_bytes: int | None = None
+    passes: tuple[Pass, ...] = ()
+    silent: tuple[Pass, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As in the table."""
+        return self.scheme if self.overlap is None else f"{self.scheme} {'overlapped' if self.overlap else 'blocking'}"
+
+    @property
+    def bytes_match(self) -> bool:
+        """Whether what was sent is what the formula says."""
+        return self.sent == self.formula
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to measure.
+
+    Args:
+        schemes: Names, of the registry and of ``PACKAGES``; None takes all.
+        rounds: Passes of each form that count.
+        warmup: Passes of each form before them.
+        sp: Chunks and the inner axis of the schemes that have them; the rest of it is not read.
+        timeout_s: Of a collective.
+    """
+
+    schemes: tuple[str, ...] | None = None
+    rounds: int = 9
+    warmup: int = 2
+    sp: SpConfig = field(default_factory=SpConfig)
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """One thing to time, on its shard; ``silent`` is the same without communication, where that is known."""
+
+    result: SequenceResult
+    shard: Shard
+    silent: Shard | None = None
+
+
+def bench_sequence(
+    case: SequenceCase, *, device: torch.device, options: Options, on_round: Callable[[int], None] | None = None
+) -> list[SequenceResult]:
+    """Measures on all ranks of the process group, which share one sample batch; rank by rank the same result. Collective.
+
+    Args:
+        on_round: Told the rounds done, warm-up included.
+    Raises:
+        OpensoraError: A scheme computes something else than one process does.
+    """
+    forms, refused = make_forms(case, device=device, options=options)
+    subject = Subject(case, device=device)
+    everything = Region.whole(case.grid)
+    wanted = _run(subject, whole(case.grid), subject.tokens("x", everything), subject.tokens("dy", everything))
+    forms = [_examined(form, subject, wanted=wanted) for form in forms]
+    del wanted
+    passes = _rounds(forms, subject, options=options, on_round=on_round)
+    timed = [
+        replace(form.result, passes=tuple(its), silent=tuple(silents)) for form, (its, silents) in zip(forms, passes, strict=True)
+    ]
+    return timed + refused
+
+
+def make_forms(case: SequenceCase, *, device: torch.device, options: Options) -> tuple[list[Form], list[SequenceResult]]:
+    """What fits, and what doesn't with the reason. Collective: makes groups."""
+    world = dist.get_world_size()
+    if world == 1:
+        return [Form(result=SequenceResult(scheme="local"), shard=whole(case.grid))], []
+    forms: list[Form] = []
+    refused: list[SequenceResult] = []
+    links: dict[int, Links] = {}
+    for name in options.schemes or (*SCHEMES, *PACKAGES):
+        sp = options.sp.model_copy(update={"scheme": name if name in SCHEMES else "ulysses", "degree": world})
+        if name == "usp" and sp.ulysses is None:
+            sp = sp.model_copy(update={"ulysses": _inner(world, heads=case.heads)})
+        problems = _problems(name, sp, case)
+        if problems:
+            refused.append(SequenceResult(scheme=name, problem="; ".join(problems)))
+            continue
+        inner = sp_ulysses(sp)
+        if inner not in links:
+            links[inner] = build_mesh(device, dp_replicate=1, sp=sp, timeout_s=options.timeout_s).links[world]
+        forms += _forms(name, sp, case, links[inner])
+    return forms, refused
+
+
+def _inner(world: int, *, heads: int) -> int:
+    """Of usp where nothing is asked for: both axes longer than one if that can be."""
+    fits = [u for u in range(2, world) if world % u == 0 and heads % u == 0]
+    return fits[0] if fits else world
+
+
+def _problems(name: str, sp: SpConfig, case: SequenceCase) -> list[str]:
+    joint = case.model == "dit"
+    if name in SCHEMES:
+        return scheme_problems(sp, case.grid, heads=case.heads, joint=joint)
+    missing = package_missing(name)
+    general = scheme_problems(sp.model_copy(update={"scheme": "auto"}), case.grid, heads=case.heads, joint=joint)
+    if missing or general:
+        return [missing] if missing else general
+    return _package(name).problems(case.grid, size=sp.degree, heads=case.heads, joint=joint)
+
+
+def _package(name: str) -> Scheme:
+    assert dist.group.WORLD is not None
+    return PACKAGES[name](dist.group.WORLD)
+
+
+def _forms(name: str, sp: SpConfig, case: SequenceCase, links: Links) -> Iterable[Form]:
+    if name not in SCHEMES:
+        yield Form(result=SequenceResult(scheme=name), shard=_shard(case, _package(name), links))
+        return
+    made = {overlap: SCHEMES[name](sp.model_copy(update={"overlap": overlap})) for overlap in (True, False)}
+    one = vars(made[True]) == vars(made[False])  # such as allgather, which blocks by definition
+    for overlap in (False,) if one else (True, False):
+        yield Form(
+            result=SequenceResult(scheme=name, overlap=None if one else overlap),
+            shard=_shard(case, made[overlap], links),
+            silent=_shard(case, made[overlap], silent(links)),
+        )
+
+
+def _shard(case: SequenceCase, scheme: Scheme, links: Links) -> Shard:
+    by_rows = shards_rows(case.grid, size=links.sp.size)
+    sizes = split_sizes(case.grid.h if by_rows else case.grid.t, links.sp.size)
+    return Shard(grid=case.grid, by_rows=by_rows, sizes=sizes, scheme=scheme, local=Local(), links=links)
+
+
+def _examined(form: Form, subject: Subject, *, wanted: tuple[Tensor, Tensor]) -> Form:
+    """With its difference from one process (``wanted``: output and input gradient), its bytes and its memory. Collective."""
+    case, grid, region = subject.case, subject.case.grid, form.shard.region
+    x, dy = subject.tokens("x", region), subject.tokens("dy", region)
+    found = _run(subject, form.shard, x, dy)
+    places = slice(region.h0 * grid.w, region.h1 * grid.w)
+    differences = [
+        ((a - b[:, region.t0 : region.t1, places]).abs().max() / b.abs().max()).double() for a, b in zip(found, wanted)
+    ]
+    difference = _largest(torch.stack(differences).max(), device=subject.device)
+    if not difference <= TOLERANCES[case.dtype]:  # NaN is no number that is small enough
+        raise OpensoraError(
+            f"{form.result.name}: output or input gradient differ from one process by {difference:.2g} of the largest value, more "
+            f"than {TOLERANCES[case.dtype]:g}; its speed means nothing, so nothing was timed"
+        )
+    with SentBytes() as there:
+        out = subject.forward(x, form.shard)
+    with SentBytes() as back:
+        torch.autograd.backward(out, dy)
+    subject.forget(x)
+    with peak_memory(subject.device) as peak:
+        torch.autograd.backward(subject.forward(x, form.shard), dy)
+    subject.forget(x)
+    return replace(
+        form,
+        result=replace(
+            form.result,
+            difference=difference,
+            sent=Traffic(forward=there.total, backward=back.total),
+            formula=case.bytes_by_formula(form.shard),
+            memory_bytes=int(_largest(torch.tensor(float(peak.bytes)), device=subject.device)),
+        ),
+    )
+
+
+def _run(subject: Subject, shard: Shard, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and input gradient."""
+    x.requires_grad_()
+    out = subject.forward(x, shard)
+    torch.autograd.backward(out, dy)
+    assert x.grad is not None
+    grad = x.grad
+    subject.forget(x)
+    return out.detach(), grad
+
+
+def _largest(value: Tensor, *, device: torch.device) -> float:
+    value = value.to(device, torch.float64)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value.item()
+
+
+def _rounds(
+    forms: Sequence[Form], subject: Subject, *, options: Options, on_round: Callable[[int], None] | None
+) -> list[tuple[list[Pass], list[Pass]]]:
+    """Passes of each form and of its silent twin."""
+    region = forms[0].shard.region if forms else Region.whole(subject.case.grid)
+    x, dy = subject.tokens("x", region).requires_grad_(), subject.tokens("dy", region)
+    shards = [s for form in forms for s in (form.shard, form.silent) if s is not None]
+    table: list[list[list[float]]] = []
+    collecting = gc.isenabled()
+    gc.disable()  # a collection in one form's pass would be that form's cost
+    try:
+        for round_ in range(options.warmup + options.rounds):
+            rows: list[list[float]] = [[] for _ in shards]
+            for i in range(len(shards)):
+                at = (i + round_) % len(shards)  # so that no form always follows the same one
+                rows[at] = timed_pass(subject, shards[at], x, dy)
+            gc.collect()
+            if round_ >= options.warmup:
+                table.append(rows)
+            if on_round is not None:
+                on_round(round_ + 1)
+    finally:
+        if collecting:
+            gc.enable()
+    passes = iter(_over_ranks(table, device=subject.device))
+    return [(next(passes), next(passes) if form.silent is not None else []) for form in forms]
+
+
+def timed_pass(subject: Subject, shard: Shard, x: Tensor, dy: Tensor, *, span: Any = None) -> list[float]:
+    """Seconds of forward and backward on this rank, and what it waited for transfers in each.
+
+    Args:
+        span: ``span(name)`` is a context around each pass, for a trace.
+    """
+    span = span or (lambda _name: nullcontext())
+    seconds: list[float] = []
+    waits: list[float] = []
+    out: Tensor | None = None
+    for name in ("forward", "backward"):
+        dist.barrier()
+        synchronise(subject.device)
+        waited, began = _waited(shard), time.perf_counter()
+        with span(name):
+            if out is None:
+                out = subject.forward(x, shard)
+            else:
+                torch.autograd.backward(out, dy)
+            synchronise(subject.device)
+        seconds.append(time.perf_counter() - began)
+        waits.append(_waited(shard) - waited)
+    subject.forget(x)
+    return [*seconds, *waits]
+
+
+def _waited(shard: Shard) -> float:
+    links = shard.links
+    return 0.0 if links is None else sum(e.wait_s for e in (links.sp, links.ring, links.ulysses))
+
+
+def _over_ranks(table: list[list[list[float]]], *, device: torch.device) -> list[list[Pass]]:
+    """[round][form][4] of each rank to a list of passes per form: the slowest rank's seconds, the mean of the waits. Collective."""
+    if not table or not table[0]:
+        return []
+    here = torch.tensor(table, dtype=torch.float64, device=device)
+    most, total = here.clone(), here.clone()
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    dist.all_reduce(total)
+    waits = total / dist.get_world_size()
+    both = torch.cat([most[..., :2], waits[..., 2:]], dim=-1).transpose(0, 1).tolist()
+    return [[Pass(forward_s=f, backward_s=b, forward_wait_s=wf, backward_wait_s=wb) for f, b, wf, wb in its] for its in both]
