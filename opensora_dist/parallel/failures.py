@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,13 +25,13 @@ _GLOO_PHRASES = (
 
 def is_lost_contact(error: BaseException) -> bool:
     """Whether an error says that another rank can't be reached or didn't answer in time."""
-    if isinstance(error, dist.DistError):  # of NCCL, of the store, of the network
+    if isinstance(error, CommunicationError | dist.DistError):  # the latter of NCCL, of the store, of the network
         return True
     return type(error) is RuntimeError and any(phrase in str(error).lower() for phrase in _GLOO_PHRASES)
 
 
 @contextmanager
-def lost_contact_said(*, rank: int, world: int, timeout_s: float) -> Iterator[None]:
+def lost_contact_said(*, timeout_s: float) -> Iterator[None]:
     """Around what calls collectives: a lost rank becomes a ``CommunicationError``; every other error passes.
 
     Args:
@@ -42,7 +43,7 @@ def lost_contact_said(*, rank: int, world: int, timeout_s: float) -> Iterator[No
         if not is_lost_contact(error):
             raise
         raise CommunicationError(
-            f"rank {rank} of {world} lost contact with another rank, which ended, or took longer than "
+            f"rank {os.environ.get('RANK', '0')} lost contact with another rank, which ended, or took longer than "
             f"parallel.timeout_s={timeout_s:g}; the first error in the ranks' logs says why. Start the same command again to go on "
             f"from the last checkpoint; raise parallel.timeout_s where a rank was only slow ({' '.join(str(error).split())})"
         ) from error

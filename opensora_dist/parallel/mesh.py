@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from opensora_dist.config.train import SpConfig
-from opensora_dist.core.errors import CommunicationError, ConfigError
+from opensora_dist.core.errors import ConfigError
+from opensora_dist.parallel.failures import is_lost_contact
 from opensora_dist.parallel.sequence.base import Links
 from opensora_dist.parallel.sequence.exchange import Exchange
 
@@ -125,10 +126,10 @@ def process_group(device: torch.device, *, timeout_s: float) -> Iterator[None]:
         dist.init_process_group(backend, timeout=timeout)
     try:
         yield
-    except CommunicationError:
-        raise  # the process ends; closing NCCL's communicators could wait for the rank that is gone
-    except BaseException:
-        dist.destroy_process_group()
+    except BaseException as error:
+        # Where a rank is gone, closing NCCL's communicators could wait for it; this process ends too.
+        if not is_lost_contact(error):
+            dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 

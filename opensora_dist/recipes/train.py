@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from opensora_dist.checkpoint.commit import Resumable
-from opensora_dist.codecs.registry import build_codec, build_text_encoder, check_text_encoder
+from opensora_dist.codecs.registry import build_codec, build_text_encoder
 from opensora_dist.config.dataset import DatasetSpec
-from opensora_dist.config.load import Problem, dump_yaml, expand, load_config
-from opensora_dist.config.rules import train_problems
+from opensora_dist.config.load import dump_yaml, expand, load_config
 from opensora_dist.config.train import TrainConfig
-from opensora_dist.core.errors import CheckpointError, ConfigError, OpensoraError
+from opensora_dist.core.errors import CheckpointError, ConfigError
 from opensora_dist.core.io import exclusive_lock, write_json, write_text
-from opensora_dist.core.layout import CHECKPOINTS_DIR, CONFIG_NAME, ENVIRONMENT_NAME, LOGS_DIR, METRICS_NAME
+from opensora_dist.core.layout import CONFIG_NAME, ENVIRONMENT_NAME, LOGS_DIR, METRICS_NAME
 from opensora_dist.core.logging import get_logger, setup_logging
 from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index
 from opensora_dist.data.loader import Loader
 from opensora_dist.data.order import Order
 from opensora_dist.diffusion.base import Objective
-from opensora_dist.diffusion.samplers import check_sampling
 from opensora_dist.models.base import VideoTransformer
 from opensora_dist.models.layers import Block
 from opensora_dist.observe.environment import describe_environment
@@ -33,20 +31,23 @@ from opensora_dist.observe.events import EventLog
 from opensora_dist.observe.metrics import MetricLog
 from opensora_dist.observe.progress import TrainProgress
 from opensora_dist.observe.report import write_report
-from opensora_dist.observe.trackers import build_trackers, track_problems
+from opensora_dist.observe.trackers import build_trackers
 from opensora_dist.parallel.failures import lost_contact_said
 from opensora_dist.parallel.keys import Keys
-from opensora_dist.parallel.mesh import Mesh, build_mesh, default_nproc, launched_world, process_group, resolve_device
+from opensora_dist.parallel.mesh import Mesh, build_mesh, launched_world, process_group, resolve_device
+from opensora_dist.parallel.sequence.auto import AutoChoice, StepWatch
 from opensora_dist.parallel.sequence.base import Shard
 from opensora_dist.parallel.sequence.layout import SequenceParallel, describe_shard
 from opensora_dist.parallel.spawn import run_ranks
 from opensora_dist.parallel.zero.native import NativeBackend
 from opensora_dist.plan.hardware import peak_flops
+from opensora_dist.recipes.auto import auto_choice
 from opensora_dist.recipes.build import initialiser, meta_model
-from opensora_dist.recipes.shards import LatentShards, share_problems
+from opensora_dist.recipes.checks import training_problems, world_of
+from opensora_dist.recipes.shards import LatentShards
 from opensora_dist.train.ema import Ema
 from opensora_dist.train.generate import SamplingOptions
-from opensora_dist.train.logbook import Logbook
+from opensora_dist.train.logbook import Logbook, StepNote
 from opensora_dist.train.loop import BatchCost, Trainer
 from opensora_dist.train.saving import Saver, TrainerState
 from opensora_dist.train.validation import Validator
@@ -63,19 +64,18 @@ def train(path: Path | None, *, overrides: Sequence[str] = ()) -> int:
     Raises:
         ConfigError: Every problem of the config, the layout and the data set it names.
         DataError: The data set can't be used.
+        CommunicationError: Another rank ended, was stuck for ``parallel.timeout_s``, or was about to do something else.
     """
     config = check(path, overrides=overrides)
-    nproc = launched_world() or _world(config)
+    nproc = world_of(config)
     if launched_world() is None and nproc > 1:
         args = ["train", *([str(path)] if path else []), *overrides]
         return run_ranks(args, nproc=nproc, log_dir=expand(config.run.dir) / LOGS_DIR)
-    device = resolve_device(config.run.device)
-    with process_group(device, timeout_s=config.parallel.timeout_s):
-        parallel = config.parallel
+    device, parallel = resolve_device(config.run.device), config.parallel
+    with lost_contact_said(timeout_s=parallel.timeout_s), process_group(device, timeout_s=parallel.timeout_s):
         mesh = build_mesh(device, dp_replicate=parallel.dp_replicate, sp=parallel.sp, timeout_s=parallel.timeout_s)
         setup_logging(rank=mesh.rank, world=mesh.world)
-        with lost_contact_said(rank=mesh.rank, world=mesh.world, timeout_s=parallel.timeout_s):
-            train_rank(config, mesh)
+        train_rank(config, mesh)
     return 0
 
 
@@ -86,116 +86,7 @@ def check(path: Path | None, *, overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: All problems at once.
         DataError: The index can't be read.
     """
-    return load_config(TrainConfig, path, overrides=overrides, rules=_problems)
-
-
-def _world(config: TrainConfig) -> int:
-    return launched_world() or config.parallel.nproc or default_nproc(config.run.device)
-
-
-def _problems(config: TrainConfig) -> list[Problem]:
-    problems = []
-    if config.run.device == "cuda" and not torch.cuda.is_available():
-        message = "run.device=cuda, but torch sees no CUDA device here; use run.device=auto or cpu, or check the driver"
-        problems.append(Problem(fields=("run.device",), message=message))
-        world = launched_world() or config.parallel.nproc or 1
-    else:
-        world = _world(config)
-        problems += _rank_problems(config)
-    problems += train_problems(config, world=world)
-    try:
-        check_sampling(config.objective, sampler=config.validation.sampler, steps=config.validation.sampling_steps)
-    except ConfigError as error:
-        fields = ("validation.sampler", "validation.sampling_steps", "objective")
-        problems += [Problem(fields=fields, message=f"validation.{p}") for p in error.problems]
-    problems += _init_from_problems(config)
-    # The data set can be asked only where the fields that build a model from it are right.
-    if config.data.path is not None and expand(config.data.path).is_dir() and not problems:
-        problems += _dataset_problems(config)
-    # Rank 0 alone has trackers, and other machines need neither their packages nor a key.
-    if os.environ.get("RANK", "0") == "0":
-        problems += track_problems(config.track)
-    return problems
-
-
-def _rank_problems(config: TrainConfig) -> list[Problem]:
-    """Each rank on CUDA needs a GPU of its own."""
-    gpus, nproc = torch.cuda.device_count(), config.parallel.nproc
-    if launched_world() is not None or nproc is None or nproc <= gpus or resolve_device(config.run.device).type != "cuda":
-        return []
-    message = f"parallel.nproc={nproc} exceeds the {gpus} GPU(s) of this machine; use at most {gpus}, or run.device=cpu"
-    return [Problem(fields=("parallel.nproc", "run.device"), message=message)]
-
-
-def _init_from_problems(config: TrainConfig) -> list[Problem]:
-    """Weights to start from must be there, unless the run has a checkpoint of its own already."""
-    wanted = config.model.init_from
-    if wanted is None or any((expand(config.run.dir) / CHECKPOINTS_DIR).glob("step-*")):
-        return []
-    path = expand(wanted.path)
-    if path.is_dir() if wanted.format == "run" else path.is_file():
-        return []
-    what = "a run directory" if wanted.format == "run" else "a file"
-    message = f"model.init_from.path={wanted.path!r} is not {what}; give the path of the weights"
-    return [Problem(fields=("model.init_from.path",), message=message)]
-
-
-def _dataset_problems(config: TrainConfig) -> list[Problem]:
-    """What does not fit the data set: the model must cut each shape of clips into patches, and the ranks those into parts."""
-    assert config.data.path is not None
-    problems: list[Problem] = []
-    try:
-        index = Index.open(expand(config.data.path))
-        order = Order(index, keys=Keys(config.run.seed), global_batch=config.data.global_batch)
-        model, _ = meta_model(config.model, config.objective, index.spec)
-    except OpensoraError as error:
-        return [Problem(fields=("data.path",), message=p) for p in _sentences(error)]
-    grids: dict[str, Thw] = {}
-    for bucket, rows in index.buckets.items():
-        latent = index.latent_shape(int(rows[0]))
-        try:
-            grid = model.token_grid(latent)
-        except ConfigError as error:
-            problems += [Problem(fields=("model.patch",), message=f"clips of {bucket}: {p}") for p in error.problems]
-            continue
-        if latent in order.latents:  # others are never trained on
-            grids[f"clips of {bucket}"] = grid
-    problems += share_problems(config.parallel.sp, config.model, grids)
-    if config.validation.every_steps:
-        problems += _drawing_problems(config, index.spec, model)
-    return problems
-
-
-def _drawing_problems(config: TrainConfig, spec: DatasetSpec, model: VideoTransformer) -> list[Problem]:
-    """Validation videos take the text encoder and the codec that the data set was made with."""
-    problems: list[Problem] = []
-
-    def add(error: OpensoraError) -> None:
-        what = f"validation.every_steps={config.validation.every_steps} needs the data set's codec and text encoder"
-        fields = ("validation.every_steps", "data.path")
-        problems.extend(Problem(fields=fields, message=f"{what}: {p}") for p in _sentences(error))
-
-    try:
-        check_text_encoder(spec.text)
-    except ConfigError as error:
-        add(error)
-    try:
-        codec = build_codec(spec.codec, device=torch.device("cpu"))
-    except OpensoraError as error:
-        add(error)
-        return problems
-    if config.validation.clip is not None:
-        try:
-            grid = model.token_grid(codec.latent_shape(Thw(*config.validation.clip)))
-        except ConfigError as error:
-            return problems + [Problem(fields=("validation.clip",), message=f"validation.clip: {p}") for p in error.problems]
-        clip = {f"validation.clip={list(config.validation.clip)}": grid}
-        problems += share_problems(config.parallel.sp, config.model, clip)
-    return problems
-
-
-def _sentences(error: OpensoraError) -> list[str]:
-    return error.problems if isinstance(error, ConfigError) else [str(error)]
+    return load_config(TrainConfig, path, overrides=overrides, rules=training_problems)
 
 
 def train_rank(config: TrainConfig, mesh: Mesh) -> None:
@@ -219,7 +110,9 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
         for block in model.blocks:
             assert isinstance(block, Block)
             block.recompute = config.parallel.recompute == "block"
-        shards = LatentShards(mesh, SequenceParallel(mesh, config.parallel.sp), model)
+        sp = config.parallel.sp
+        choice = auto_choice(config, mesh, model, text_tokens=index.spec.max_tokens) if sp.scheme == "auto" else None
+        shards = LatentShards(mesh, SequenceParallel(mesh, sp, choose=choice), model)
         saver = Saver(run_dir, config=config, spec=index.spec, mesh=mesh)
         # Asked before the collective `find`: once past it, the main rank may already write metrics.
         used = (run_dir / METRICS_NAME).exists()
@@ -240,10 +133,13 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
         ema = Ema(backend.params, decay=config.optim.ema_decay)
         start = _start_state(config, saver, found, backend=backend, ema=ema, dataset_hash=index.dataset_hash)
         state = start.state
-        logbook = _open_logbook(config, mesh, run_dir=run_dir, step=state.step, stack=stack)
+        logbook = _open_logbook(config, mesh, run_dir=run_dir, step=state.step, stack=stack, watch=_watch(choice, model))
         for name, fields in start.events:
             logbook.event(name, **fields)
         _note_start(config, mesh, logbook, backend=backend, order=order, shards=shards, step=state.step, samples=len(index))
+        if choice is not None:
+            for grid in choice.predictions:
+                logbook.event("sequence_prediction", **choice.event(grid))
         validator = _build_validator(
             config, mesh, run_dir=run_dir, index=index, objective=objective, keys=keys, shards=shards.shard
         )
@@ -322,6 +218,14 @@ def _note_start(
             _log.info("latents of %s: %s", latent, how)
 
 
+def _watch(choice: AutoChoice | None, model: VideoTransformer) -> Callable[[StepNote], dict[str, Any] | None] | None:
+    """Holds measured steps against what ``auto`` predicted."""
+    if choice is None:
+        return None
+    watch = StepWatch(choice.predictions)
+    return lambda note: watch.note(model.token_grid(note.latent), note.step_s)
+
+
 def _cost(model: VideoTransformer, latent: Thw, *, text_tokens: int) -> BatchCost:
     """Backward costs twice the forward."""
     return BatchCost(tokens=model.token_grid(latent).volume, flops=3 * model.flops(latent, text_tokens=text_tokens))
@@ -354,9 +258,17 @@ def _start_state(
     return _Start(state=state, events=tuple(events))
 
 
-def _open_logbook(config: TrainConfig, mesh: Mesh, *, run_dir: Path, step: int, stack: ExitStack) -> Logbook:
+def _open_logbook(
+    config: TrainConfig,
+    mesh: Mesh,
+    *,
+    run_dir: Path,
+    step: int,
+    stack: ExitStack,
+    watch: Callable[[StepNote], dict[str, Any] | None] | None,
+) -> Logbook:
     if not mesh.is_main:
-        return Logbook(mesh=mesh, metrics=None, events=None, progress=None, trackers=None, peak_flops=None)
+        return Logbook(mesh=mesh, metrics=None, events=None, progress=None, trackers=None, peak_flops=None, watch=None)
     write_text(run_dir / CONFIG_NAME, dump_yaml(config))
     write_json(run_dir / ENVIRONMENT_NAME, describe_environment(world=mesh.world))
     metrics = MetricLog(run_dir, steps_done=step)
@@ -371,7 +283,7 @@ def _open_logbook(config: TrainConfig, mesh: Mesh, *, run_dir: Path, step: int, 
     peak = peak_flops(mesh.device, dtype=config.run.dtype)
     how = "data sheet" if mesh.device.type == "cuda" else "measured"
     events.log("device_peak", {"device": str(mesh.device), "flops_per_s": peak, "how": how})
-    return Logbook(mesh=mesh, metrics=metrics, events=events, progress=progress, trackers=trackers, peak_flops=peak)
+    return Logbook(mesh=mesh, metrics=metrics, events=events, progress=progress, trackers=trackers, peak_flops=peak, watch=watch)
 
 
 def _build_validator(

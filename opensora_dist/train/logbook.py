@@ -5,14 +5,16 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from opensora_dist.core.logging import get_logger
+from opensora_dist.core.types import Thw
 from opensora_dist.observe.events import EventLog
 from opensora_dist.observe.metrics import MetricLog, StepMetrics
 from opensora_dist.observe.progress import TrainProgress
@@ -29,6 +31,7 @@ class StepNote:
 
     Args:
         step: Optimizer steps done, this one included.
+        latent: Latent shape of its samples.
         samples: Samples of this step, over all ranks.
         tokens: Tokens of this step, over all ranks.
         flops: Model FLOPs of this step, forward and backward, over all ranks.
@@ -41,6 +44,7 @@ class StepNote:
 
     step: int
     lr: float
+    latent: Thw
     samples: int
     tokens: int
     flops: int
@@ -60,6 +64,7 @@ class Logbook:
         progress: The display; None likewise.
         trackers: wandb, TensorBoard; None on ranks that don't write.
         peak_flops: Peak of one rank's device, for MFU; None where it isn't known.
+        watch: Called with each step once its time is known; what it returns is noted as the event ``sequence_measured``.
     """
 
     def __init__(
@@ -71,9 +76,10 @@ class Logbook:
         progress: TrainProgress | None,
         trackers: Trackers | None,
         peak_flops: float | None,
+        watch: Callable[[StepNote], dict[str, Any] | None] | None,
     ) -> None:
         self._mesh, self._metrics, self._events, self._progress = mesh, metrics, events, progress
-        self._trackers, self._peak_flops = trackers, peak_flops
+        self._trackers, self._peak_flops, self._watch = trackers, peak_flops, watch
         self._notes: list[StepNote] = []
 
     def event(self, name: str, **fields: object) -> None:
@@ -120,6 +126,9 @@ class Logbook:
                     "step %d skipped: its gradient norm is %s (batch %s)", metrics.step, metrics.grad_norm, metrics.batch_digest
                 )
         self._metrics.flush()
+        for note in notes:
+            if self._watch is not None and (measured := self._watch(note)) is not None:
+                self.event("sequence_measured", **measured)
         if self._progress is not None:
             self._progress.update(window)
 

@@ -132,6 +132,7 @@ class Trainer:
             StepNote(
                 step=self.state.step,
                 lr=lr,
+                latent=first.latent,
                 samples=samples,
                 tokens=samples * cost.tokens,
                 flops=samples * cost.flops,

@@ -9,7 +9,8 @@ from opensora_dist.config.load import load_config
 from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.errors import ConfigError
 from opensora_dist.plan.hardware import peak_flops
-from opensora_dist.recipes.train import _rank_problems, check
+from opensora_dist.recipes.checks import rank_problems
+from opensora_dist.recipes.train import check
 
 
 @pytest.mark.parametrize(
@@ -36,13 +37,13 @@ def test_a_cpus_peak_is_measured():
 def test_more_ranks_than_gpus_are_refused_before_any_is_started(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     config = load_config(TrainConfig, None, overrides=["parallel.nproc=3"])
-    assert _rank_problems(config) == []  # no GPU: on the CPU any number will do
+    assert rank_problems(config) == []  # no GPU: on the CPU any number will do
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    (problem,) = _rank_problems(config)
+    (problem,) = rank_problems(config)
     assert problem.message.startswith("parallel.nproc=3 exceeds the 2 GPU(s)")
-    assert _rank_problems(load_config(TrainConfig, None, overrides=["parallel.nproc=3", "run.device=cpu"])) == []
-    assert _rank_problems(load_config(TrainConfig, None, overrides=["parallel.nproc=2"])) == []
+    assert rank_problems(load_config(TrainConfig, None, overrides=["parallel.nproc=3", "run.device=cpu"])) == []
+    assert rank_problems(load_config(TrainConfig, None, overrides=["parallel.nproc=2"])) == []
 
 
 def test_a_gpu_that_is_not_there_is_one_problem_among_the_others(monkeypatch, tmp_path):

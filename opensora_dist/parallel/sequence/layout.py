@@ -73,10 +73,13 @@ def scheme_problems(sp: SpConfig, grid: Thw, *, heads: int, joint: bool) -> list
     """What keeps a sample of this token grid from being shared by ``sp.degree`` ranks, each with a way out."""
     if sp.degree == 1:
         return []
-    if max(grid.t, grid.h) < sp.degree:
+    name, degree = "degree", sp.degree
+    if sp.scheme == "auto" and sp.min_degree is not None:
+        name, degree = "min_degree", sp.min_degree
+    if max(grid.t, grid.h) < degree:
         return [
-            f"parallel.sp.degree={sp.degree}: {grid} tokens have fewer frames and fewer rows than that; "
-            f"use parallel.sp.degree={max(grid.t, grid.h)} or less"
+            f"parallel.sp.{name}={degree}: {grid} tokens have fewer frames and fewer rows than that; "
+            f"use parallel.sp.{name}={max(grid.t, grid.h)} or less"
         ]
     if sp.scheme == "auto":
         return []

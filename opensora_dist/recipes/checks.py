@@ -1,0 +1,142 @@
+"""What keeps a training run from starting: every rule that needs the data set or this machine, all problems at once."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from opensora_dist.codecs.registry import build_codec, check_text_encoder
+from opensora_dist.config.dataset import DatasetSpec
+from opensora_dist.config.load import Problem, expand
+from opensora_dist.config.rules import train_problems
+from opensora_dist.config.train import TrainConfig
+from opensora_dist.core.errors import ConfigError, OpensoraError
+from opensora_dist.core.layout import CHECKPOINTS_DIR
+from opensora_dist.core.types import Thw
+from opensora_dist.data.index import Index
+from opensora_dist.data.order import Order
+from opensora_dist.diffusion.samplers import check_sampling
+from opensora_dist.models.base import VideoTransformer
+from opensora_dist.observe.trackers import track_problems
+from opensora_dist.parallel.keys import Keys
+from opensora_dist.parallel.mesh import default_nproc, launched_world, resolve_device
+from opensora_dist.parallel.sequence.network import read_network
+from opensora_dist.recipes.build import meta_model
+from opensora_dist.recipes.shards import share_problems
+
+
+def world_of(config: TrainConfig) -> int:
+    """How many ranks the run has, or will have."""
+    return launched_world() or config.parallel.nproc or default_nproc(config.run.device)
+
+
+def training_problems(config: TrainConfig) -> list[Problem]:
+    """Everything that can be found wrong with a run before a process group is made."""
+    problems = []
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        message = "run.device=cuda, but torch sees no CUDA device here; use run.device=auto or cpu, or check the driver"
+        problems.append(Problem(fields=("run.device",), message=message))
+        world = launched_world() or config.parallel.nproc or 1
+    else:
+        world = world_of(config)
+        problems += rank_problems(config)
+    problems += train_problems(config, world=world)
+    try:
+        check_sampling(config.objective, sampler=config.validation.sampler, steps=config.validation.sampling_steps)
+    except ConfigError as error:
+        fields = ("validation.sampler", "validation.sampling_steps", "objective")
+        problems += [Problem(fields=fields, message=f"validation.{p}") for p in error.problems]
+    problems += _init_from_problems(config)
+    if config.parallel.sp.scheme == "auto" and config.parallel.sp.network is not None:
+        try:
+            read_network(expand(config.parallel.sp.network))
+        except ConfigError as error:
+            problems += [Problem(fields=("parallel.sp.network",), message=p) for p in error.problems]
+    # The data set can be asked only where the fields that build a model from it are right.
+    if config.data.path is not None and expand(config.data.path).is_dir() and not problems:
+        problems += _dataset_problems(config)
+    # Rank 0 alone has trackers, and other machines need neither their packages nor a key.
+    if os.environ.get("RANK", "0") == "0":
+        problems += track_problems(config.track)
+    return problems
+
+
+def rank_problems(config: TrainConfig) -> list[Problem]:
+    """Each rank on CUDA needs a GPU of its own."""
+    gpus, nproc = torch.cuda.device_count(), config.parallel.nproc
+    if launched_world() is not None or nproc is None or nproc <= gpus or resolve_device(config.run.device).type != "cuda":
+        return []
+    message = f"parallel.nproc={nproc} exceeds the {gpus} GPU(s) of this machine; use at most {gpus}, or run.device=cpu"
+    return [Problem(fields=("parallel.nproc", "run.device"), message=message)]
+
+
+def _init_from_problems(config: TrainConfig) -> list[Problem]:
+    """Weights to start from must be there, unless the run has a checkpoint of its own already."""
+    wanted = config.model.init_from
+    if wanted is None or any((expand(config.run.dir) / CHECKPOINTS_DIR).glob("step-*")):
+        return []
+    path = expand(wanted.path)
+    if path.is_dir() if wanted.format == "run" else path.is_file():
+        return []
+    what = "a run directory" if wanted.format == "run" else "a file"
+    message = f"model.init_from.path={wanted.path!r} is not {what}; give the path of the weights"
+    return [Problem(fields=("model.init_from.path",), message=message)]
+
+
+def _dataset_problems(config: TrainConfig) -> list[Problem]:
+    """What does not fit the data set: the model must cut each shape of clips into patches, and the ranks those into parts."""
+    assert config.data.path is not None
+    problems: list[Problem] = []
+    try:
+        index = Index.open(expand(config.data.path))
+        order = Order(index, keys=Keys(config.run.seed), global_batch=config.data.global_batch)
+        model, _ = meta_model(config.model, config.objective, index.spec)
+    except OpensoraError as error:
+        return [Problem(fields=("data.path",), message=p) for p in _sentences(error)]
+    grids: dict[str, Thw] = {}
+    for bucket, rows in index.buckets.items():
+        latent = index.latent_shape(int(rows[0]))
+        try:
+            grid = model.token_grid(latent)
+        except ConfigError as error:
+            problems += [Problem(fields=("model.patch",), message=f"clips of {bucket}: {p}") for p in error.problems]
+            continue
+        if latent in order.latents:  # others are never trained on
+            grids[f"clips of {bucket}"] = grid
+    problems += share_problems(config.parallel.sp, config.model, grids)
+    if config.validation.every_steps:
+        problems += _drawing_problems(config, index.spec, model)
+    return problems
+
+
+def _drawing_problems(config: TrainConfig, spec: DatasetSpec, model: VideoTransformer) -> list[Problem]:
+    """Validation videos take the text encoder and the codec that the data set was made with."""
+    problems: list[Problem] = []
+
+    def add(error: OpensoraError) -> None:
+        what = f"validation.every_steps={config.validation.every_steps} needs the data set's codec and text encoder"
+        fields = ("validation.every_steps", "data.path")
+        problems.extend(Problem(fields=fields, message=f"{what}: {p}") for p in _sentences(error))
+
+    try:
+        check_text_encoder(spec.text)
+    except ConfigError as error:
+        add(error)
+    try:
+        codec = build_codec(spec.codec, device=torch.device("cpu"))
+    except OpensoraError as error:
+        add(error)
+        return problems
+    if config.validation.clip is not None:
+        try:
+            grid = model.token_grid(codec.latent_shape(Thw(*config.validation.clip)))
+        except ConfigError as error:
+            return problems + [Problem(fields=("validation.clip",), message=f"validation.clip: {p}") for p in error.problems]
+        clip = {f"validation.clip={list(config.validation.clip)}": grid}
+        problems += share_problems(config.parallel.sp, config.model, clip)
+    return problems
+
+
+def _sentences(error: OpensoraError) -> list[str]:
+    return error.problems if isinstance(error, ConfigError) else [str(error)]
