@@ -154,5 +154,5 @@ def joined_ranks(config: TrainConfig, *, grid: Thw, scheme: str | None, device: 
     with process_group(device, timeout_s=timeout_s):
         mesh = build_mesh(device, dp_replicate=1, sp=sp, timeout_s=timeout_s)
         setup_logging(rank=mesh.rank, world=mesh.world)
-        with lost_contact_said(rank=mesh.rank, world=mesh.world, timeout_s=timeout_s):
+        with lost_contact_said(timeout_s=timeout_s):
             yield SequenceParallel(mesh, sp).shard(grid)
