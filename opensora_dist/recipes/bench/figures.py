@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from opensora_dist.recipes.bench.sequence import Pass, SequenceResult
+from opensora_dist.recipes.bench.passes import Pass, SequenceResult
 
-BASELINE = "deepspeed"
+BASELINES = ("deepspeed", "none")
+"""What ratios are to, the first that was timed; on one rank there is only the block without a scheme."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Figures:
     """Of one form; milliseconds. None where there is nothing to compare with.
 
     Args:
-        ratio: To DeepSpeed's forward and backward, round by round.
+        ratio: To the baseline's forward and backward, round by round.
         exposed_forward_ms: Time beyond that of the same form without communication, round by round.
         hidden: Of what the scheme's own blocking form exposes, per "forward", "backward" and "both".
     """
@@ -56,18 +57,23 @@ class Figures:
     hidden: dict[str, Hidden] | None
 
 
+def baseline_of(results: Sequence[SequenceResult]) -> SequenceResult | None:
+    """What ratios of a run are to."""
+    return next((r for name in BASELINES for r in results if r.scheme == name and r.passes), None)
+
+
 def figures(result: SequenceResult, others: Sequence[SequenceResult]) -> Figures | None:
     """Of a form among those of the same run; None for what was not timed."""
     if not result.passes:
         return None
-    baseline = next((o.passes for o in others if o.scheme == BASELINE and o.passes), None)
+    baseline = baseline_of(others)
     blocking = next((o for o in others if o.scheme == result.scheme and o.overlap is False and o.passes), None)
     return Figures(
         forward_ms=_ms([p.forward_s for p in result.passes]),
         backward_ms=_ms([p.backward_s for p in result.passes]),
         both_ms=_ms([p.both_s for p in result.passes]),
         wait_ms=1e3 * statistics.median(p.forward_wait_s + p.backward_wait_s for p in result.passes),
-        ratio=Spread.of([p.both_s / b.both_s for p, b in zip(result.passes, baseline)]) if baseline else None,
+        ratio=Spread.of([p.both_s / b.both_s for p, b in zip(result.passes, baseline.passes)]) if baseline else None,
         exposed_forward_ms=_exposed(result, lambda p: p.forward_s),
         exposed_backward_ms=_exposed(result, lambda p: p.backward_s),
         hidden=_hidden(result, blocking) if result.overlap and blocking is not None else None,

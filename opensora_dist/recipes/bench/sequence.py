@@ -5,10 +5,9 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,73 +15,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opensora_dist.config.train import SpConfig
-from opensora_dist.core.errors import OpensoraError
-from opensora_dist.core.types import Region
+from opensora_dist.core.errors import ConfigError, OpensoraError
+from opensora_dist.core.types import Region, Thw
 from opensora_dist.parallel.mesh import build_mesh, sp_ulysses
 from opensora_dist.parallel.sequence.base import Links, Scheme, Shard, Traffic, split_sizes
 from opensora_dist.parallel.sequence.layout import scheme_problems, shards_rows
 from opensora_dist.parallel.sequence.local import Local, whole
-from opensora_dist.parallel.sequence.network import synchronise
 from opensora_dist.parallel.sequence.registry import SCHEMES
 from opensora_dist.parallel.sequence.traffic import SentBytes
 from opensora_dist.recipes.bench.case import SequenceCase, Subject
 from opensora_dist.recipes.bench.forms import PACKAGES, package_missing, silent
 from opensora_dist.recipes.bench.memory import peak_memory
+from opensora_dist.recipes.bench.passes import Form, Pass, SequenceResult, timed_pass
+from opensora_dist.recipes.bench.trace import write_trace
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float64": 1e-10}
 """Largest difference from the block on one process, over the largest value, by the case's dtype."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pass:
-    """One forward and backward: seconds of the slowest rank, and the mean over ranks of what the host waited for transfers."""
-
-    forward_s: float
-    backward_s: float
-    forward_wait_s: float
-    backward_wait_s: float
-
-    @property
-    def both_s(self) -> float:
-        """Forward and backward."""
-        return self.forward_s + self.backward_s
-
-
-@dataclass(frozen=True, kw_only=True)
-class SequenceResult:
-    """One form of one scheme.
-
-    Args:
-        scheme: Its name; or a package's, or "local" for one rank.
-        overlap: None where there is but one form.
-        problem: Why it was not timed.
-        difference: From one process, of output and input gradient together, over the largest value.
-        sent: Bytes that rank 0 sent, as counted on the collectives.
-        formula: The same by the scheme's formula.
-        memory_bytes: Peak beyond weights and inputs, of the rank that held most.
-        passes: One per round.
-        silent: The same without communication, in the same rounds.
-    """
-
-    scheme: str
-    overlap: bool | None = None
-    problem: str | None = None
-    difference: float | None = None
-    sent: Traffic | None = None
-    formula: Traffic | None = None
-    memory_bytes: int | None = None
-    passes: tuple[Pass, ...] = ()
-    silent: tuple[Pass, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """As in the table."""
-        return self.scheme if self.overlap is None else f"{self.scheme} {'overlapped' if self.overlap else 'blocking'}"
-
-    @property
-    def bytes_match(self) -> bool:
-        """Whether what was sent is what the formula says."""
-        return self.sent == self.formula
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,22 +52,51 @@ class Options:
     timeout_s: float = 600.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """One thing to time, on its shard; ``silent`` is the same without communication, where that is known."""
+def sequence_inputs(
+    *,
+    schemes: Sequence[str] | None,
+    chunks: int,
+    ulysses: int | None,
+    fastseq_dw: str,
+    rounds: int,
+    warmup: int,
+    timeout_s: float,
+    grid: tuple[int, ...],
+    **case: Any,
+) -> tuple[SequenceCase, Options]:
+    """A case and options from what a command line has.
 
-    result: SequenceResult
-    shard: Shard
-    silent: Shard | None = None
+    Raises:
+        ConfigError: Everything that is out of range.
+    """
+    known = (*SCHEMES, *PACKAGES)
+    problems = [f"--schemes {name}: not known; use some of {', '.join(known)}" for name in schemes or () if name not in known]
+    for flag, value, least in (("chunks", chunks, 1), ("rounds", rounds, 1), ("warmup", warmup, 0), ("ulysses", ulysses or 1, 1)):
+        if value < least:
+            problems.append(f"--{flag} must be {least} or more, and is {value}")
+    try:
+        made = SequenceCase(grid=Thw(*grid), **case)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    if problems:
+        raise ConfigError(problems)
+    sp = SpConfig.model_validate({"chunks": chunks, "ulysses": ulysses, "fastseq_dw": fastseq_dw})
+    return made, Options(schemes=tuple(schemes) if schemes else None, rounds=rounds, warmup=warmup, sp=sp, timeout_s=timeout_s)
 
 
 def bench_sequence(
-    case: SequenceCase, *, device: torch.device, options: Options, on_round: Callable[[int], None] | None = None
+    case: SequenceCase,
+    *,
+    device: torch.device,
+    options: Options,
+    on_round: Callable[[int], None] | None = None,
+    trace: Path | None = None,
 ) -> list[SequenceResult]:
     """Measures on all ranks of the process group, which share one sample batch; rank by rank the same result. Collective.
 
     Args:
         on_round: Told the rounds done, warm-up included.
+        trace: This rank's file for one pass of each form, in Chrome's format.
     Raises:
         OpensoraError: A scheme computes something else than one process does.
     """
@@ -130,6 +107,8 @@ def bench_sequence(
     forms = [_examined(form, subject, wanted=wanted) for form in forms]
     del wanted
     passes = _rounds(forms, subject, options=options, on_round=on_round)
+    if trace is not None:
+        write_trace(trace, forms, subject)
     timed = [
         replace(form.result, passes=tuple(its), silent=tuple(silents)) for form, (its, silents) in zip(forms, passes, strict=True)
     ]
@@ -140,7 +119,9 @@ def make_forms(case: SequenceCase, *, device: torch.device, options: Options) ->
     """What fits, and what doesn't with the reason. Collective: makes groups."""
     world = dist.get_world_size()
     if world == 1:
-        return [Form(result=SequenceResult(scheme="local"), shard=whole(case.grid))], []
+        # Nothing crosses ranks, so every scheme is the same call: told apart, so that what a scheme costs then can be seen.
+        names = ("none", *(name for name in options.schemes or SCHEMES if name in SCHEMES))
+        return [Form(result=SequenceResult(scheme=name), shard=whole(case.grid)) for name in names], []
     forms: list[Form] = []
     refused: list[SequenceResult] = []
     links: dict[int, Links] = {}
@@ -279,37 +260,6 @@ def _rounds(
             gc.enable()
     passes = iter(_over_ranks(table, device=subject.device))
     return [(next(passes), next(passes) if form.silent is not None else []) for form in forms]
-
-
-def timed_pass(subject: Subject, shard: Shard, x: Tensor, dy: Tensor, *, span: Any = None) -> list[float]:
-    """Seconds of forward and backward on this rank, and what it waited for transfers in each.
-
-    Args:
-        span: ``span(name)`` is a context around each pass, for a trace.
-    """
-    span = span or (lambda _name: nullcontext())
-    seconds: list[float] = []
-    waits: list[float] = []
-    out: Tensor | None = None
-    for name in ("forward", "backward"):
-        dist.barrier()
-        synchronise(subject.device)
-        waited, began = _waited(shard), time.perf_counter()
-        with span(name):
-            if out is None:
-                out = subject.forward(x, shard)
-            else:
-                torch.autograd.backward(out, dy)
-            synchronise(subject.device)
-        seconds.append(time.perf_counter() - began)
-        waits.append(_waited(shard) - waited)
-    subject.forget(x)
-    return [*seconds, *waits]
-
-
-def _waited(shard: Shard) -> float:
-    links = shard.links
-    return 0.0 if links is None else sum(e.wait_s for e in (links.sp, links.ring, links.ulysses))
 
 
 def _over_ranks(table: list[list[list[float]]], *, device: torch.device) -> list[list[Pass]]:

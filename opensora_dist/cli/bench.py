@@ -1,0 +1,133 @@
+"""``opensora-dist bench``: what the parts of a training cost here."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from opensora_dist.core.errors import ConfigError
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds the verb and its own verbs."""
+    bench = verbs.add_parser(
+        "bench", help="time sequence schemes; measure the network", description="Measure parts of a training."
+    )
+    actions = bench.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _add_sequence(actions)
+    _add_network(actions)
+
+
+def _add_sequence(actions: Any) -> None:
+    sequence = actions.add_parser(
+        "sequence",
+        help="one transformer block under every sequence scheme",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Time forward and backward of one transformer block whose samples all ranks share: every sequence scheme that fits,\n"
+            "overlapped and blocking, beside DeepSpeed's DistributedAttention and yunchang's SeqAllToAll4D where they are installed.\n"
+            "Each form is checked against one process first, and its bytes against the formula. Starts its own ranks where a launcher\n"
+            "has not.\n\n"
+            "  opensora-dist bench sequence --nproc 2 --grid 16x16x16 --width 384 --heads 8 --out runs/bench\n"
+            "  torchrun --nproc-per-node 8 -m opensora_dist bench sequence --dtype bfloat16 --width 1152 --heads 16 --grid 64x32x32"
+        ),
+    )
+    sequence.add_argument("--model", choices=["stdit", "dit"], default="stdit", help="whose block (default stdit)")
+    sequence.add_argument("--batch", type=int, default=1, metavar="B", help="samples (default 1)")
+    sequence.add_argument("--grid", default="16x16x16", metavar="TxHxW", help="tokens of a sample (default 16x16x16)")
+    sequence.add_argument("--width", type=int, default=384, metavar="D", help="of the model (default 384)")
+    sequence.add_argument("--heads", type=int, default=8, metavar="N", help="default 8")
+    sequence.add_argument("--text-tokens", type=int, default=120, metavar="Y", help="default 120")
+    sequence.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32", help="default float32")
+    sequence.add_argument("--recompute", action="store_true", help="backward runs the block again")
+    sequence.add_argument("--schemes", nargs="+", metavar="NAME", help="these only; deepspeed and yunchang are names, too")
+    sequence.add_argument("--chunks", type=int, default=1, metavar="K", help="pieces of a pipeline (default 1)")
+    sequence.add_argument("--ulysses", type=int, metavar="U", help="inner axis of usp (default: the smallest above 1 that fits)")
+    sequence.add_argument("--fastseq-dw", choices=["gather", "keep"], default="gather", help="default gather")
+    sequence.add_argument("--rounds", type=int, default=9, metavar="R", help="passes of each form that count (default 9)")
+    sequence.add_argument("--warmup", type=int, default=2, metavar="R", help="passes before them (default 2)")
+    sequence.add_argument("--trace", action="store_true", help="write a Chrome trace per rank into --out")
+    sequence.add_argument("--out", type=Path, metavar="DIR", help="folder for sequence.json, sequence.svg and traces")
+    _add_ranks(sequence)
+    sequence.set_defaults(run=_run_sequence)
+
+
+def _add_network(actions: Any) -> None:
+    network = actions.add_parser(
+        "network",
+        help="bandwidth, latency and matrix products of the ranks",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Measure what ranks can send each other and compute. parallel.sp.scheme=auto predicts with these numbers: it measures them\n"
+            "itself when a run starts, or reads them from the file that parallel.sp.network names.\n\n"
+            "  opensora-dist bench network --nproc 2 --width 1152 --out network.json"
+        ),
+    )
+    network.add_argument("--width", type=int, default=1152, metavar="D", help="of the matrix products (default 1152)")
+    network.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32", help="default float32")
+    network.add_argument("--out", type=Path, metavar="FILE", help="where to write the measurement, as JSON")
+    _add_ranks(network)
+    network.set_defaults(run=_run_network)
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nproc", type=int, metavar="P", help="ranks to start (default: one per GPU, or 2)")
+    parser.add_argument("--pin", action="store_true", help="each rank keeps to cores of its own")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds of a stuck transfer (default 600)")
+
+
+def _run_sequence(args: argparse.Namespace) -> int:
+    from opensora_dist.recipes.bench.launch import on_ranks, sequence_rank
+    from opensora_dist.recipes.bench.sequence import sequence_inputs
+
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", args.grid)
+    if not match:
+        raise ConfigError(f"--grid {args.grid!r} is not FRAMESxROWSxCOLUMNS; write e.g. 16x16x16")
+    if args.trace and args.out is None:
+        raise ConfigError("--trace writes one file per rank into --out, which is not given; add --out DIR")
+    case, options = sequence_inputs(
+        model=args.model,
+        batch=args.batch,
+        grid=tuple(map(int, match.groups())),
+        width=args.width,
+        heads=args.heads,
+        text_tokens=args.text_tokens,
+        dtype=args.dtype,
+        recompute=args.recompute,
+        schemes=args.schemes,
+        chunks=args.chunks,
+        ulysses=args.ulysses,
+        fastseq_dw=args.fastseq_dw,
+        rounds=args.rounds,
+        warmup=args.warmup,
+        timeout_s=args.timeout,
+    )
+    return on_ranks(
+        lambda device: sequence_rank(case, device, options=options, out=args.out, trace=args.trace),
+        args=args.argv,
+        nproc=args.nproc,
+        device=args.device,
+        pin=args.pin,
+        out=args.out,
+        timeout_s=args.timeout,
+    )
+
+
+def _run_network(args: argparse.Namespace) -> int:
+    from opensora_dist.recipes.bench.case import DTYPES
+    from opensora_dist.recipes.bench.launch import on_ranks
+    from opensora_dist.recipes.bench.network import network_rank
+
+    return on_ranks(
+        lambda device: network_rank(device, width=args.width, dtype=DTYPES[args.dtype], out=args.out),
+        args=args.argv,
+        nproc=args.nproc,
+        device=args.device,
+        pin=args.pin,
+        out=None,
+        timeout_s=args.timeout,
+    )
+
