@@ -114,10 +114,15 @@ def cases(row: Row) -> list[Case]:
 
 
 def covering(row: Row) -> list[Case]:
-    """A few cases of a row: each shape once, with another of the variants in each; neighbouring rows start elsewhere."""
-    full, start = cases(row), rows().index(row)
-    variants = len(full) // len(SHAPES)
-    return [full[i * variants + (start + i) % variants] for i in range(len(SHAPES))]
+    """A few cases of a row: each shape once, each with another of its variants; neighbouring rows start elsewhere."""
+    full, start, chosen = cases(row), rows().index(row), []
+    for i, shape in enumerate(SHAPES):
+        every = [case for case in full if case.shape == shape]
+        variants = [case for case in every if not case.problems] or every
+        n = len(variants)
+        step = next(k for k in itertools.count(2 * n // 5 + 1) if math.gcd(k, n) == 1)  # far, so that every option changes
+        chosen.append(variants[(start + i * step) % n])
+    return chosen
 
 
 def alternatives(problem: str) -> list[str]:

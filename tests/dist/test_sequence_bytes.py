@@ -120,11 +120,12 @@ WORLDS = list(itertools.product(SCHEMES, (2, 3, 4)))
 
 @pytest.fixture(scope="module")
 def sent(ranks):
-    """By scheme and world, of two blocks: every case of an even and an uneven shape, a few of all shapes."""
+    """By scheme and world, of two blocks: an even and an uneven shape in every way but chunks, a few of all."""
 
     @cache
     def of(scheme, world):
-        chosen = _chosen(scheme, world, shapes=("even", "uneven")) + _chosen(scheme, world, shapes=SHAPES, every=covering)
+        chosen = [case for case in _chosen(scheme, world, shapes=("even", "uneven")) if dict(case.options).get("chunks", 1) == 1]
+        chosen += _chosen(scheme, world, shapes=SHAPES, every=covering)
         return [(case, sent) for of_rank in ranks.run(count_cases, chosen, world=world) for case, sent in zip(chosen, of_rank)]
 
     return of

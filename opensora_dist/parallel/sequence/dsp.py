@@ -48,9 +48,10 @@ class Dsp(Scheme):
     def problems(self, grid: Thw, *, size: int, heads: int, joint: bool) -> list[str]:
         if not joint:
             return []
+        others = "ring" if heads % size else "ring or ulysses"
         return [
             "parallel.sp.scheme=dsp needs attention in two parts, over space and over time, and model.name=dit attends over both at "
-            "once; use parallel.sp.scheme=ring or ulysses, or model.name=stdit"
+            f"once; use parallel.sp.scheme={others}, or model.name=stdit"
         ]
 
     def bytes_sent(self, shard: Shard, axis: Axis, *, batch: int, width: int, element_bytes: int) -> Traffic:
