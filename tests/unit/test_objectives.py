@@ -233,6 +233,22 @@ def test_a_rank_that_holds_a_region_draws_its_noise_bitwise_and_the_whole_sample
     assert torch.equal(part.drop_caption_B, whole.drop_caption_B) and 0 < part.drop_caption_B.sum() < len(samples)
 
 
+@pytest.mark.parametrize("config", [IddpmConfig(), RectifiedFlowConfig(shift="resolution_frames")], ids=lambda c: c.name)
+def test_what_an_objective_makes_of_a_region_is_bitwise_that_region_of_the_whole(config):
+    objective, generator = build_objective(config, spatial_factor=8), Keys(1).generator("region")
+    x0, noise = (torch.empty(2, 3, *LATENT, dtype=torch.float64).normal_(generator=generator) for _ in range(2))
+    output = torch.empty(2, 3 * objective.channel_multiplier, *LATENT, dtype=torch.float64).normal_(generator=generator)
+    level_B = torch.tensor([0.0, 417.0 if config.name == "iddpm" else 0.4], dtype=torch.float64)
+    for region in (Region(1, 3, 0, LATENT.h), Region(0, LATENT.t, 1, 2)):
+
+        def cut(tensor, region=region):
+            return tensor[..., region.t0 : region.t1, region.h0 : region.h1, :]
+
+        assert torch.equal(objective.corrupt(cut(x0), cut(noise), level_B), cut(objective.corrupt(x0, noise, level_B)))
+        part = objective.loss(cut(output), x0=cut(x0), noise=cut(noise), level_B=level_B)
+        assert torch.equal(part, cut(objective.loss(output, x0=x0, noise=noise, level_B=level_B)))
+
+
 def test_caption_dropout_has_its_probability():
     objective = flow(caption_dropout=0.25)
     drops = draw(Keys(0), objective, samples=range(2000), step=0, channels=1, latent=Thw(1, 1, 1), region=None).drop_caption_B
