@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ from opensora_dist.config.load import load_config
 from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.errors import OpensoraError
 from opensora_dist.observe.jsonl import read_records
+from opensora_dist.parallel.failures import lost_contact_said
 from opensora_dist.parallel.mesh import build_mesh
 from opensora_dist.recipes.train import train_rank
 from opensora_dist.train import loop, saving, step
@@ -47,17 +49,14 @@ def train_here(given: list[str], hook: Callable[..., Any] | None = None, *args: 
     """One rank of a run, in the process group of the caller. ``hook(*args)`` is a context manager that stays open around it."""
     config = load_config(TrainConfig, None, overrides=given)
     mesh = build_mesh(torch.device("cpu"), dp_replicate=config.parallel.dp_replicate, sp=config.parallel.sp, timeout_s=60)
-    if hook is None:
-        train_rank(config, mesh)
-        return
-    with hook(*args):
+    with lost_contact_said(timeout_s=60), hook(*args) if hook is not None else nullcontext():
         train_rank(config, mesh)
 
 
-def refused(given: list[str]) -> str:
-    """What a run that must fail says on this rank."""
+def refused(given: list[str], hook: Callable[..., Any] | None = None, *args: Any) -> str:
+    """What a run that must fail says on this rank; ``hook`` as in ``train_here``."""
     try:
-        train_here(given)
+        train_here(given, hook, *args)
     except OpensoraError as error:
         return str(error)
     raise AssertionError("the run did not fail")

@@ -1,0 +1,257 @@
+"""A rank that dies, stalls or does something else than the others ends the run: all say what happened, and nothing hangs."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from cli_process import running
+from dataset_factory import write_dataset
+from forked_ranks import Fault, run
+from training import SAMPLES, metrics, overrides, refused
+
+from opensora_dist.config.train import SpConfig
+from opensora_dist.core.errors import CommunicationError
+from opensora_dist.core.types import Thw
+from opensora_dist.data.loader import Loader
+from opensora_dist.parallel.failures import lost_contact_said
+from opensora_dist.parallel.mesh import build_mesh
+from opensora_dist.parallel.sequence.agree import Agreement, Intent
+from opensora_dist.parallel.sequence.layout import SequenceParallel
+
+SP2 = ["parallel.sp.degree=2", "run.steps=50", "run.log_every=1"]
+WITHIN_S = 20.0
+"""After a death: sockets close at once; the rest is a process that ends on a busy machine."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("lost") / "data"
+    write_dataset(path, samples=SAMPLES)
+    return path
+
+
+def _say_what_happened(ended, fault, *, within_s):
+    others = {rank: e for rank, e in ended.items() if rank != fault.rank}
+    assert {e.code for e in others.values()} == {1}, {rank: e.said for rank, e in others.items()}
+    for rank, e in others.items():
+        assert f"error: rank {rank} lost contact" in e.said, e.said
+        assert "Traceback" not in e.said, e.said
+        assert "parallel.timeout_s" in e.said, e.said
+        assert e.after_s < within_s
+
+
+@pytest.mark.parametrize("place, stage", [("forward", 0), ("backward", 2), ("clip", 3), ("clip", 0)])
+def test_a_rank_killed_in_a_step_ends_the_one_that_shares_its_samples(data, tmp_path, place, stage):
+    fault = Fault(place, signal.SIGKILL)
+    args = overrides(data, tmp_path / "run", *SP2, f"parallel.zero.stage={stage}", "parallel.timeout_s=60")
+    ended = run(args, fault, world=2, logs=tmp_path / "logs", limit_s=WITHIN_S)
+    assert ended[1].code == -signal.SIGKILL
+    _say_what_happened(ended, fault, within_s=WITHIN_S)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_rank_killed_in_a_step_ends_the_ranks_with_other_samples_too(data, tmp_path, rank):
+    fault = Fault("backward", signal.SIGKILL, rank=rank)
+    args = overrides(data, tmp_path / "run", *SP2, "parallel.zero.stage=3", "parallel.timeout_s=60")
+    ended = run(args, fault, world=4, logs=tmp_path / "logs", limit_s=WITHIN_S)
+    _say_what_happened(ended, fault, within_s=WITHIN_S)
+
+
+@pytest.mark.parametrize("place, stage", [("forward", 0), ("clip", 3)])
+def test_a_rank_that_stalls_ends_the_run_after_the_timeout(data, tmp_path, place, stage):
+    fault = Fault(place, signal.SIGSTOP)
+    args = overrides(data, tmp_path / "run", *SP2, f"parallel.zero.stage={stage}", "parallel.timeout_s=5")
+    ended = run(args, fault, world=2, logs=tmp_path / "logs", limit_s=5 + WITHIN_S)
+    _say_what_happened(ended, fault, within_s=5 + WITHIN_S)
+    assert ended[0].after_s > 3
+
+
+def test_under_torchrun_a_killed_rank_ends_the_command_with_code_1_and_leaves_no_process(data, tmp_path):
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+    )
+    args = overrides(data, tmp_path / "run", "run.steps=4000", *SP2[:1], "run.log_every=1", "parallel.timeout_s=30")
+    with running("train", *args, launcher=launcher) as command:
+        command.wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(metrics(tmp_path / "run")) >= 3)
+        pids = command.ranks()
+        assert sorted(pids) == [0, 1]
+        os.kill(pids[1], signal.SIGKILL)
+        began = time.monotonic()
+        ended = command.end(limit_s=60)
+        assert time.monotonic() - began < 60
+    assert ended.code == 1, ended.err
+    assert "error: rank 0 lost contact" in ended.err, ended.err
+    assert not [pid for pid in pids.values() if Path(f"/proc/{pid}").exists()]
+
+
+# --- ranks that would do different things
+
+
+def _other_latents(rank, at_step):
+    """Rank ``rank`` reads latents of two columns fewer, from a step on, as from another data set."""
+    return _loading(
+        rank, at_step, lambda m: replace(m, latents_BCthw=m.latents_BCthw[..., 2:], latent=m.latent._replace(w=m.latent.w - 2))
+    )
+
+
+def _part_missing(rank, at_step):
+    """Rank ``rank`` has fewer columns of latents at hand than its part."""
+    return _loading(rank, at_step, lambda m: replace(m, latents_BCthw=m.latents_BCthw[..., 2:]))
+
+
+def _other_samples(rank, at_step):
+    """Rank ``rank`` has the samples in another order."""
+    return _loading(rank, at_step, lambda m: replace(m, samples=m.samples[::-1]))
+
+
+def _longer_text(rank, at_step):
+    """Rank ``rank`` pads captions to another length, and its data are of another type."""
+    return _loading(
+        rank, at_step, lambda m: replace(m, text_BYE=m.text_BYE.repeat(1, 2, 1), latents_BCthw=m.latents_BCthw.double())
+    )
+
+
+def _loading(rank, at_step, change):
+    real = Loader._load
+
+    def load(self, batch, micro):
+        made = real(self, batch, micro)
+        hit = dist.get_rank() == rank and batch.rows == self._order.batch(at_step).rows
+        return change(made) if hit else made
+
+    return mock.patch.object(Loader, "_load", load)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_another_shape_on_one_rank_is_named_with_every_ranks_value_by_all_that_share_the_sample(ranks, data, tmp_path, world):
+    args = overrides(data, tmp_path, *SP2)
+    said = ranks.run(refused, args, _other_latents, world - 1, 3, world=world)
+    width = {0: 6, 1: 4}
+    for rank in (world - 2, world - 1):
+        assert f"ranks {[world - 2, world - 1]} share samples" in said[rank]
+        match = re.search(rf"latent columns: rank {world - 2} -> (\d), rank {world - 1} -> (\d)", said[rank])
+        assert match and int(match[1]) == int(match[2]) + 2, said[rank]
+        assert int(match[1]) in width.values()
+    for rank in range(world - 2):  # other samples: these only see the others go
+        assert "lost contact" in said[rank]
+    assert len(metrics(tmp_path)) <= 3
+
+
+@pytest.mark.parametrize(
+    "fault, names",
+    [
+        (_part_missing, ["latents at hand: rank 0 -> ", "where 1x"]),
+        (_other_samples, ["samples: rank 0 -> "]),
+        (_longer_text, ["text tokens: rank 0 -> ", "dtype: rank 0 -> float32, rank 1 -> float64"]),
+    ],
+)
+def test_what_differs_is_named_by_every_rank(ranks, data, tmp_path, fault, names):
+    for said in ranks.run(refused, overrides(data, tmp_path, *SP2), fault, 1, 1, world=2):
+        assert all(name in said for name in names), said
+        assert "step" not in said.split(":")[1], "what is alike is not listed"
+
+
+def test_ranks_at_different_steps_don_t_mistake_one_for_the_other(ranks):
+    for said in ranks.run(_ahead, world=3):
+        assert "step: rank 0 -> 7, rank 1 -> 8, rank 2 -> 7" in said
+        assert "degree" not in said
+
+
+def _ahead():
+    sp = SpConfig(degree=3)
+    mesh = build_mesh(torch.device("cpu"), dp_replicate=1, sp=sp, timeout_s=20)
+    try:
+        Agreement(mesh).check(_intent(mesh, sp, step=8 if mesh.rank == 1 else 7))
+    except CommunicationError as error:
+        return str(error)
+    raise AssertionError("nothing was said")
+
+
+def _intent(mesh, sp, *, step):
+    grid, patch = Thw(4, 2, 2), Thw(1, 2, 2)
+    shard = SequenceParallel(mesh, sp).shard(grid)
+    latent = Thw(4, 4, 4)
+    return Intent(
+        step=step,
+        digest="0123",
+        samples=(5, 6),
+        latent=latent,
+        part=shard.region.times(patch).shape(latent),
+        text_tokens=4,
+        dtype=torch.float32,
+        shard=shard,
+        patch=patch,
+    )
+
+
+def test_ranks_that_agree_go_on_whatever_their_parts_and_a_single_rank_asks_nobody(ranks):
+    assert ranks.run(_agree, 3, world=3) == [True] * 3
+    assert ranks.run(_agree, 1, world=2) == [True] * 2
+    assert ranks.run(_agree, 2, world=4) == [True] * 4
+
+
+def _agree(degree):
+    sp = SpConfig(degree=degree)
+    mesh = build_mesh(torch.device("cpu"), dp_replicate=1, sp=sp, timeout_s=20)
+    agreement = Agreement(mesh)
+    if degree == 1:
+        with mock.patch.object(dist, "all_gather", side_effect=AssertionError("no rank to ask")):
+            agreement.check(_intent(mesh, sp, step=1))
+    else:
+        agreement.check(_intent(mesh, sp, step=1))
+    return True
+
+
+# --- groups
+
+
+def test_a_collective_that_one_rank_never_joins_fails_after_the_runs_timeout_in_every_group(ranks):
+    waited = ranks.run(_lonely_collectives, world=4)[0]
+    assert {"dp_shard", "dp_replicate", "ulysses", "ring", "fsdp", "sp", "sp ring", "sp ulysses", "control", "sp_control"} <= set(
+        waited
+    )
+    assert all(TIMEOUT_S / 2 < seconds < TIMEOUT_S + 10 for seconds in waited.values()), waited
+
+
+TIMEOUT_S = 1.0
+
+
+def _lonely_collectives():
+    waited = {}
+    for dp_replicate, sp in ((1, SpConfig(degree=2)), (2, SpConfig(degree=2)), (1, SpConfig(degree=4, scheme="usp", ulysses=2))):
+        mesh = build_mesh(torch.device("cpu"), dp_replicate=dp_replicate, sp=sp, timeout_s=TIMEOUT_S)
+        groups = {name: mesh.device_mesh.get_group(name) for name in mesh.device_mesh.mesh_dim_names}
+        links = mesh.links[sp.degree]
+        groups |= {"fsdp": mesh.fsdp.get_group(), "control": mesh.control, "sp_control": mesh.sp_control}
+        groups |= {"sp": links.sp.group, "sp ring": links.ring.group, "sp ulysses": links.ulysses.group}
+        for name, group in groups.items():
+            if dist.get_rank() == 0 and dist.get_world_size(group) > 1 and name not in waited:
+                began = time.monotonic()
+                with pytest.raises(CommunicationError, match="lost contact"), lost_contact_said(timeout_s=TIMEOUT_S):
+                    dist.all_reduce(torch.ones(1), group=group)
+                waited[name] = time.monotonic() - began
+        dist.barrier()  # of the pool's own group, whose timeout is longer: rank 0 is waited for here
+    return waited
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("connection closed by peer"), KeyError("timed out")])
+def test_errors_that_are_not_of_a_lost_rank_pass_as_they_are(error):
+    with pytest.raises(type(error)) as caught, lost_contact_said(timeout_s=1):
+        raise error
+    assert caught.value is error
