@@ -76,7 +76,7 @@ def test_with_even_parts_it_sends_mu_m_and_mu_m_over_p_each_way_and_mu_m_to_gath
 
 
 def test_under_autocast_bfloat16_travels_and_results_are_near_one_process(ranks):
-    pairs = _pairs(grids=GRIDS[1:3], recompute=(False,))
+    pairs = _pairs(grids=GRIDS[1:3], recompute=(False,), forms=FORMS[1:], dw=DW[:1])
     for found in ranks.run(half_precision, pairs, world=3):
         for dtypes, *differences in found:
             assert dtypes == {torch.bfloat16}
@@ -84,7 +84,7 @@ def test_under_autocast_bfloat16_travels_and_results_are_near_one_process(ranks)
 
 
 def test_what_a_recomputed_block_keeps_is_freed_with_its_graph(ranks):
-    pairs = _pairs(models=("stdit",), grids=GRIDS[:1], recompute=(True,))
+    pairs = _pairs(models=("stdit",), grids=GRIDS[:1], recompute=(True,), forms=FORMS[2:])
     assert ranks.run(living_tapes, pairs, world=2) == [[0] * len(pairs)] * 2
 
 

@@ -147,6 +147,7 @@ class _Piece:
         """Whole sequences, this rank's heads; the output starts on its way to the ranks of its tokens."""
         L, G, E = self._qkv_LGE.shape
         qkv_LG3nK = self._qkv_LGE.view(L, G, 3, heads, E // (3 * heads))
+        del self._qkv_LGE  # without autograd nothing else holds it
         q_GnLK, k_GnLK, v_GnLK = (part.permute(1, 2, 0, 3) for part in qkv_LG3nK.unbind(2))
         out_LGnK = attention(q_GnLK, k_GnLK, v_GnLK).permute(2, 0, 1, 3)
         self._transfer, self._arriving = transfer, transfer.issue(out_LGnK.flatten(2).contiguous())

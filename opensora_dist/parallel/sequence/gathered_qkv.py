@@ -165,12 +165,8 @@ class GatheredQkv:
         same: Tensor = _Regather.apply(out, x_lGD.detach(), self)  # type: ignore[no-untyped-call]
         return same
 
-    @property
-    def _replaying(self) -> bool:
-        return self._tape is not None and self._tape.replaying
-
     def _send(self, x_lGD: Tensor) -> None:
-        if not self._replaying:
+        if self._tape is None or not self._tape.replaying:
             self._there.start(x_lGD)
 
     def _begin(self, x_lGD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
