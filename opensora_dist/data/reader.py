@@ -84,6 +84,7 @@ class ShardReader:
         """
         size = _part_bytes(span, row)
         target = self._memory[start : start + len(parts) * size]
+        memory, hashes = target.data, span.xxh3[span.first[row] + parts.start : span.first[row] + parts.stop].tolist()
         wayout = "copy the shard again from where the data set was made, or run `opensora-dist data prepare` again"
 
         def where(part: int) -> str:
@@ -91,19 +92,16 @@ class ShardReader:
             return f"{self._index.shard_path(row)}: sample {self._index.key[row]!r}, {what}"
 
         try:
-            done = _read_fully(self._file(row), target.data, int(span.offset[row]) + parts.start * size)
+            done = _read_fully(self._file(row), memory, int(span.offset[row]) + parts.start * size)
         except OSError as error:
             raise DataError(f"{where(parts.start)}: can't be read ({error}); check the disk, or {wayout}") from error
         if done < target.nbytes:
             cut = parts[done // size]
             raise DataError(f"{where(cut)}: the file ends after {done % size:,} of {size:,} bytes; {wayout}")
-        for i, part in enumerate(parts):
-            found, expected = (
-                xxhash.xxh3_64_intdigest(target[i * size : (i + 1) * size].data),
-                int(span.xxh3[span.first[row] + part]),
-            )
+        for i, expected in enumerate(hashes):
+            found = xxhash.xxh3_64_intdigest(memory[i * size : (i + 1) * size])
             if found != expected:
-                raise DataError(f"{where(part)}: {size:,} bytes with xxh3 {found:016x}, expected {expected:016x}; {wayout}")
+                raise DataError(f"{where(parts[i])}: {size:,} bytes with xxh3 {found:016x}, expected {expected:016x}; {wayout}")
         return target
 
     def _file(self, row: int) -> int:
