@@ -56,6 +56,7 @@ def write_report(run_dir: Path) -> Path:
             _header(name, run_dir, metrics, events),
             _tiles(metrics, events, planned_steps=run.get("steps")),
             _curves(metrics),
+            _sequence(events),
             _samples(run_dir / SAMPLES_DIR),
             _evaluation(_read_object(run_dir / EVALUATION_NAME)),
             _details("Configuration", f"<pre>{_yaml(config_text)}</pre>" if config_text else ""),
@@ -193,6 +194,36 @@ def _evaluation(result: Mapping[str, Any] | None) -> str:
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
             parts.append(f"<h3>{_esc(name.replace('_', ' '))}</h3>{_table(value)}")
     return f"<h2>Evaluation</h2>{''.join(parts)}" if parts else ""
+
+
+def _sequence(events: Sequence[Record]) -> str:
+    """What ``parallel.sp.scheme=auto`` chose for each bucket; a later start's choice stands in for an earlier one's."""
+    rows: dict[str, dict[str, Any]] = {}
+    for event in events:
+        if event["event"] not in ("sequence_prediction", "sequence_measured"):
+            continue
+        row = rows.setdefault(str(event.get("bucket")), {})
+        if event["event"] == "sequence_prediction":
+            row.clear()
+        row.update({k: v for k, v in event.items() if k not in ("time", "event", "bucket")})
+    if not rows:
+        return ""
+    table = [
+        {
+            "bucket (tokens)": bucket,
+            "scheme": row.get("scheme"),
+            "ranks per sample": row.get("degree"),
+            "predicted ms a step": row.get("predicted_ms"),
+            "measured ms a step": row.get("measured_ms"),
+            "next best, predicted": row.get("runner_up"),
+        }
+        for bucket, row in rows.items()
+    ]
+    note = (
+        "parallel.sp.scheme=auto takes the shortest predicted step: matrix products and what is not hidden of the transfers, so a "
+        "measured step is longer. Measured is the median of a bucket's first ten steps."
+    )
+    return f'<h2>Sequence parallelism</h2>{_table(table)}<p class="note">{_esc(note)}</p>'
 
 
 def _events(events: Sequence[Record]) -> str:

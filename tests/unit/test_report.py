@@ -112,6 +112,23 @@ def test_it_shows_tiles_curves_videos_evaluation_config_environment_and_events(r
     assert "packages.torch" in text
 
 
+def test_it_shows_what_auto_chose_predicted_and_measured(run_dir: Path) -> None:
+    assert "Sequence parallelism" not in write_report(run_dir).read_text()
+    events = EventLog(run_dir)
+    chosen = {"bucket": "16x8x8", "scheme": "dsp", "degree": 2, "predicted_ms": 12.34}
+    events.log("sequence_prediction", {**chosen, "predicted_ms": 99.9, "runner_up": "ring x 2, 15 ms"})
+    events.log("sequence_prediction", {**chosen, "runner_up": f"ulysses x 2, 14 ms {NASTY}"})
+    events.log("sequence_prediction", {**chosen, "bucket": "1x8x8", "scheme": "local", "degree": 1})
+    events.log("sequence_measured", {**chosen, "measured_ms": 56.78})
+    events.close()
+    text = write_report(run_dir).read_text()
+    section = text[text.index("Sequence parallelism") : text.index("Validation videos")]
+    for said in ("16x8x8", ">dsp<", ">2<", ">12.34<", ">56.78<", "ulysses x 2, 14 ms", "1x8x8", ">local<"):
+        assert said in section, said
+    assert "99.9" not in section and NASTY not in section
+    assert _Page(text).open == []
+
+
 def test_every_text_is_escaped(run_dir: Path) -> None:
     text = write_report(run_dir).read_text()
     assert "<script>alert" not in text

@@ -211,10 +211,18 @@ def _examined(form: Form, subject: Subject, *, wanted: tuple[Tensor, Tensor]) ->
             form.result,
             difference=difference,
             sent=Traffic(forward=there.total, backward=back.total),
-            formula=case.bytes_by_formula(form.shard),
+            formula=_formula(form, case),
             memory_bytes=int(_largest(torch.tensor(float(peak.bytes)), device=subject.device)),
         ),
     )
+
+
+def _formula(form: Form, case: SequenceCase) -> Traffic:
+    sent = case.bytes_by_formula(form.shard)
+    if case.recompute and form.result.scheme in PACKAGES:
+        # A package knows of no tape: the forward that backward runs again communicates again.
+        return Traffic(forward=sent.forward, backward=sent.forward + sent.backward)
+    return sent
 
 
 def _run(subject: Subject, shard: Shard, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,7 +19,7 @@ from opensora_dist.recipes.bench.figures import Figures, Spread, baseline_of, fi
 from opensora_dist.recipes.bench.passes import SequenceResult
 from opensora_dist.recipes.bench.sequence import Options
 
-_WIDE = 190  # columns of a table that goes to a file
+_WIDE = 220  # columns of a table that goes to a file
 _DASH = "-"
 
 
@@ -32,19 +32,9 @@ def print_table(case: SequenceCase, results: Sequence[SequenceResult], *, world:
     table = Table(title=title(case, world=world), caption=_CAPTION, caption_justify="left")
     table.add_column("scheme", no_wrap=True)
     against = baseline.scheme if baseline is not None else _DASH
-    for column in (
-        "forward ms",
-        "backward ms",
-        "both ms",
-        f"x {against}",
-        "exposed f + b ms",
-        "wait ms",
-        "hidden wall, wait",
-        "MB sent f + b",
-    ):
-        table.add_column(column, justify="right")
-    for column in ("= formula", "peak MB"):
-        table.add_column(column, justify="right")
+    times = ("forward ms", "backward ms", "both ms", f"x {against}", "exposed f + b ms", "wait ms", "hidden wall, wait")
+    for column in (*times, "MB sent f + b", "= formula", "peak MB"):
+        table.add_column(column, justify="right", no_wrap=not console.is_terminal)
     for result in results:
         found = figures(result, results)
         if found is not None:
@@ -74,7 +64,7 @@ def _cells(result: SequenceResult, found: Figures) -> list[str]:
     hidden = found.hidden["both"] if found.hidden is not None else None
     exposed = _DASH
     if found.exposed_forward_ms is not None and found.exposed_backward_ms is not None:
-        exposed = f"{found.exposed_forward_ms.median:.1f} + {found.exposed_backward_ms.median:.1f}"
+        exposed = f"{_three(found.exposed_forward_ms.median)} + {_three(found.exposed_backward_ms.median)}"
     sent = result.sent or Traffic(forward=0, backward=0)
     return [
         _ms(found.forward_ms),
@@ -82,7 +72,7 @@ def _cells(result: SequenceResult, found: Figures) -> list[str]:
         _ms(found.both_ms),
         f"{found.ratio.median:.3f} [{found.ratio.low:.3f}, {found.ratio.high:.3f}]" if found.ratio is not None else _DASH,
         exposed,
-        f"{found.wait_ms:.1f}" if result.silent else _DASH,
+        _three(found.wait_ms) if result.silent else _DASH,
         f"{_percent(hidden.wall)}, {_percent(hidden.wait)}" if hidden is not None else _DASH,
         f"{sent.forward / 1e6:.3f} + {sent.backward / 1e6:.3f}",
         "yes" if result.bytes_match else "NO",
@@ -91,7 +81,12 @@ def _cells(result: SequenceResult, found: Figures) -> list[str]:
 
 
 def _ms(spread: Spread) -> str:
-    return f"{spread.median:.2f} [{spread.low:.2f}, {spread.high:.2f}]"
+    return f"{_three(spread.median)} [{_three(spread.low)}, {_three(spread.high)}]"
+
+
+def _three(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _percent(share: float | None) -> str:
@@ -160,13 +155,14 @@ def picture(case: SequenceCase, results: Sequence[SequenceResult], *, world: int
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _bar(total: Spread, exposed: Spread | None, *, y: float, across: Any) -> list[str]:
+def _bar(total: Spread, exposed: Spread | None, *, y: float, across: Callable[[float], float]) -> list[str]:
     def rect(low: float, high: float, kind: str) -> str:
         x, width = across(low), max(0.0, across(high) - across(low))
         return f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_BAR}" fill="{_COLOURS[kind]}"/>'
 
     middle = y + _BAR / 2
-    whisker = f'<path d="M{across(total.low):.1f} {middle}H{across(total.high):.1f}" stroke="#1b2130" stroke-width="1.5"/>'
+    end = min(across(total.high), _WIDTH - _RIGHT / 2)
+    whisker = f'<path d="M{across(total.low):.1f} {middle}H{end:.1f}" stroke="#1b2130" stroke-width="1.5"/>'
     if exposed is None:
         return [rect(0, total.median, "all"), whisker]
     floor = total.median - max(0.0, exposed.median)
