@@ -27,6 +27,7 @@ _CLIPS = 1500
 _SIZE = (32, 32)
 _FRAMES = 16
 _CPU_RANKS = 2
+_SP_DEGREE = 2
 _SCORED = 16
 _DRAWN = 4
 
@@ -63,8 +64,9 @@ def demo(out: Path, *, clips: int = _CLIPS, steps: int | None = None, say: Calla
     prepare_dataset(_CONFIGS / "demo_prepare.yaml", overrides=[f"input.path={videos}", f"output.path={shards}"])
     gpus = torch.cuda.device_count()
     ranks = max(n for n in (1, 2, 4, 8, 16) if n <= gpus) if gpus else _CPU_RANKS  # those that divide the demo's batch of 16
-    say(f"3/5 training: STDiT by rectified flow on {ranks} ranks into {run_dir}")
-    overrides = [f"data.path={shards}", f"run.dir={run_dir}", f"parallel.nproc={ranks}"]
+    shared_by = min(_SP_DEGREE, ranks)
+    say(f"3/5 training: STDiT by rectified flow on {ranks} ranks, {shared_by} to a video, into {run_dir}")
+    overrides = [f"data.path={shards}", f"run.dir={run_dir}", f"parallel.nproc={ranks}", f"parallel.sp.degree={shared_by}"]
     code = train(_CONFIGS / "demo_train.yaml", overrides=[*overrides, *([f"run.steps={steps}"] if steps else [])])
     if code:
         raise OpensoraError(f"training failed with exit code {code}; the last lines above and {run_dir / 'logs'} say why")
