@@ -30,6 +30,7 @@ _PACKAGES = (
     "triton",
     "flash-attn",
     "deepspeed",
+    "yunchang",
     "colossalai",
     "wandb",
     "tensorboard",

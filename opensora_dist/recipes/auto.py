@@ -12,8 +12,9 @@ from opensora_dist.models.base import VideoTransformer
 from opensora_dist.models.dit.model import DiTBlock
 from opensora_dist.models.layers import Block, linear_flops
 from opensora_dist.parallel.mesh import Mesh
-from opensora_dist.parallel.sequence.auto import AutoChoice, SampleCost
+from opensora_dist.parallel.sequence.auto import AutoChoice
 from opensora_dist.parallel.sequence.network import Network, agree, measure_network, read_network
+from opensora_dist.parallel.sequence.predict import SampleCost
 
 _log = get_logger(__name__)
 

@@ -12,8 +12,9 @@ from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.types import Thw
 from opensora_dist.models.base import ModelIo
 from opensora_dist.models.registry import build_model
-from opensora_dist.parallel.sequence.auto import _TRIPS, AutoChoice, StepWatch, Workload, _Pieces, predict
+from opensora_dist.parallel.sequence.auto import AutoChoice, StepWatch
 from opensora_dist.parallel.sequence.network import Network, fit_line, read_network, write_network
+from opensora_dist.parallel.sequence.predict import _TRIPS, Workload, _Pieces, predict
 from opensora_dist.parallel.sequence.registry import SCHEMES
 from opensora_dist.recipes.auto import sample_cost
 

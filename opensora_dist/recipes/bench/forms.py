@@ -84,6 +84,8 @@ def deepspeed_scheme(group: dist.ProcessGroup) -> Package:
     """DeepSpeed's DistributedAttention, in its default layout, sequence first."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if dist.get_backend(group) == "nccl" else "cpu")
     with _hushed("deepspeed", "DeepSpeed"):
+        # Its all-reduce through shared memory would be compiled here, and no benchmark calls it.
+        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
         importlib.import_module("deepspeed.comm").init_distributed(verbose=False)
         layer = importlib.import_module("deepspeed.sequence.layer")
 
