@@ -54,6 +54,21 @@ def test_five_steps_and_five_more_are_ten_bitwise(ranks, data, whole, stage, tmp
     assert_same_tensors(tensors(tmp_path), tensors(whole(stage)))
 
 
+def test_five_steps_and_five_more_are_ten_bitwise_where_ranks_share_samples(ranks, data, tmp_path):
+    shared = ["parallel.sp.degree=2", "parallel.recompute=block", "parallel.zero.stage=3"]
+    for name, parts in (("whole", (STEPS,)), ("parts", (STEPS // 2, STEPS))):
+        for steps in parts:
+            ranks.run(train_here, overrides(data, tmp_path / name, f"run.steps={steps}", *shared), world=2)
+    (start,) = events(tmp_path / "whole", "start")
+    assert start["latents"] == {
+        "1x6x4": "dsp over 2 ranks, 2 or 1 of 3 rows of tokens each",
+        "3x4x6": "dsp over 2 ranks, 2 or 1 of 3 frames of tokens each",
+    }
+    assert start["mesh"] == "2 ranks on cpu: dp_shard 1 x ulysses 2"
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    assert_same_tensors(tensors(tmp_path / "parts"), tensors(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_signal_to_one_rank_stops_all_of_them_and_the_run_goes_on_bitwise(ranks, data, whole, stage, tmp_path):
     args = overrides(data, tmp_path, f"run.steps={STEPS}", f"parallel.zero.stage={stage}")
@@ -69,18 +84,32 @@ def test_a_signal_to_one_rank_stops_all_of_them_and_the_run_goes_on_bitwise(rank
     assert_same_tensors(tensors(tmp_path), tensors(whole(stage)))
 
 
+SP2, USP4 = ("parallel.sp.degree=2",), ("parallel.sp.degree=4", "parallel.sp.scheme=usp", "parallel.sp.ulysses=2")
+HSDP = ("parallel.sp.degree=2", "parallel.dp_replicate=2")
+
+
 @pytest.mark.parametrize(
     "layouts",
-    [((2, 0), (1, 0), (2, 0)), ((2, 0), (2, 3), (1, 2)), ((2, 3), (1, 0), (2, 2))],
-    ids=lambda p: "->".join(map(str, p)),
+    [
+        ((2, 0), (1, 0), (2, 0)),
+        ((2, 0), (2, 3), (1, 2)),
+        ((2, 3), (1, 0), (2, 2)),
+        ((2, 0, *SP2), (1, 0), (2, 3, *SP2)),
+        ((2, 3), (2, 2, *SP2), (2, 0)),
+        ((4, 3, *HSDP), (3, 2, "parallel.sp.degree=3"), (4, 2, *SP2)),
+        pytest.param(((4, 3, *USP4), (2, 2), (4, 0, *SP2)), marks=pytest.mark.slow),
+    ],
+    ids=lambda p: "->".join("-".join(map(str, layout)).replace("parallel.", "") for layout in p),
 )
-def test_another_number_of_ranks_or_another_stage_continues_to_1e_10_in_float64(ranks, data, layouts, tmp_path):
-    double = "run.dtype=float64"
-    ranks.run(train_here, overrides(data, tmp_path / "whole", "run.steps=9", double), world=1)
-    for part, (world, stage) in enumerate(layouts, 1):
-        args = overrides(data, tmp_path / "parts", f"run.steps={3 * part}", double, f"parallel.zero.stage={stage}")
+def test_another_layout_continues_to_1e_10_in_float64(ranks, data, layouts, tmp_path):
+    double = ["run.dtype=float64", "model.heads=4", "model.patch=[1,1,2]"]  # 4 and 6 rows, for 4 ranks
+    ranks.run(train_here, overrides(data, tmp_path / "whole", "run.steps=9", *double), world=1)
+    for part, (world, stage, *more) in enumerate(layouts, 1):
+        args = overrides(data, tmp_path / "parts", f"run.steps={3 * part}", *double, f"parallel.zero.stage={stage}", *more)
         ranks.run(train_here, args, world=world)
     assert [m["step"] for m in metrics(tmp_path / "parts")] == list(range(1, 10))
+    tokens, digests = ([m[name] for m in metrics(tmp_path / "parts")] for name in ("tokens", "batch_digest"))
+    assert (tokens, digests) == tuple([m[name] for m in metrics(tmp_path / "whole")] for name in ("tokens", "batch_digest"))
     torch.testing.assert_close(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(tensors(tmp_path / "parts"), tensors(tmp_path / "whole"), rtol=1e-10, atol=1e-10)
 

@@ -184,7 +184,8 @@ def test_a_disk_without_a_single_byte_left_ends_the_run_with_a_clear_error(ranks
 
 
 def test_a_rank_killed_hard_ends_the_run_leaves_no_process_and_the_run_goes_on_to_its_end(ranks, data, tmp_path):
-    args = overrides(data, tmp_path / "run", "run.steps=40", "parallel.nproc=2", "run.log_every=1", "checkpoint.every_steps=5")
+    args = overrides(data, tmp_path / "run", "run.steps=40", "run.log_every=1", "checkpoint.every_steps=5")
+    args += ["parallel.nproc=2", "parallel.sp.degree=2"]
     with running("train", *args) as command:
         command.wait_for(lambda: len(metrics(tmp_path / "run")) >= 7)
         pids = command.ranks()
@@ -195,6 +196,7 @@ def test_a_rank_killed_hard_ends_the_run_leaves_no_process_and_the_run_goes_on_t
         assert time.monotonic() - began < 60
     assert ended.code == 1, ended.err
     assert "rank 1 was ended by SIGKILL" in ended.err
+    assert "error: rank 0 lost contact" in ended.err
     assert not [pid for pid in pids.values() if Path(f"/proc/{pid}").exists()]
     assert 7 <= len(metrics(tmp_path / "run")) < 40
     ranks.run(train_here, args, world=2)

@@ -77,11 +77,23 @@ def test_a_wrong_override_is_named_with_its_remedy(override, said):
     assert said in problems[0], problems
 
 
+SP4 = ["parallel.sp.degree=4"]
+
+
 @pytest.mark.parametrize(
     "overrides, world, field",
     [
         (["parallel.dp_replicate=3", "parallel.zero.stage=2", "data.global_batch=16"], 4, "parallel.dp_replicate=3"),
         (["parallel.dp_replicate=2"], 2, "parallel.dp_replicate=2"),
+        (["parallel.sp.degree=3"], 4, "parallel.sp.degree=3"),
+        (["parallel.sp.degree=4", "parallel.dp_replicate=2", "parallel.zero.stage=3"], 4, "parallel.dp_replicate=2 x"),
+        ([*SP4, "parallel.sp.ulysses=3"], 4, "parallel.sp.ulysses=3 must divide"),
+        ([*SP4, "parallel.sp.ulysses=2"], 4, "parallel.sp.ulysses=2 is less than"),
+        ([*SP4, "parallel.sp.scheme=ring", "parallel.sp.ulysses=2"], 4, "parallel.sp.ulysses=2 with parallel.sp.scheme=ring"),
+        ([*SP4, "parallel.sp.min_degree=2"], 4, "parallel.sp.min_degree=2 is a choice for parallel.sp.scheme=auto"),
+        ([*SP4, "parallel.sp.scheme=auto", "parallel.sp.min_degree=3"], 4, "parallel.sp.min_degree=3 must divide"),
+        ([*SP4, "parallel.sp.scheme=auto", "parallel.sp.min_degree=1", "data.global_batch=2"], 4, "data.global_batch=2"),
+        (["parallel.sp.degree=2", "data.global_batch=3"], 4, "data.global_batch=3"),
         (["optim.warmup_steps=9", "run.steps=5"], 1, "optim.warmup_steps=9"),
         (["optim.betas=[0.9, 1.0]"], 1, "optim.betas"),
         (["validation.every_steps=5"], 1, "validation.every_steps=5"),
@@ -95,6 +107,27 @@ def test_each_cross_field_rule_is_kept(overrides, world, field):
     problems = problems_of("data.path=.", *overrides, world=world)
     assert len(problems) == 1
     assert problems[0].startswith(field), problems
+
+
+def test_ranks_that_share_samples_need_fewer_of_them():
+    layouts = (
+        [*SP4, "data.global_batch=1"],
+        ["parallel.sp.degree=2", "data.global_batch=2"],
+        ["parallel.sp.degree=2", "parallel.dp_replicate=2", "parallel.zero.stage=2", "data.global_batch=2"],
+        [*SP4, "parallel.sp.scheme=usp", "parallel.sp.ulysses=2"],
+        [*SP4, "parallel.sp.scheme=ring", "parallel.sp.ulysses=1"],
+        [*SP4, "parallel.sp.scheme=ring", "parallel.sp.chunks=3", "parallel.sp.fastseq_dw=keep"],
+        [*SP4, "parallel.sp.scheme=auto", "parallel.sp.min_degree=2", "data.global_batch=2"],
+    )
+    for overrides in layouts:
+        load_config(TrainConfig, None, overrides=["data.path=.", *overrides], rules=lambda c: train_problems(c, world=4))
+
+
+def test_a_layout_that_does_not_fit_names_the_numbers_that_do():
+    (problem,) = problems_of("data.path=.", "parallel.zero.stage=2", "parallel.dp_replicate=4", "parallel.sp.degree=4", world=8)
+    assert "dp_replicate from [1, 2]" in problem and "a degree from [1, 2]" in problem
+    (problem,) = problems_of("data.path=.", "parallel.sp.degree=2", "data.global_batch=5", "parallel.grad_accum=2", world=4)
+    assert "(= 4 ranks / 2 that share a sample)" in problem and "use 8 or 4" in problem
 
 
 def test_a_missing_data_path_says_how_to_make_one():
