@@ -108,6 +108,13 @@ def test_the_trips_of_a_scheme_are_all_of_its_bytes(scheme, ulysses):
     assert sum(t.share for t in _TRIPS[scheme](pieces)) == pytest.approx(1)
 
 
+def test_an_image_whose_one_frame_dsp_would_leave_to_one_rank_goes_by_another_scheme():
+    image = Thw(1, 32, 32)
+    found = {p.scheme: p for p in choice(SpConfig(degree=8, scheme="auto")).candidates(image)}
+    assert found["dsp"].compute_s > 2 * found["ulysses"].compute_s
+    assert next(iter(found)) != "dsp"
+
+
 def test_where_nothing_fits_every_broken_rule_is_told():
     with pytest.raises(ConfigError, match="fewer frames and fewer rows"):
         choice(SpConfig(degree=8, scheme="auto"))(Thw(2, 4, 4))

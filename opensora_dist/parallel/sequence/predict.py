@@ -212,6 +212,12 @@ def predict(work: Workload, scheme: str, degree: int, network: Network, *, sp: S
     if degree > 1:
         axis = Axis.JOINT if cost.joint else Axis.SPACE if by_rows else Axis.TIME
         pieces = _pieces(work, axis, degree=degree, share=share, sp=sp)
+        if scheme == "dsp":
+            # The crossing attention is computed by the owner of a sequence, and some ranks own more: all of an image's one frame is one's.
+            sequences = grid.t if by_rows else grid.h * grid.w
+            owned = split_sizes(sequences, degree)[0] / sequences
+            more = max(0.0, owned / share - 1) * (pieces.qkv + pieces.scores + pieces.proj)
+            compute += work.accum * cost.blocks * passes * more / network.flops_per_s
         trips = _TRIPS.get(scheme, _allgather)(pieces)
         forward, backward = _bytes(work, scheme, axis, by_rows=by_rows, sizes=sizes, sp=sp)
         rounds = sum(t.rounds for t in trips)
