@@ -262,9 +262,18 @@ def cut(x_BCTHW: Tensor, part: Region) -> Tensor:
 
 
 @cache
+def _unchanged_model(name: str, shape: str) -> nn.Module:
+    """For who writes no weights."""
+    return make_model(name, SHAPES[shape])
+
+
+@cache
 def one_process(name: str, shape: str, group: int) -> Result:
     """What each group's samples give where they are whole. Computed once per process."""
-    return compute(make_model(name, SHAPES[shape]), make_inputs(SHAPES[shape], group=group), shard=None)
+    model = _unchanged_model(name, shape)
+    for block in model.blocks:
+        block.recompute = False
+    return compute(model, make_inputs(SHAPES[shape], group=group), shard=None)
 
 
 # --- what ranks run
@@ -298,11 +307,11 @@ def compare(chosen: Sequence[Case]) -> list[Errors]:
 
 def _compare(case: Case, mesh: Mesh, shard: Shard) -> Errors:
     shape = SHAPES[case.shape]
-    model = make_model(case.row.model, shape)
+    wanted = [one_process(case.row.model, case.shape, group) for group in range(case.row.groups)]
+    model = _unchanged_model(case.row.model, case.shape)
     for block in model.blocks:
         block.recompute = case.recompute
     result = compute(model, make_inputs(shape, group=mesh.data_rank), shard=shard)
-    wanted = [one_process(case.row.model, case.shape, group) for group in range(case.row.groups)]
     here, part = wanted[mesh.data_rank], shard.region.times(_PATCH)
     grads = {name: sum(one.grads[name] for one in wanted) for name in here.grads}
     differences = gradient_errors(summed(result.grads), grads)
@@ -354,14 +363,17 @@ class Trajectory:
     weights: dict[str, Tensor]
 
 
-def trajectory(case: Case) -> dict[str, float]:
-    """Ten steps of AdamW on this rank against one process: the largest difference of losses and of weights."""
-    mesh, shard = Meshes().shard(case)
-    wanted = _one_process_trajectory(case.row.model, case.shape, case.row.groups)
-    found = _train(case.row.model, case.shape, groups=[mesh.data_rank], shard=shard, recompute=case.recompute)
-    of_losses = worst(abs(a - b) / max(abs(b), 1.0) for a, b in zip(found.losses, wanted.losses, strict=True))
-    of_weights = worst(difference(found.weights[n], w, scale=w) for n, w in wanted.weights.items())
-    return {"losses": of_losses, "weights": of_weights}
+def trajectories(chosen: Sequence[Case]) -> list[dict[str, float]]:
+    """Ten steps of AdamW of each case on this rank against one process: the largest difference of losses and of weights."""
+    meshes, found = Meshes(), []
+    for case in chosen:
+        mesh, shard = meshes.shard(case)
+        wanted = _one_process_trajectory(case.row.model, case.shape, case.row.groups)
+        got = _train(case.row.model, case.shape, groups=[mesh.data_rank], shard=shard, recompute=case.recompute)
+        of_losses = worst(abs(a - b) / max(abs(b), 1.0) for a, b in zip(got.losses, wanted.losses, strict=True))
+        of_weights = worst(difference(got.weights[n], w, scale=w) for n, w in wanted.weights.items())
+        found.append({"losses": of_losses, "weights": of_weights})
+    return found
 
 
 @cache
