@@ -21,7 +21,8 @@ from opensora_dist.ops.attention import attention
 from opensora_dist.parallel.recompute import Tape
 from opensora_dist.parallel.sequence.base import Projections, Scheme, Shard, Traffic, from_sequences, ranges, to_sequences
 from opensora_dist.parallel.sequence.exchange import Exchange
-from opensora_dist.parallel.sequence.ulysses import cast, heads_problems
+from opensora_dist.parallel.sequence.heads import heads_problems
+from opensora_dist.parallel.sequence.ulysses import cast
 
 
 class AllGather(Scheme):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from opensora_dist.core.types import Axis, Region, Thw
@@ -31,6 +32,12 @@ class Projections(Protocol):
     heads: int
     qkv: nn.Linear
     proj: nn.Linear
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a linear would compute in; an operand is cast to it before it travels, not after."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def split_sizes(total: int, parts: int) -> tuple[int, ...]:

@@ -25,7 +25,18 @@ from torch import Tensor
 
 from opensora_dist.core.types import Axis, Thw
 from opensora_dist.ops.attention import attention
-from opensora_dist.parallel.sequence.base import Before, First, Projections, Scheme, Shard, Then, Traffic, ranges, split_sizes
+from opensora_dist.parallel.sequence.base import (
+    Before,
+    First,
+    Projections,
+    Scheme,
+    Shard,
+    Then,
+    Traffic,
+    compute_dtype,
+    ranges,
+    split_sizes,
+)
 from opensora_dist.parallel.sequence.rows import join, part
 from opensora_dist.parallel.sequence.transfer import Transfer
 
@@ -139,7 +150,7 @@ class _Pipeline:
             x_BtSD=x_BtSD,
             rows_RD=(rest_RD, own_RD),
             residual_is_input=input_BtSD is x_BtSD,
-            arriving_RD=transfer.issue(rest_RD.to(_compute_dtype(rest_RD))),
+            arriving_RD=transfer.issue(rest_RD.to(compute_dtype(rest_RD))),
             transfer=transfer,
         )
 
@@ -178,7 +189,7 @@ class _Pipeline:
 
     def _project(self, departed: Sequence[_Departed]) -> Tensor:
         """QKV of all frames of the places owned, [T * G, E]: this rank's frames, then the others' run by run, in each by rank."""
-        dtype = _compute_dtype(departed[0].arriving_RD)
+        dtype = compute_dtype(departed[0].arriving_RD)
         weight, bias = self._attn.qkv.weight.to(dtype), self._attn.qkv.bias.to(dtype)
         shared = _Shared()
         own_RD = _cat([d.rows_RD[1] for d in departed], dim=0).to(dtype)
@@ -216,12 +227,6 @@ class _Pipeline:
 
 def _cat(tensors: Sequence[Tensor], *, dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=dim)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What autocast would compute in, so that this is what travels."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class _Shared:

@@ -18,14 +18,15 @@ from opensora_dist.parallel.sequence.base import (
     Shard,
     Then,
     Traffic,
+    compute_dtype,
     from_sequences,
     split_sizes,
     to_sequences,
 )
 from opensora_dist.parallel.sequence.gathered_qkv import GatheredQkv, HeadSlice
+from opensora_dist.parallel.sequence.heads import heads_problems
 from opensora_dist.parallel.sequence.hops import RingGather, RingReduce
 from opensora_dist.parallel.sequence.transfer import Transfer
-from opensora_dist.parallel.sequence.ulysses import heads_problems
 
 _CUT_DIM = {Axis.TIME: 2, Axis.SPACE: 1}
 """Along which dim of the residual stream sequences are cut into pieces; a joint attention has one sequence a sample."""
@@ -71,7 +72,7 @@ class FastSeq(Scheme):
     ) -> Tensor:
         x = x_BtsD if first is None else first(x_BtsD)
         given = before(x, slice(None))
-        heads = HeadSlice(attn, rank=shard.rank, size=len(shard.sizes), dtype=_compute_dtype(given))
+        heads = HeadSlice(attn, rank=shard.rank, size=len(shard.sizes), dtype=compute_dtype(given))
         weight, bias = heads.parameters(attn)
         pieces = [
             _Piece(part, residual, axis, self._gathered(given, axis, shard, heads))
@@ -160,9 +161,3 @@ class _Piece:
         out_lGD = attn.proj(out_PlGF.permute(1, 2, 0, 3).flatten(2))
         out = then(self._residual, from_sequences(out_lGD.view(own), self._axis, like=self._residual))
         return self._gathered.regather(out, x_lGD=self._x_lGD)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What a linear computes in: cast before it travels, not after."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

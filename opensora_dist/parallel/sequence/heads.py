@@ -1,4 +1,4 @@
-"""Tokens to heads and back: how rows are packed where each rank of a group is to attend with a part of the heads."""
+"""Schemes that deal heads out to ranks: their rule, and how rows are packed on the way to the heads and back."""
 
 # l positions on this rank, G sequences, N heads, n of one rank, K head dim; u ranks of the group, R rows of a message
 
@@ -6,6 +6,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+
+def heads_problems(name: str, *, size: int, heads: int, joint: bool) -> list[str]:
+    """The rule of schemes that give each of ``size`` ranks some of the heads."""
+    if heads % size == 0:
+        return []
+    fits = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
+    other = "ring" if joint else "dsp or ring"
+    return [
+        f"parallel.sp.degree={size} must divide model.heads={heads} for parallel.sp.scheme={name}, which deals them out; "
+        f"use one of {fits}, or parallel.sp.scheme={other}, which has no such rule"
+    ]
 
 
 def pack_heads(x_lGNK: Tensor, *, parts: int) -> Tensor:

@@ -26,33 +26,22 @@ from opensora_dist.parallel.sequence.base import (
     Shard,
     Then,
     Traffic,
+    compute_dtype,
     from_sequences,
     ranges,
     split_sizes,
     to_sequences,
 )
+from opensora_dist.parallel.sequence.heads import heads_problems
 from opensora_dist.parallel.sequence.transfer import Transfer
 
 Linear = tuple[Tensor, Tensor]
 """A weight and a bias."""
 
 
-def heads_problems(name: str, *, size: int, heads: int, joint: bool) -> list[str]:
-    """The rule of schemes that give each of ``size`` ranks some of the heads."""
-    if heads % size == 0:
-        return []
-    fits = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
-    other = "ring" if joint else "dsp or ring"
-    return [
-        f"parallel.sp.degree={size} must divide model.heads={heads} for parallel.sp.scheme={name}, which deals them out; "
-        f"use one of {fits}, or parallel.sp.scheme={other}, which has no such rule"
-    ]
-
-
 def cast(tensor: Tensor) -> Tensor:
-    """What a linear would make of an operand under autocast; slices of a weight are cast once here, not once per slice."""
-    device = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+    """An operand as a linear computes with it; slices of a weight are cast once here, not once per slice."""
+    return tensor.to(compute_dtype(tensor))
 
 
 class Ulysses(Scheme):
