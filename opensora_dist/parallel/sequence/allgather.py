@@ -19,10 +19,9 @@ from torch import Tensor
 from opensora_dist.core.types import Axis, Thw
 from opensora_dist.ops.attention import attention
 from opensora_dist.parallel.recompute import Tape
-from opensora_dist.parallel.sequence.base import Projections, Scheme, Shard, Traffic, from_sequences, ranges, to_sequences
+from opensora_dist.parallel.sequence.base import Projections, Scheme, Shard, Traffic, cast, from_sequences, ranges, to_sequences
 from opensora_dist.parallel.sequence.exchange import Exchange
 from opensora_dist.parallel.sequence.heads import heads_problems
-from opensora_dist.parallel.sequence.ulysses import cast
 
 
 class AllGather(Scheme):

@@ -40,6 +40,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def cast(tensor: Tensor) -> Tensor:
+    """An operand as a linear computes with it; slices of a weight are cast once here, not once per slice."""
+    return tensor.to(compute_dtype(tensor))
+
+
 def split_sizes(total: int, parts: int) -> tuple[int, ...]:
     """``total`` in ``parts`` as equal as can be, the larger ones first; some are 0 where there are more parts than things."""
     return tuple(total // parts + (i < total % parts) for i in range(parts))

@@ -26,7 +26,7 @@ from opensora_dist.parallel.sequence.base import (
     Shard,
     Then,
     Traffic,
-    compute_dtype,
+    cast,
     from_sequences,
     ranges,
     split_sizes,
@@ -37,11 +37,6 @@ from opensora_dist.parallel.sequence.transfer import Transfer
 
 Linear = tuple[Tensor, Tensor]
 """A weight and a bias."""
-
-
-def cast(tensor: Tensor) -> Tensor:
-    """An operand as a linear computes with it; slices of a weight are cast once here, not once per slice."""
-    return tensor.to(compute_dtype(tensor))
 
 
 class Ulysses(Scheme):
