@@ -25,7 +25,7 @@ import torch.distributed as dist
 from opensora_dist.cli.main import main
 from opensora_dist.models.layers import Block
 from opensora_dist.parallel.zero.native import NativeBackend
-from opensora_dist.train import loop
+from opensora_dist.train import loop, saving
 
 
 @dataclass(frozen=True)
@@ -171,4 +171,18 @@ def _in_clip(fault: Fault, strike: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-_PLACES = {"forward": _in_forward, "backward": _in_backward, "clip": _in_clip}
+@contextmanager
+def _in_save(fault: Fault, strike: Callable[[], None]) -> Iterator[None]:
+    """As the tensors of the step's checkpoint are written."""
+    real = saving.save_tensors
+
+    def save_tensors(*args: Any, **kwargs: Any) -> None:
+        if now():
+            strike()
+        real(*args, **kwargs)
+
+    with _at_step(fault) as now, mock.patch.object(saving, "save_tensors", save_tensors):
+        yield
+
+
+_PLACES = {"forward": _in_forward, "backward": _in_backward, "clip": _in_clip, "save": _in_save}

@@ -49,10 +49,11 @@ def _say_what_happened(ended, fault, *, within_s):
         assert e.after_s < within_s
 
 
-@pytest.mark.parametrize("place, stage", [("forward", 0), ("backward", 2), ("clip", 3), ("clip", 0)])
+@pytest.mark.parametrize("place, stage", [("forward", 0), ("backward", 2), ("clip", 3), ("clip", 0), ("save", 3)])
 def test_a_rank_killed_in_a_step_ends_the_one_that_shares_its_samples(data, tmp_path, place, stage):
     fault = Fault(place, signal.SIGKILL)
     args = overrides(data, tmp_path / "run", *SP2, f"parallel.zero.stage={stage}", "parallel.timeout_s=60")
+    args.append("checkpoint.every_steps=3")
     ended = run(args, fault, world=2, logs=tmp_path / "logs", limit_s=WITHIN_S)
     assert ended[1].code == -signal.SIGKILL
     _say_what_happened(ended, fault, within_s=WITHIN_S)
@@ -183,14 +184,14 @@ def _ahead():
     raise AssertionError("nothing was said")
 
 
-def _intent(mesh, sp, *, step):
+def _intent(mesh, sp, *, step, degree=None):
     grid, patch = Thw(4, 2, 2), Thw(1, 2, 2)
-    shard = SequenceParallel(mesh, sp).shard(grid)
+    shard = SequenceParallel(mesh, sp, choose=lambda grid: (sp.scheme, degree or sp.degree)).shard(grid)
     latent = Thw(4, 4, 4)
     return Intent(
         step=step,
         digest="0123",
-        samples=(5, 6),
+        samples=(5, mesh.rank // (degree or sp.degree)),
         latent=latent,
         part=shard.region.times(patch).shape(latent),
         text_tokens=4,
@@ -204,6 +205,21 @@ def test_ranks_that_agree_go_on_whatever_their_parts_and_a_single_rank_asks_nobo
     assert ranks.run(_agree, 3, world=3) == [True] * 3
     assert ranks.run(_agree, 1, world=2) == [True] * 2
     assert ranks.run(_agree, 2, world=4) == [True] * 4
+
+
+def test_where_fewer_ranks_share_a_shape_only_these_need_the_same_samples(ranks):
+    assert ranks.run(_agree_in_pairs, world=4) == [True] * 4
+
+
+def _agree_in_pairs():
+    sp = SpConfig(degree=4)
+    mesh = build_mesh(torch.device("cpu"), dp_replicate=1, sp=sp, timeout_s=20)
+    intent = _intent(mesh, sp, step=1, degree=2)
+    Agreement(mesh).check(intent)
+    with pytest.raises(CommunicationError, match="samples: rank 0 -> ") as caught:
+        Agreement(mesh).check(replace(intent, samples=(mesh.rank,)))
+    assert "latents at hand" not in str(caught.value)
+    return True
 
 
 def _agree(degree):
