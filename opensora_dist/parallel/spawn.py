@@ -19,6 +19,7 @@ from opensora_dist.core.logging import get_logger
 _log = get_logger(__name__)
 _GRACE_S = 20.0
 _POLL_S = 0.05
+_SETTLE_S = 1.0
 _TAIL_LINES = 30
 
 
@@ -32,7 +33,8 @@ def run_ranks(args: Sequence[str], *, nproc: int, log_dir: Path) -> int:
     """Runs ``python -m opensora_dist ARGS`` as ``nproc`` ranks and waits for all.
 
     Rank 0 writes to this terminal, the others to ``log_dir/rank-N.log``. SIGTERM, SIGINT and SIGUSR1 are passed to every rank. When a
-    rank fails, the others get SIGTERM and, 20 s later, SIGKILL; the end of its log is shown.
+    rank fails, the others have a second to fail by themselves, then get SIGTERM and, 20 s later, SIGKILL; of all that failed the end of
+    the log is shown.
 
     Returns:
         0 when every rank returned 0, else the first failing rank's exit code (1 where a signal ended it).
@@ -99,21 +101,34 @@ def _rank_log(log_dir: Path, rank: int) -> Path:
 
 def _wait(ranks: list[subprocess.Popen[bytes]], *, log_dir: Path) -> int:
     while True:
-        codes = [p.poll() for p in ranks]
-        failed = [(rank, code) for rank, code in enumerate(codes) if code not in (None, 0)]
+        failed = _failed(ranks)
         if failed:
-            rank, code = failed[0]
-            assert code is not None
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-            _log.error("rank %d %s; ending the other ranks", rank, how)
+            # Others may be about to say why: a rank that failed and one that lost contact with it end within moments of each other.
+            deadline = time.monotonic() + _SETTLE_S
+            while time.monotonic() < deadline and any(p.poll() is None for p in ranks):
+                time.sleep(_POLL_S)
+            failed |= _failed(ranks)
+            # What a signal ended can't have ended because of another rank.
+            order = sorted(failed, key=lambda rank: failed[rank] > 0)
+            for rank in order:
+                _log.error("rank %d %s", rank, _how(failed[rank]))
+            _log.error("ending the other ranks")
             _end(ranks)
-            if rank != 0:
+            for rank in (r for r in order if r != 0):
                 tail = _rank_log(log_dir, rank).read_text(errors="replace").splitlines()[-_TAIL_LINES:]
                 _log.error("last lines of %s:\n%s", _rank_log(log_dir, rank), "\n".join(tail))
-            return code if code > 0 else 1
-        if all(code == 0 for code in codes):
+            return max(failed[order[0]], 1)
+        if all(p.poll() == 0 for p in ranks):
             return 0
         time.sleep(_POLL_S)
+
+
+def _failed(ranks: list[subprocess.Popen[bytes]]) -> dict[int, int]:
+    return {rank: code for rank, p in enumerate(ranks) if (code := p.poll()) not in (None, 0)}
+
+
+def _how(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:

@@ -57,6 +57,17 @@ def test_a_rank_that_a_signal_ended_gives_1_and_the_signals_name(program, caplog
     assert "rank 1 was ended by SIGKILL" in caplog.text
 
 
+def test_a_rank_that_fails_because_of_another_is_not_taken_for_the_reason(program, caplog, tmp_path):
+    gone = tmp_path / "gone"
+    code = (
+        f"if rank == 1:\n    print('why', flush=True)\n    open({str(gone)!r}, 'w').close()\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"while not os.path.exists({str(gone)!r}): pass\nsys.exit(3)"
+    )
+    assert program(code) == 1
+    assert caplog.text.index("rank 1 was ended by SIGKILL") < caplog.text.index("rank 0 failed with exit code 3")
+    assert "why" in caplog.text
+
+
 def test_a_rank_that_ignores_the_request_to_end_is_killed(program, monkeypatch):
     monkeypatch.setattr(spawn, "_GRACE_S", 0.2)
     began = time.monotonic()
