@@ -130,4 +130,3 @@ def _run_network(args: argparse.Namespace) -> int:
         out=None,
         timeout_s=args.timeout,
     )
-

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -27,11 +28,18 @@ Inner = Callable[[Tensor, Tensor, Tensor], Tensor]
 class SilentExchange(Exchange):
     """Transfers that send nothing and are over at once: what a scheme computes, without what it communicates.
 
-    What arrives is whatever the memory holds, so only times mean anything.
+    What an all-to-all brings are zeros that are made once per shape: fresh memory might hold numbers that are slow to compute with.
     """
 
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self._zeros: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
+
     def all_to_all(self, send: Tensor, *, send_rows: Sequence[int], recv_rows: Sequence[int]) -> Pending:
-        return Pending(send.new_empty((sum(recv_rows), *send.shape[1:])), [], exchange=self, what="nothing")
+        shape = (sum(recv_rows), *send.shape[1:])
+        if (shape, send.dtype) not in self._zeros:
+            self._zeros[shape, send.dtype] = send.new_zeros(shape)
+        return Pending(self._zeros[shape, send.dtype], [], exchange=self, what="nothing")
 
     def shift(self, send: Tensor, *, into: Tensor, by: int = 1) -> Pending:
         return Pending(into, [], exchange=self, what="nothing")
