@@ -141,7 +141,7 @@ class SpConfig(Section):
         None, ge=1, description="auto may spread a sample over as few ranks as this where that is faster; default: degree."
     )
     overlap: bool = Field(True, description="Hide communication under compute; false is the blocking form, for comparison.")
-    chunks: int = Field(1, ge=1, description="Pieces that a pipeline cuts its tokens into, where a scheme has one.")
+    chunks: int = Field(2, ge=1, description="Pieces that a pipeline cuts its tokens into, where a scheme has one.")
     fastseq_dw: Literal["gather", "keep"] = Field(
         "gather", description="What fastseq's weight gradient is made from: a second gather in backward, or the first one, kept."
     )

@@ -55,9 +55,9 @@ class Options:
 def sequence_inputs(
     *,
     schemes: Sequence[str] | None,
-    chunks: int,
+    chunks: int | None,
     ulysses: int | None,
-    fastseq_dw: str,
+    fastseq_dw: str | None,
     rounds: int,
     warmup: int,
     timeout_s: float,
@@ -71,8 +71,8 @@ def sequence_inputs(
     """
     known = (*SCHEMES, *PACKAGES)
     problems = [f"--schemes {name}: not known; use some of {', '.join(known)}" for name in schemes or () if name not in known]
-    for flag, value, least in (("chunks", chunks, 1), ("rounds", rounds, 1), ("warmup", warmup, 0), ("ulysses", ulysses or 1, 1)):
-        if value < least:
+    for flag, value, least in (("chunks", chunks, 1), ("rounds", rounds, 1), ("warmup", warmup, 0), ("ulysses", ulysses, 1)):
+        if value is not None and value < least:
             problems.append(f"--{flag} must be {least} or more, and is {value}")
     try:
         made = SequenceCase(grid=Thw(*grid), **case)
@@ -80,7 +80,8 @@ def sequence_inputs(
         raise ConfigError([*problems, *error.problems]) from None
     if problems:
         raise ConfigError(problems)
-    sp = SpConfig.model_validate({"chunks": chunks, "ulysses": ulysses, "fastseq_dw": fastseq_dw})
+    given = {"chunks": chunks, "ulysses": ulysses, "fastseq_dw": fastseq_dw}
+    sp = SpConfig.model_validate({key: value for key, value in given.items() if value is not None})
     return made, Options(schemes=tuple(schemes) if schemes else None, rounds=rounds, warmup=warmup, sp=sp, timeout_s=timeout_s)
 
 
