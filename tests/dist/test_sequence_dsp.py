@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from sequence_cases import compute, make_inputs
-from sequence_pair import TOLERANCE, Pair, errors, half_precision, living_tapes, sent, watched_transfers
+from sequence_pair import TOLERANCE, Pair, errors, half_precision, living_tapes, make_mesh, sent, watched_transfers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora_dist.core.types import Thw
@@ -65,7 +65,7 @@ class _Products(TorchDispatchMode):
 def _products_in_flight(pair: Pair) -> list[int]:
     """Matrix products between the start and the end of each transfer of a forward and backward."""
     log: list[str] = []
-    model, shard = pair.network(), pair.shard()
+    model, shard = pair.network(), pair.shard(make_mesh())
     with watched_transfers(log), _Products(log):
         compute(model, make_inputs(pair.shape, group=0), shard=shard)
     starts = {event: at for at, event in enumerate(log) if event.startswith("send")}

@@ -44,6 +44,9 @@ from opensora_dist.parallel.sequence.transfer import Transfer
 class Dsp(Scheme):
     """Dynamic sequence parallelism, its transfers hidden under the block's own work.
 
+    Under recomputation what arrived is kept: the others' tokens at the places owned, and the attention's output for tokens that left,
+    each (P - 1) / P of the size of the residual stream here.
+
     Args:
         overlap: False is the published form, which waits for each transfer; with the same bytes.
         chunks: Runs of frames on the way out, and of places on the way back.
@@ -198,6 +201,7 @@ class _Pipeline:
         for d in departed:
             arrived_RD = d.transfer.wait(d.arriving_RD)
             qkv_RE = _ProjectRest.apply(qkv_RE, arrived_RD, weight, bias, shared)  # type: ignore[no-untyped-call]
+        shared.out_RE = None  # the nodes hold ``shared`` until backward, and under recomputation nothing is to be kept
         return qkv_RE
 
     def _order(self) -> list[slice]:

@@ -50,8 +50,8 @@ class _Join(torch.autograd.Function):
 
 def _pack(x_BtSD: Tensor, groups: Groups) -> tuple[Tensor, ...]:
     B, t, _, D = x_BtSD.shape
-    sizes = [t * B * sum(map(len, group)) for group in groups]
-    blocks = torch.split(x_BtSD.new_empty((sum(sizes), D)), sizes)
+    # Each its own memory: what one group's rows outlive must not keep the others'.
+    blocks = [x_BtSD.new_empty((t * B * sum(map(len, group)), D)) for group in groups]
     for rows_RD, group in zip(blocks, groups):
         for view_tBsD, places in zip(_views(rows_RD, group, frames=t, batch=B), group):
             view_tBsD.copy_(x_BtSD[:, :, places.start : places.stop].transpose(0, 1))
