@@ -147,7 +147,7 @@ def _options(scheme: str, size: int) -> list[tuple[tuple[str, Any], ...]]:
     """All values of all options that a scheme is made from."""
     reads = _Reads(SpConfig(degree=size, scheme=scheme))
     SCHEMES[scheme](reads)
-    values = {name: of for name, of in _VALUES.items() if name == "overlap" or name in reads.names}
+    values = {name: of for name, of in _VALUES.items() if name in reads.names}
     if "ulysses" in reads.names:
         values["ulysses"] = tuple(u for u in range(1, size + 1) if size % u == 0)
     unknown = reads.names - {*values, "degree", "scheme"}

@@ -27,11 +27,13 @@ from opensora_dist.diffusion.registry import build_objective
 from opensora_dist.models.base import ModelIo
 from opensora_dist.models.registry import build_model
 from opensora_dist.observe.metrics import StepMetrics
+from opensora_dist.parallel.sequence.layout import scheme_problems
 
 ROOT = Path(__file__).parents[2]
 PREPARE = sorted(ROOT.glob("configs/prepare/*.yaml"))
 TRAIN = sorted(ROOT.glob("configs/train/*.yaml"))
 DOCS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+LONG = "open_sora_1_0_64x512x512.yaml"
 PUBLISHED = ("open_sora_1_0_stage2_16x256x256.yaml", "open_sora_1_0_stage3_16x512x512.yaml")
 
 
@@ -66,7 +68,7 @@ def test_a_training_recipe_lacks_nothing_but_data_and_weights(path, tmp_path):
         weights = tmp_path / "weights.safetensors"
         weights.touch()
         overrides.append(f"model.init_from.path={weights}")
-    world = 64 if path.name in PUBLISHED else 1
+    world = 64 if path.name in (*PUBLISHED, LONG) else 1
     load_config(TrainConfig, path, overrides=overrides, rules=lambda config: train_problems(config, world=world))
 
 
@@ -86,6 +88,15 @@ def test_the_published_recipes_train_the_published_model(name, latent):
         0.0,
     )
     assert (config.data.global_batch, config.parallel.zero.stage, config.run.dtype) == (512, 2, "bfloat16")
+
+
+def test_the_recipe_of_long_videos_cuts_their_tokens_into_eight_parts_by_the_rules_of_its_scheme():
+    config = load_config(TrainConfig, ROOT / "configs/train" / LONG)
+    with torch.device("meta"):
+        model = build_model(config.model, ModelIo(in_channels=4, out_channels=8, text_width=4096, max_tokens=120))
+    grid, sp = model.token_grid(Thw(64, 64, 64)), config.parallel.sp
+    assert grid == Thw(64, 32, 32) and sp.degree == 8 and config.parallel.recompute == "block"
+    assert not scheme_problems(sp, grid, heads=config.model.shape.heads, joint=False)
 
 
 # --- docs

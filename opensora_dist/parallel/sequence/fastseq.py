@@ -35,6 +35,9 @@ _CUT_DIM = {Axis.TIME: 2, Axis.SPACE: 1}
 class FastSeq(Scheme):
     """Ring all-gather of x, hidden under the QKV projection of this rank's heads.
 
+    Under recomputation q, k, v of this rank's heads (3 l G D elements where ranks hold as many tokens) and the output of its tokens
+    (l G D) are kept; with ``keep_gathered`` the x of others ((P - 1) l G D), too.
+
     Args:
         overlap: False is the blocking form: each transfer is waited for at once; the same bytes.
         chunks: Pieces that the sequences of one attention are cut into. The first hops of all start at once; each piece's output is
