@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,24 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds of a stuck transfer (default 600)")
 
 
+def _check_ranks(args: argparse.Namespace, **more: int) -> None:
+    """
+    Raises:
+        ConfigError: Fewer ranks than one, or no time; or one of ``more``, which are options by name, is below 1.
+    """
+    whole = {**more, **({} if args.nproc is None else {"nproc": args.nproc})}
+    problems = [f"--{name} must be 1 or more, and is {value}" for name, value in whole.items() if value < 1]
+    if not 0 < args.timeout < math.inf:
+        problems.append(f"--timeout must be a number of seconds above 0, and is {args.timeout:g}")
+    if problems:
+        raise ConfigError(problems)
+
+
 def _run_sequence(args: argparse.Namespace) -> int:
-    from opensora_dist.recipes.bench.launch import on_ranks, sequence_rank
+    from opensora_dist.recipes.bench.launch import num_ranks, on_ranks, sequence_rank
     from opensora_dist.recipes.bench.sequence import sequence_inputs
 
+    _check_ranks(args)
     match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", args.grid)
     if not match:
         raise ConfigError(f"--grid {args.grid!r} is not FRAMESxROWSxCOLUMNS; write e.g. 16x16x16")
@@ -104,6 +119,7 @@ def _run_sequence(args: argparse.Namespace) -> int:
         rounds=args.rounds,
         warmup=args.warmup,
         timeout_s=args.timeout,
+        world=num_ranks(args.nproc, device=args.device),
     )
     return on_ranks(
         lambda device: sequence_rank(case, device, options=options, out=args.out, trace=args.trace),
@@ -121,6 +137,7 @@ def _run_network(args: argparse.Namespace) -> int:
     from opensora_dist.recipes.bench.launch import on_ranks
     from opensora_dist.recipes.bench.network import network_rank
 
+    _check_ranks(args, width=args.width)
     return on_ranks(
         lambda device: network_rank(device, width=args.width, dtype=DTYPES[args.dtype], out=args.out),
         args=args.argv,

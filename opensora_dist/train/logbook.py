@@ -64,7 +64,7 @@ class Logbook:
         progress: The display; None likewise.
         trackers: wandb, TensorBoard; None on ranks that don't write.
         peak_flops: Peak of one rank's device, for MFU; None where it isn't known.
-        watch: Called with each step once its time is known; what it returns is noted as the event ``sequence_measured``.
+        watch: Called with each step whose own time is known; what it returns is noted as the event ``sequence_measured``.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class Logbook:
         self._mesh, self._metrics, self._events, self._progress = mesh, metrics, events, progress
         self._trackers, self._peak_flops, self._watch = trackers, peak_flops, watch
         self._notes: list[StepNote] = []
+        self._seen: set[Thw] = set()
 
     def event(self, name: str, **fields: object) -> None:
         """Notes something that happened once; the main rank writes it."""
@@ -126,11 +127,20 @@ class Logbook:
                     "step %d skipped: its gradient norm is %s (batch %s)", metrics.step, metrics.grad_norm, metrics.batch_digest
                 )
         self._metrics.flush()
-        for note in notes:
+        for note in self._timed(notes):
             if self._watch is not None and (measured := self._watch(note)) is not None:
                 self.event("sequence_measured", **measured)
         if self._progress is not None:
             self._progress.update(window)
+
+    def _timed(self, notes: Sequence[StepNote]) -> Sequence[StepNote]:
+        """Those whose ``step_s`` is that of their shape: on a GPU of a window of one shape, which is not that shape's first."""
+        if self._mesh.device.type != "cuda":
+            return notes
+        shapes = {note.latent for note in notes}
+        known = shapes <= self._seen
+        self._seen |= shapes
+        return notes if known and len(shapes) == 1 else ()
 
     def show_videos(self, rounds: Sequence[tuple[int, list[Path]]]) -> None:
         """Hands finished validation videos, by step, to the trackers."""

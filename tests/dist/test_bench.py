@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import xml.etree.ElementTree as ET
@@ -27,7 +28,7 @@ from opensora_dist.recipes.auto import auto_choice
 from opensora_dist.recipes.bench import sequence
 from opensora_dist.recipes.bench.case import SequenceCase, Subject
 from opensora_dist.recipes.bench.figures import figures
-from opensora_dist.recipes.bench.forms import PACKAGES, package_missing
+from opensora_dist.recipes.bench.forms import PACKAGES, SilentExchange, package_missing
 from opensora_dist.recipes.bench.passes import Pass, SequenceResult
 from opensora_dist.recipes.bench.sequence import Options, bench_sequence, make_forms
 from opensora_dist.recipes.bench.show import picture, print_table, record
@@ -118,8 +119,56 @@ def _wrong_scheme() -> str:
 
 def test_what_computes_something_else_is_not_timed(ranks):
     assert all(
-        "dsp overlapped: output or input gradient differ from one process" in said for said in ranks.run(_wrong_scheme, world=2)
+        "dsp overlapped: output or gradients differ from one process" in said for said in ranks.run(_wrong_scheme, world=2)
     )
+
+
+def _wrong_weight_gradient() -> str:
+    """Tokens go the right way and their gradients back, but half of what the qkv weight should learn is lost."""
+    made = SCHEMES["dsp"]
+
+    def broken(sp: SpConfig):
+        scheme = made(sp)
+        branch = scheme.branch
+
+        def halved(attn, *args, **options):
+            projections = copy.copy(attn)
+            projections._modules = dict(attn._modules)
+            projections.qkv = copy.copy(attn.qkv)
+            projections.qkv._parameters = dict(attn.qkv._parameters)
+            weight = projections.qkv._parameters.pop("weight")
+            projections.qkv.__dict__["weight"] = weight / 2 + weight.detach() / 2
+            return branch(projections, *args, **options)
+
+        scheme.branch = halved
+        return scheme
+
+    sequence.SCHEMES["dsp"] = broken
+    try:
+        with pytest.raises(OpensoraError) as caught:
+            _bench(TINY, dataclasses.replace(QUICK, schemes=("dsp",)))
+        return str(caught.value)
+    finally:
+        sequence.SCHEMES["dsp"] = made
+
+
+def test_what_gives_a_weight_another_gradient_is_not_timed(ranks):
+    for said in ranks.run(_wrong_weight_gradient, world=2):
+        assert "output or gradients differ from one process by 0.5 " in said, said
+
+
+def _silent_numbers() -> list[torch.Tensor]:
+    exchange = SilentExchange(torch.distributed.group.WORLD)
+    hole = torch.full((4, 3), torch.nan)
+    parts = [hole.clone(), hole.clone()]
+    exchange.gather(hole, parts=parts).wait()
+    got = exchange.all_to_all(hole, send_rows=[2, 2], recv_rows=[1, 3]).wait()
+    return [got, exchange.shift(hole, into=hole.clone()).wait(), parts[1 - exchange.rank]]
+
+
+def test_what_a_silent_transfer_brings_is_neither_garbage_nor_zero(ranks):
+    for brought in ranks.run(_silent_numbers, world=2):
+        assert all(t.shape == (4, 3) and t.isfinite().all() and 0.3 < t.std() < 3 for t in brought), brought
 
 
 def test_table_json_picture_and_trace(ranks, tmp_path):
@@ -185,7 +234,7 @@ def test_figures_are_of_what_they_say():
 
 def _measure() -> tuple[object, ...]:
     mesh = build_mesh(CPU, dp_replicate=1, sp=SpConfig(degree=2), timeout_s=60)
-    network = measure_network(mesh.links[2].sp, device=CPU, width=64, dtype=torch.float32)
+    network = measure_network(mesh.links[2].sp, device=CPU, width=64, dtype=torch.float32).network
     config = TrainConfig(
         model=ModelConfig(depth=2, width=64, heads=4),
         parallel=ParallelConfig(sp=SpConfig(degree=2, scheme="auto", min_degree=1)),
@@ -193,7 +242,7 @@ def _measure() -> tuple[object, ...]:
     with torch.device("meta"):
         model = build_model(config.model, ModelIo(in_channels=4, out_channels=4, text_width=8, max_tokens=6))
     choose = auto_choice(config, mesh, model, text_tokens=6)
-    return network, [choose(grid) for grid in (Thw(4, 4, 4), Thw(1, 8, 8), Thw(16, 16, 16))], choose.network
+    return network, [choose(grid) for grid in (Thw(4, 4, 4), Thw(1, 8, 8), Thw(16, 16, 16))], choose.networks
 
 
 def test_ranks_measure_and_choose_the_same(ranks):
@@ -226,8 +275,22 @@ def test_the_network_command_writes_what_auto_reads(tmp_path):
         ("--grid 4x4", "FRAMESxROWSxCOLUMNS"),
         ("--schemes warp --rounds 0 --width 30", "3 problems"),
         ("--trace", "--out"),
+        ("--nproc 0 --timeout 0", "2 problems"),
+        ("--nproc -2", "--nproc must be 1 or more"),
+        ("--ulysses 3 --nproc 2 --schemes dsp", "--ulysses 3 must divide the 2 ranks; use one of 1, 2"),
     ],
 )
 def test_a_wrong_command_is_refused_before_any_rank_starts(words, said, capsys):
     assert main(["bench", "sequence", *words.split()]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_network_command_without_ranks_or_width_is_refused(capsys):
+    assert main(["bench", "network", "--nproc", "0", "--width", "0", "--timeout", "nan"]) == 2
+    assert "3 problems" in capsys.readouterr().err
+
+
+def test_only_usp_is_given_an_inner_axis(ranks):
+    options = dataclasses.replace(QUICK, schemes=("dsp", "usp"), sp=SpConfig.model_construct(**dict(SpConfig()) | {"ulysses": 2}))
+    for results in ranks.run(_bench, TINY, options, world=2):
+        assert all(r.problem is None for r in results)

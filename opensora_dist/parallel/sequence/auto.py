@@ -17,7 +17,7 @@ from opensora_dist.parallel.sequence.predict import Prediction, SampleCost, Work
 from opensora_dist.parallel.sequence.registry import SCHEMES
 
 _log = get_logger(__name__)
-_WATCHED_STEPS = 10
+_WATCHED_STEPS, _WARM_UP = 10, 2
 
 
 @dataclass(kw_only=True)
@@ -34,7 +34,7 @@ class AutoChoice:
         recompute: As in ``Workload``.
         element_bytes: As in ``Workload``.
         cost: Of one sample of a token grid.
-        network: What is measured.
+        networks: What is measured, by number of ranks that share a sample; 1 among them where that may be.
     """
 
     sp: SpConfig
@@ -44,7 +44,7 @@ class AutoChoice:
     recompute: bool
     element_bytes: int
     cost: Callable[[Thw], SampleCost]
-    network: Network
+    networks: Mapping[int, Network]
     predictions: dict[Thw, Prediction] = field(default_factory=dict)
     """Of the choices made so far."""
     runners_up: dict[Thw, Prediction | None] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class AutoChoice:
                 broken = scheme_problems(sp, grid, heads=cost.heads, joint=cost.joint) if degree > 1 else []
                 problems += broken
                 if not broken:
-                    found.append(predict(work, name, degree, self.network, sp=self.sp))
+                    found.append(predict(work, name, degree, self.networks[degree], sp=self.sp))
         if not found:
             raise ConfigError(problems)
         return sorted(found, key=lambda p: (p.step_s, p.degree))  # stable: equals keep the registry's order
@@ -126,10 +126,12 @@ class StepWatch:
         self._steps: dict[Thw, list[float]] = {}
 
     def note(self, grid: Thw, step_s: float) -> dict[str, Any] | None:
-        """Takes a step's time; with the tenth of a grid, logs their median and gives the fields of ``sequence_measured``.
+        """Takes a step's time; with the tenth of a grid, logs the median and gives the fields of ``sequence_measured``.
+
+        The first two are left out: memory is allocated and kernels are chosen in them.
 
         Args:
-            step_s: By a host that waited for the device, as at log steps.
+            step_s: Of this step itself, or the mean of a window of steps that are all of this grid.
         """
         steps = self._steps.setdefault(grid, [])
         if grid not in self._predictions or len(steps) == _WATCHED_STEPS:
@@ -137,6 +139,6 @@ class StepWatch:
         steps.append(step_s)
         if len(steps) < _WATCHED_STEPS:
             return None
-        measured, best = 1e3 * statistics.median(steps), self._predictions[grid]
-        _log.info("samples of %s tokens: %s, measured %.4g ms (median of %d)", grid, _said(best), measured, _WATCHED_STEPS)
+        measured, best = 1e3 * statistics.median(steps[_WARM_UP:]), self._predictions[grid]
+        _log.info("samples of %s tokens: %s, measured %.4g ms (median)", grid, _said(best), measured)
         return {**_fields(grid, best), "measured_ms": measured}

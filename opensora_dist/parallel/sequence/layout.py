@@ -44,11 +44,11 @@ class SequenceParallel:
     def _make(self, grid: Thw, *, name: str, degree: int) -> Shard:
         if degree == 1:
             return whole(grid)
-        by_rows = shards_rows(grid, size=degree)
+        by_rows, sizes = cut(grid, size=degree)
         return Shard(
             grid=grid,
             by_rows=by_rows,
-            sizes=split_sizes(grid.h if by_rows else grid.t, degree),
+            sizes=sizes,
             scheme=SCHEMES[name](self._sp),
             local=Local(),
             links=self._mesh.links[degree],
@@ -64,9 +64,10 @@ def describe_shard(shard: Shard) -> str:
     return f"{shard.scheme.name} over {len(shard.sizes)} ranks, {each} of {what} of tokens each"
 
 
-def shards_rows(grid: Thw, *, size: int) -> bool:
-    """Whether a sample is cut into rows, as its frames are fewer than the ranks."""
-    return grid.t < size
+def cut(grid: Thw, *, size: int) -> tuple[bool, tuple[int, ...]]:
+    """Whether a sample is cut into rows, and the frames or rows of each of ``size`` ranks."""
+    by_rows = grid.t < size  # frames are fewer than the ranks
+    return by_rows, split_sizes(grid.h if by_rows else grid.t, size)
 
 
 def scheme_problems(sp: SpConfig, grid: Thw, *, heads: int, joint: bool) -> list[str]:

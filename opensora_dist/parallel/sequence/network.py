@@ -18,10 +18,10 @@ from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.io import read_json, write_json
 from opensora_dist.parallel.sequence.exchange import Exchange
 
-_SMALL_BYTES, _LARGE_BYTES = 256 << 10, 32 << 20
+SIZES = tuple(4**k << 10 for k in range(3, 8))
+"""Bytes of the all-to-alls that are timed: 64 KiB to 16 MiB."""
 _LONG_S = 0.04  # a transfer that takes as long says what there is to know of the bandwidth
-_PINGS, _REPEATS = 30, 3
-_ROWS = 4096
+_ROWS, _REPEATS = 4096, 3
 _FORMAT = 1
 
 
@@ -84,28 +84,80 @@ def _field_problem(name: str, value: Any, *, kind: str) -> str | None:
     return None if fits else f"{name}={value!r} must be a {'whole ' if kind == 'int' else ''}number above 0"
 
 
-def measure_network(exchange: Exchange, *, device: torch.device, width: int, dtype: torch.dtype) -> Network:
-    """Measures within about a second; the same result on every rank of the group. Collective.
+def unfit(network: Network, *, device: torch.device, dtype: torch.dtype, degree: int) -> list[str]:
+    """What keeps a measurement from standing for a run, each with a way out.
+
+    Args:
+        device: The run's.
+        dtype: That the run computes in.
+        degree: Most ranks that share a sample.
+    """
+    computes = str(dtype).removeprefix("torch.")
+    again = "measure on the machine of the run with `opensora-dist bench network"
+    problems = []
+    if network.device != device.type:
+        problems.append(f"device={network.device!r}, and the run is on {device.type}; {again} --device {device.type} --out FILE`")
+    if network.dtype != computes:
+        problems.append(f"dtype={network.dtype!r}, and the run computes in {computes}; {again} --dtype {computes} --out FILE`")
+    if network.world < degree:
+        problems.append(f"world={network.world}, and {degree} ranks share a sample; {again} --nproc {degree} --out FILE`")
+    return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfers:
+    """All-to-alls of one size: bytes that a rank sends to others, and seconds of the slowest rank."""
+
+    sent: int
+    seconds: tuple[float, ...]
+
+    @property
+    def median_s(self) -> float:
+        """Over repeats."""
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """The fit, and what it rests on: transfers, and seconds of small messages."""
+
+    network: Network
+    transfers: tuple[Transfers, ...]
+    pings_s: tuple[float, ...]
+
+
+def measure_network(
+    exchange: Exchange,
+    *,
+    device: torch.device,
+    width: int,
+    dtype: torch.dtype,
+    repeats: int = 3,
+    pings: int = 30,
+    long_s: float = _LONG_S,
+) -> Measurement:
+    """Measures, by default within about a second; the same result on every rank of the group. Collective.
 
     Args:
         exchange: The ranks that will share samples; at least two.
         width: Of the model.
         dtype: That it computes in.
+        repeats: Of a transfer of each of ``SIZES``.
+        pings: Small messages.
+        long_s: No larger transfer follows one that took as long.
     """
     flops = matmul_rate(device, width=width, dtype=dtype, exchange=exchange)
-    pings = [ping(exchange, device=device) for _ in range(_PINGS)]
-    sizes, times = [], []
-    size = _SMALL_BYTES
-    while size <= _LARGE_BYTES:
-        took = statistics.median(all_to_all_time(exchange, size, device=device) for _ in range(_REPEATS))
-        sizes.append(bytes_to_others(exchange, size))
-        times.append(slowest(exchange, took, device=device))
-        if times[-1] > _LONG_S:  # the slowest rank's, so that all stop here
+    small = [slowest(exchange, ping(exchange, device=device), device=device) for _ in range(pings)]
+    transfers: list[Transfers] = []
+    for size in SIZES:
+        all_to_all_time(exchange, size, device=device)  # the first of a size sets buffers up
+        times = [slowest(exchange, all_to_all_time(exchange, size, device=device), device=device) for _ in range(repeats)]
+        transfers.append(Transfers(sent=bytes_to_others(exchange, size), seconds=tuple(times)))
+        if transfers[-1].median_s > long_s:  # the slowest rank's, so that all stop here
             break
-        size *= 4
-    latency, bandwidth = fit_line(sizes, times)
-    return Network(
-        latency_s=max(latency, slowest(exchange, statistics.median(pings), device=device)),
+    latency, bandwidth = fit_line([t.sent for t in transfers], [t.median_s for t in transfers])
+    network = Network(
+        latency_s=max(latency, statistics.median(small)),
         bytes_per_s=bandwidth,
         flops_per_s=flops,
         world=exchange.size,
@@ -113,6 +165,7 @@ def measure_network(exchange: Exchange, *, device: torch.device, width: int, dty
         dtype=str(dtype).removeprefix("torch."),
         width=width,
     )
+    return Measurement(network=network, transfers=tuple(transfers), pings_s=tuple(small))
 
 
 def agree(network: Network, *, group: dist.ProcessGroup) -> Network:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from opensora_dist.core.types import Axis, Thw
 from opensora_dist.ops.attention import attention
+from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.sequence.base import Links, Projections, Scheme, Shard, Traffic, from_sequences, to_sequences
 from opensora_dist.parallel.sequence.exchange import Exchange, Pending
 
@@ -28,24 +29,33 @@ Inner = Callable[[Tensor, Tensor, Tensor], Tensor]
 class SilentExchange(Exchange):
     """Transfers that send nothing and are over at once: what a scheme computes, without what it communicates.
 
-    What an all-to-all brings are zeros that are made once per shape: fresh memory might hold numbers that are slow to compute with.
+    What they bring are numbers like an activation's, drawn once per shape: fresh memory may hold some that are slow to compute with, and
+    a GPU multiplies zeros faster. An all-to-all brings the drawn tensor itself, at no cost. A shift and a gather arrive in memory of the
+    caller, who may add to it, so they are copied there, once each byte, which is the least that any receiving costs.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
-        self._zeros: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
+        self._drawn: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
 
     def all_to_all(self, send: Tensor, *, send_rows: Sequence[int], recv_rows: Sequence[int]) -> Pending:
-        shape = (sum(recv_rows), *send.shape[1:])
-        if (shape, send.dtype) not in self._zeros:
-            self._zeros[shape, send.dtype] = send.new_zeros(shape)
-        return Pending(self._zeros[shape, send.dtype], [], exchange=self, what="nothing")
+        return Pending(self._numbers((sum(recv_rows), *send.shape[1:]), like=send), [], exchange=self, what="nothing")
 
     def shift(self, send: Tensor, *, into: Tensor, by: int = 1) -> Pending:
+        into.copy_(self._numbers(tuple(into.shape), like=into))
         return Pending(into, [], exchange=self, what="nothing")
 
     def gather(self, send: Tensor, *, parts: Sequence[Tensor]) -> Pending:
+        for rank, part in enumerate(parts):
+            if rank != self.rank:
+                part.copy_(self._numbers(tuple(part.shape), like=part))
         return Pending(send, [], exchange=self, what="nothing")
+
+    def _numbers(self, shape: tuple[int, ...], *, like: Tensor) -> Tensor:
+        if (shape, like.dtype) not in self._drawn:
+            drawn = torch.empty(shape).normal_(generator=Keys(0).generator("silent"))
+            self._drawn[shape, like.dtype] = drawn.to(like.device, like.dtype)
+        return self._drawn[shape, like.dtype]
 
 
 def silent(links: Links) -> Links:

@@ -44,9 +44,8 @@ def on_ranks(
         out: Where logs of ranks other than 0 go; None throws them away.
         timeout_s: Of a collective.
     """
-    if launched_world() is None and nproc is None:
-        nproc = torch.cuda.device_count() if resolve_device(device).type == "cuda" else CPU_NPROC
-    if launched_world() is None and nproc is not None and nproc > 1:
+    nproc = num_ranks(nproc, device=device)
+    if launched_world() is None and nproc > 1:
         if out is not None:
             return run_ranks(args, nproc=nproc, log_dir=out / LOGS_DIR)
         with tempfile.TemporaryDirectory() as folder:
@@ -57,6 +56,16 @@ def on_ranks(
     with process_group(chosen, timeout_s=timeout_s):
         setup_logging(rank=torch.distributed.get_rank(), world=torch.distributed.get_world_size())
         return body(chosen)
+
+
+def num_ranks(nproc: int | None, *, device: str) -> int:
+    """That a launcher has made, or that ``on_ranks`` will start."""
+    launched = launched_world()
+    if launched is not None:
+        return launched
+    if nproc is not None:
+        return nproc
+    return torch.cuda.device_count() if resolve_device(device).type == "cuda" else CPU_NPROC
 
 
 def pin_rank() -> None:

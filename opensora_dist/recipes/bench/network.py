@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,38 +14,13 @@ from rich.table import Table
 from opensora_dist.core.errors import ConfigError
 from opensora_dist.observe.environment import describe_environment
 from opensora_dist.parallel.sequence.exchange import Exchange
-from opensora_dist.parallel.sequence.network import (
-    Network,
-    all_to_all_time,
-    bytes_to_others,
-    fit_line,
-    matmul_rate,
-    ping,
-    slowest,
-    write_network,
-)
+from opensora_dist.parallel.sequence.network import measure_network, write_network
 
-SIZES = tuple(4**k << 10 for k in range(3, 8))  # 64 KB to 16 MB
-_PINGS = 200
+_REPEATS, _PINGS = 7, 200
 
 
-@dataclass(frozen=True, kw_only=True)
-class Transfers:
-    """All-to-alls of one size: bytes that a rank sends to others, and seconds of the slowest rank."""
-
-    sent: int
-    seconds: tuple[float, ...]
-
-    @property
-    def median_s(self) -> float:
-        """Over repeats."""
-        return statistics.median(self.seconds)
-
-
-def bench_network(
-    device: torch.device, *, width: int, dtype: torch.dtype, sizes: Sequence[int] = SIZES, repeats: int = 7
-) -> tuple[Network, list[Transfers], list[float]]:
-    """The fit, what it rests on, and the seconds of small messages; the same on every rank. Collective.
+def network_rank(device: torch.device, *, width: int, dtype: torch.dtype, out: Path | None) -> int:
+    """One rank's part; rank 0 prints and writes. What a run measures at its start, with more repeats. Collective.
 
     Raises:
         ConfigError: There is but one rank.
@@ -55,29 +29,8 @@ def bench_network(
     exchange = Exchange(dist.group.WORLD)
     if exchange.size < 2:
         raise ConfigError("bench network measures between ranks, and there is one; use --nproc 2 or more, or torchrun")
-    flops = matmul_rate(device, width=width, dtype=dtype, exchange=exchange)
-    pings = [slowest(exchange, ping(exchange, device=device), device=device) for _ in range(_PINGS)]
-    transfers = []
-    for size in sizes:
-        all_to_all_time(exchange, size, device=device)  # the first of a size sets buffers up
-        times = [slowest(exchange, all_to_all_time(exchange, size, device=device), device=device) for _ in range(repeats)]
-        transfers.append(Transfers(sent=bytes_to_others(exchange, size), seconds=tuple(times)))
-    latency, bandwidth = fit_line([t.sent for t in transfers], [t.median_s for t in transfers])
-    network = Network(
-        latency_s=max(latency, statistics.median(pings)),
-        bytes_per_s=bandwidth,
-        flops_per_s=flops,
-        world=exchange.size,
-        device=device.type,
-        dtype=str(dtype).removeprefix("torch."),
-        width=width,
-    )
-    return network, transfers, pings
-
-
-def network_rank(device: torch.device, *, width: int, dtype: torch.dtype, out: Path | None) -> int:
-    """One rank's part; rank 0 prints and writes. Collective."""
-    network, transfers, pings = bench_network(device, width=width, dtype=dtype)
+    found = measure_network(exchange, device=device, width=width, dtype=dtype, repeats=_REPEATS, pings=_PINGS, long_s=math.inf)
+    network, transfers, pings = found.network, found.transfers, found.pings_s
     if dist.get_rank() != 0:
         return 0
     table = Table(title=f"All-to-all among {network.world} ranks ({network.device})")
@@ -98,7 +51,7 @@ def network_rank(device: torch.device, *, width: int, dtype: torch.dtype, out: P
     if out is not None:
         details = {
             "all_to_all": [{"sent_bytes": t.sent, "seconds": list(t.seconds)} for t in transfers],
-            "small_message_s": pings,
+            "small_message_s": list(pings),
             "environment": describe_environment(world=network.world),
         }
         write_network(out, network, details=details)

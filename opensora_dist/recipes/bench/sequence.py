@@ -18,8 +18,8 @@ from opensora_dist.config.train import SpConfig
 from opensora_dist.core.errors import ConfigError, OpensoraError
 from opensora_dist.core.types import Region, Thw
 from opensora_dist.parallel.mesh import build_mesh, sp_ulysses
-from opensora_dist.parallel.sequence.base import Links, Scheme, Shard, Traffic, split_sizes
-from opensora_dist.parallel.sequence.layout import scheme_problems, shards_rows
+from opensora_dist.parallel.sequence.base import Links, Scheme, Shard, Traffic
+from opensora_dist.parallel.sequence.layout import cut, scheme_problems
 from opensora_dist.parallel.sequence.local import Local, whole
 from opensora_dist.parallel.sequence.registry import SCHEMES
 from opensora_dist.parallel.sequence.traffic import SentBytes
@@ -31,6 +31,8 @@ from opensora_dist.recipes.bench.trace import write_trace
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float64": 1e-10}
 """Largest difference from the block on one process, over the largest value, by the case's dtype."""
+_COMPARED = ("qkv.weight", "proj.weight")
+"""Of the self-attentions, whose gradients are compared beside output and input gradient: a scheme has hands in both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +63,14 @@ def sequence_inputs(
     rounds: int,
     warmup: int,
     timeout_s: float,
+    world: int,
     grid: tuple[int, ...],
     **case: Any,
 ) -> tuple[SequenceCase, Options]:
     """A case and options from what a command line has.
 
+    Args:
+        world: Ranks that will run.
     Raises:
         ConfigError: Everything that is out of range.
     """
@@ -74,6 +79,8 @@ def sequence_inputs(
     for flag, value, least in (("chunks", chunks, 1), ("rounds", rounds, 1), ("warmup", warmup, 0), ("ulysses", ulysses, 1)):
         if value is not None and value < least:
             problems.append(f"--{flag} must be {least} or more, and is {value}")
+    if ulysses is not None and ulysses > 0 and world % ulysses:
+        problems.append(f"--ulysses {ulysses} must divide the {world} ranks; use one of {', '.join(map(str, _divisors(world)))}")
     try:
         made = SequenceCase(grid=Thw(*grid), **case)
     except ConfigError as error:
@@ -127,23 +134,27 @@ def make_forms(case: SequenceCase, *, device: torch.device, options: Options) ->
     refused: list[SequenceResult] = []
     links: dict[int, Links] = {}
     for name in options.schemes or (*SCHEMES, *PACKAGES):
-        sp = options.sp.model_copy(update={"scheme": name if name in SCHEMES else "ulysses", "degree": world})
-        if name == "usp" and sp.ulysses is None:
-            sp = sp.model_copy(update={"ulysses": _inner(world, heads=case.heads)})
+        inner = options.sp.ulysses or _inner(world, heads=case.heads) if name == "usp" else None  # no other scheme has one
+        kind = name if name in SCHEMES else "ulysses"
+        sp = options.sp.model_copy(update={"scheme": kind, "degree": world, "ulysses": inner})
         problems = _problems(name, sp, case)
         if problems:
             refused.append(SequenceResult(scheme=name, problem="; ".join(problems)))
             continue
-        inner = sp_ulysses(sp)
-        if inner not in links:
-            links[inner] = build_mesh(device, dp_replicate=1, sp=sp, timeout_s=options.timeout_s).links[world]
-        forms += _forms(name, sp, case, links[inner])
+        size = sp_ulysses(sp)
+        if size not in links:
+            links[size] = build_mesh(device, dp_replicate=1, sp=sp, timeout_s=options.timeout_s).links[world]
+        forms += _forms(name, sp, case, links[size])
     return forms, refused
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def _inner(world: int, *, heads: int) -> int:
     """Of usp where nothing is asked for: both axes longer than one if that can be."""
-    fits = [u for u in range(2, world) if world % u == 0 and heads % u == 0]
+    fits = [u for u in _divisors(world)[1:-1] if heads % u == 0]
     return fits[0] if fits else world
 
 
@@ -178,24 +189,25 @@ def _forms(name: str, sp: SpConfig, case: SequenceCase, links: Links) -> Iterabl
 
 
 def _shard(case: SequenceCase, scheme: Scheme, links: Links) -> Shard:
-    by_rows = shards_rows(case.grid, size=links.sp.size)
-    sizes = split_sizes(case.grid.h if by_rows else case.grid.t, links.sp.size)
+    by_rows, sizes = cut(case.grid, size=links.sp.size)
     return Shard(grid=case.grid, by_rows=by_rows, sizes=sizes, scheme=scheme, local=Local(), links=links)
 
 
-def _examined(form: Form, subject: Subject, *, wanted: tuple[Tensor, Tensor]) -> Form:
-    """With its difference from one process (``wanted``: output and input gradient), its bytes and its memory. Collective."""
+def _examined(form: Form, subject: Subject, *, wanted: _Run) -> Form:
+    """With its difference from one process (``wanted``), its bytes and its memory. Collective."""
     case, grid, region = subject.case, subject.case.grid, form.shard.region
     x, dy = subject.tokens("x", region), subject.tokens("dy", region)
     found = _run(subject, form.shard, x, dy)
     places = slice(region.h0 * grid.w, region.h1 * grid.w)
-    differences = [
-        ((a - b[:, region.t0 : region.t1, places]).abs().max() / b.abs().max()).double() for a, b in zip(found, wanted)
-    ]
+    pairs = [(a, b, b[:, region.t0 : region.t1, places]) for a, b in zip(found.tokens, wanted.tokens)]
+    for grad, whole_grad in zip(found.weights, wanted.weights):
+        dist.all_reduce(grad)  # of the tokens of all ranks, as data parallelism sums it
+        pairs.append((grad, whole_grad, whole_grad))
+    differences = [((a - b).abs().max() / of.abs().max()).double() for a, of, b in pairs]
     difference = _largest(torch.stack(differences).max(), device=subject.device)
     if not difference <= TOLERANCES[case.dtype]:  # NaN is no number that is small enough
         raise OpensoraError(
-            f"{form.result.name}: output or input gradient differ from one process by {difference:.2g} of the largest value, more "
+            f"{form.result.name}: output or gradients differ from one process by {difference:.2g} of the largest value, more "
             f"than {TOLERANCES[case.dtype]:g}; its speed means nothing, so nothing was timed"
         )
     with SentBytes() as there:
@@ -226,15 +238,27 @@ def _formula(form: Form, case: SequenceCase) -> Traffic:
     return sent
 
 
-def _run(subject: Subject, shard: Shard, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and input gradient."""
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """Of one forward and backward: output and input gradient of the tokens here, and what they give to the gradients of weights."""
+
+    tokens: tuple[Tensor, Tensor]
+    weights: tuple[Tensor, ...]
+
+
+def _run(subject: Subject, shard: Shard, x: Tensor, dy: Tensor) -> _Run:
     x.requires_grad_()
     out = subject.forward(x, shard)
     torch.autograd.backward(out, dy)
     assert x.grad is not None
-    grad = x.grad
+    weights = tuple(
+        (torch.zeros_like(w) if w.grad is None else w.grad).double()
+        for name, w in subject.block.named_parameters()
+        if name.endswith(_COMPARED)
+    )
+    run = _Run(tokens=(out.detach(), x.grad), weights=weights)
     subject.forget(x)
-    return out.detach(), grad
+    return run
 
 
 def _largest(value: Tensor, *, device: torch.device) -> float:
