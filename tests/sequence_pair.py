@@ -8,12 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from sequence_cases import Result, Shape, compute, cut, difference, make_inputs, make_model, summed
+from sequence_cases import Result, Shape, compute, cut, difference, latent, make_inputs, make_model, summed
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora_dist.config.train import SpConfig
 from opensora_dist.core.types import Axis, Region, Thw
@@ -22,6 +24,7 @@ from opensora_dist.parallel.recompute import Tape
 from opensora_dist.parallel.sequence.base import Shard
 from opensora_dist.parallel.sequence.exchange import Exchange, Pending
 from opensora_dist.parallel.sequence.layout import SequenceParallel
+from opensora_dist.parallel.sequence.traffic import SentBytes
 
 TOLERANCE = 1e-12
 """Largest difference in float64, over the largest value of a tensor."""
@@ -37,10 +40,25 @@ class Pair:
     recompute: bool = False
     overlap: bool = True
     chunks: int = 1
+    ulysses: int | None = None
+    dw: Literal["gather", "keep"] = "gather"
+    heads: int = 12
+    width: int = 24
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.grid, batch=2)
+        return Shape(self.grid, batch=2, heads=self.heads, width=self.width)
+
+    @property
+    def sp(self) -> SpConfig:
+        return SpConfig(
+            degree=dist.get_world_size(),
+            scheme=self.scheme,
+            ulysses=self.ulysses,
+            overlap=self.overlap,
+            chunks=self.chunks,
+            fastseq_dw=self.dw,
+        )
 
     @property
     def axis(self) -> Axis:
@@ -50,8 +68,7 @@ class Pair:
         return Axis.SPACE if self.grid.t < dist.get_world_size() else Axis.TIME
 
     def shard(self, mesh: Mesh) -> Shard:
-        sp = SpConfig(degree=mesh.sp_size, scheme=self.scheme, overlap=self.overlap, chunks=self.chunks)
-        return SequenceParallel(mesh, sp).shard(self.grid)
+        return SequenceParallel(mesh, self.sp).shard(self.grid)
 
     def network(self) -> nn.Module:
         model = make_model(self.model, self.shape)
@@ -60,23 +77,29 @@ class Pair:
         return model
 
 
-def make_mesh() -> Mesh:
-    """All ranks share a sample."""
-    return build_mesh(torch.device("cpu"), dp_replicate=1, sp=SpConfig(degree=dist.get_world_size()), timeout_s=60)
+def make_mesh(pair: Pair | None = None) -> Mesh:
+    """All ranks share a sample; in the groups that a pair wants, if one is given."""
+    sp = pair.sp if pair else SpConfig(degree=dist.get_world_size())
+    return build_mesh(torch.device("cpu"), dp_replicate=1, sp=sp, timeout_s=60)
+
+
+def _mesh_of(pairs: Sequence[Pair]) -> Mesh:
+    assert len({(pair.scheme, pair.ulysses) for pair in pairs}) == 1, "pairs of one call share their groups"
+    return make_mesh(pairs[0])
 
 
 @cache
-def _whole(model: str, shape: Shape) -> Result:
+def whole(model: str, shape: Shape) -> Result:
     return compute(make_model(model, shape), make_inputs(shape, group=0), shard=None)
 
 
 def errors(pairs: Sequence[Pair]) -> dict[str, float]:
     """Of each pair the largest difference of output, dx and every gradient, summed over ranks, from one process."""
-    mesh, found = make_mesh(), {}
+    mesh, found = _mesh_of(pairs), {}
     for pair in pairs:
-        shard, wanted = pair.shard(mesh), _whole(pair.model, pair.shape)
+        shard, wanted = pair.shard(mesh), whole(pair.model, pair.shape)
         result = compute(pair.network(), make_inputs(pair.shape, group=0), shard=shard)
-        part = _latents(pair, shard)
+        part = latents(pair, shard)
         grads = summed(result.grads)
         assert grads.keys() == wanted.grads.keys()
         found[str(pair)] = max(
@@ -87,72 +110,68 @@ def errors(pairs: Sequence[Pair]) -> dict[str, float]:
     return found
 
 
-def _latents(pair: Pair, shard: Shard) -> Region:
-    inputs = make_inputs(pair.shape, group=0).x_BCTHW
-    return shard.region.times(Thw(*(n // g for n, g in zip(inputs.shape[2:], pair.grid))))
+def latents(pair: Pair, shard: Shard) -> Region:
+    """Those of a shard."""
+    return shard.region.times(Thw(*(n // g for n, g in zip(latent(pair.shape), pair.grid))))
 
 
 @contextmanager
-def watched_sends() -> Iterator[list[tuple[int, torch.dtype]]]:
-    """(bytes to other ranks, dtype) of every message handed to torch.distributed."""
-    seen: list[tuple[int, torch.dtype]] = []
+def sent_dtypes() -> Iterator[set[torch.dtype]]:
+    """Of what is handed to torch.distributed."""
+    seen: set[torch.dtype] = set()
     all_to_all_single, batch_isend_irecv = dist.all_to_all_single, dist.batch_isend_irecv
 
-    def counting_all_to_all(output, send, output_split_sizes, input_split_sizes, group, async_op):
-        rows = sum(n for rank, n in enumerate(input_split_sizes) if rank != dist.get_rank(group))
-        seen.append((send[:1].nbytes * rows, send.dtype))
-        return all_to_all_single(output, send, output_split_sizes, input_split_sizes, group, async_op)
+    def noted_all_to_all(output, send, *args, **kwargs):
+        seen.add(send.dtype)
+        return all_to_all_single(output, send, *args, **kwargs)
 
-    def counting_batch(ops):
-        seen.extend((op.tensor.nbytes, op.tensor.dtype) for op in ops if op.op is dist.isend)
+    def noted_batch(ops):
+        seen.update(op.tensor.dtype for op in ops)
         return batch_isend_irecv(ops)
 
     with (
-        mock.patch.object(dist, "all_to_all_single", counting_all_to_all),
-        mock.patch.object(dist, "batch_isend_irecv", counting_batch),
+        mock.patch.object(dist, "all_to_all_single", noted_all_to_all),
+        mock.patch.object(dist, "batch_isend_irecv", noted_batch),
     ):
         yield seen
 
 
-def sent(pairs: Sequence[Pair]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """((forward, backward) bytes of the model, the same by the scheme's formula)."""
-    mesh, found = make_mesh(), []
+def sent(pairs: Sequence[Pair], *, autocast: bool = False) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """((forward, backward) bytes of the model, the same by the scheme's formula); under autocast of bfloat16, or in float64."""
+    mesh, found = _mesh_of(pairs), []
+    dtype, element_bytes = (torch.float32, 2) if autocast else (torch.float64, 8)
     for pair in pairs:
-        shard, model, inputs = pair.shard(mesh), pair.network(), make_inputs(pair.shape, group=0)
-        with watched_sends() as seen:
-            out = model(
-                cut(inputs.x_BCTHW, _latents(pair, shard)), inputs.timestep_B, inputs.text_BYE, inputs.text_mask_BY, shard=shard
-            )
-            forward = sum(size for size, _ in seen)
-            out.sum().backward()
-            backward = sum(size for size, _ in seen) - forward
-        formula = shard.scheme.bytes_sent(shard, pair.axis, batch=pair.shape.batch, width=pair.shape.width, element_bytes=8)
-        blocks = len(model.blocks)
-        found.append(((forward, backward), (blocks * formula.forward, blocks * formula.backward)))
+        shard, model, marks = pair.shard(mesh), pair.network().to(dtype), []
+        with SentBytes() as count, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            inputs = make_inputs(pair.shape, group=0, dtype=dtype)
+            compute(model, inputs, shard=shard, between=lambda marks=marks, count=count: marks.append(count.total))
+        shape, blocks = pair.shape, len(model.blocks)
+        formula = shard.scheme.bytes_sent(shard, pair.axis, batch=shape.batch, width=shape.width, element_bytes=element_bytes)
+        found.append(((marks[0], count.total - marks[0]), (blocks * formula.forward, blocks * formula.backward)))
     return found
 
 
 def half_precision(pairs: Sequence[Pair]) -> list[tuple[set[torch.dtype], float, float]]:
     """(dtypes that travel, relative error of the output, and of dx) under autocast, against one process under autocast."""
-    mesh, found = make_mesh(), []
+    mesh, found = _mesh_of(pairs), []
     for pair in pairs:
         shard, inputs = pair.shard(mesh), make_inputs(pair.shape, group=0, dtype=torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
             wanted = compute(pair.network().float(), inputs, shard=None)
-            with watched_sends() as seen:
+            with sent_dtypes() as seen:
                 result = compute(pair.network().float(), inputs, shard=shard)
-        part = _latents(pair, shard)
+        part = latents(pair, shard)
         errors = [
             (mine - cut(whole, part)).norm().item() / cut(whole, part).norm().item()
             for mine, whole in ((result.output, wanted.output), (result.dx, wanted.dx))
         ]
-        found.append(({dtype for _, dtype in seen}, *errors))
+        found.append((seen, *errors))
     return found
 
 
 def living_tapes(pairs: Sequence[Pair]) -> list[int]:
     """Tapes of each pair that outlive its forward and backward, and with them everything that was received."""
-    mesh, found = make_mesh(), []
+    mesh, found = _mesh_of(pairs), []
     for pair in pairs:
         tapes: list[weakref.ref[Tape]] = []
         real = Tape.__init__
@@ -162,8 +181,9 @@ def living_tapes(pairs: Sequence[Pair]) -> list[int]:
             tapes.append(weakref.ref(self))
 
         with mock.patch.object(Tape, "__init__", noted):
-            compute(pair.network(), make_inputs(pair.shape, group=0), shard=pair.shard(mesh))
-        assert tapes
+            model = pair.network()
+            compute(model, make_inputs(pair.shape, group=0), shard=pair.shard(mesh))
+        assert len(tapes) == len(model.blocks)
         gc.collect()
         found.append(sum(tape() is not None for tape in tapes))
     return found
@@ -197,3 +217,31 @@ def transfers(pair: Pair) -> list[str]:
     with watched_transfers(log):
         compute(pair.network(), make_inputs(pair.shape, group=0), shard=shard)
     return log
+
+
+class Products(TorchDispatchMode):
+    """Notes every matrix product."""
+
+    def __init__(self, log: list[str]) -> None:
+        super().__init__()
+        self._log = log
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self._log.append("product")
+        return func(*args, **(kwargs or {}))
+
+
+class Marked(torch.autograd.Function):
+    """The identity, which notes when it runs, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x, name, log):
+        ctx.name, ctx.log = name, log
+        log.append(name)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.log.append(f"{ctx.name} back")
+        return grad, None, None

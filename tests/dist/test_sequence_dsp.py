@@ -8,8 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from sequence_cases import compute, make_inputs
-from sequence_pair import TOLERANCE, Pair, errors, half_precision, living_tapes, make_mesh, sent, watched_transfers
-from torch.utils._python_dispatch import TorchDispatchMode
+from sequence_pair import TOLERANCE, Pair, Products, errors, half_precision, living_tapes, make_mesh, sent, watched_transfers
 
 from opensora_dist.core.types import Thw
 
@@ -49,24 +48,11 @@ def test_what_a_recomputed_block_received_is_freed_with_its_graph(ranks):
     assert ranks.run(living_tapes, [Pair("dsp", "stdit", GRIDS[0], recompute=True)], world=2) == [[0], [0]]
 
 
-class _Products(TorchDispatchMode):
-    """Notes every matrix product."""
-
-    def __init__(self, log: list[str]) -> None:
-        super().__init__()
-        self._log = log
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
-            self._log.append("product")
-        return func(*args, **(kwargs or {}))
-
-
 def _products_in_flight(pair: Pair) -> list[int]:
     """Matrix products between the start and the end of each transfer of a forward and backward."""
     log: list[str] = []
     model, shard = pair.network(), pair.shard(make_mesh())
-    with watched_transfers(log), _Products(log):
+    with watched_transfers(log), Products(log):
         compute(model, make_inputs(pair.shape, group=0), shard=shard)
     starts = {event: at for at, event in enumerate(log) if event.startswith("send")}
     ends = {event.replace("wait", "send"): at for at, event in enumerate(log) if event.startswith("wait")}

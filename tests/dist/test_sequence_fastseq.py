@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import itertools
 from contextlib import contextmanager
-from dataclasses import dataclass
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from sequence_cases import compute, make_inputs
-from sequence_pair import TOLERANCE, Pair, errors, half_precision, living_tapes, make_mesh, sent
-from torch.utils._python_dispatch import TorchDispatchMode
+from sequence_pair import TOLERANCE, Pair, Products, errors, half_precision, living_tapes, make_mesh, sent
 
-from opensora_dist.config.train import SpConfig
 from opensora_dist.core.types import Axis, Thw
 from opensora_dist.models.layers import SelfAttention
 from opensora_dist.parallel.keys import Keys
@@ -22,7 +19,6 @@ from opensora_dist.parallel.sequence.base import Shard, split_sizes
 from opensora_dist.parallel.sequence.exchange import Exchange, Pending
 from opensora_dist.parallel.sequence.fastseq import FastSeq
 from opensora_dist.parallel.sequence.hops import RingGather, RingReduce
-from opensora_dist.parallel.sequence.layout import SequenceParallel
 from opensora_dist.parallel.sequence.local import Local, whole
 
 # Even; uneven frames, and places that 3 pieces don't divide; one frame, so by rows; fewer places than pieces.
@@ -31,20 +27,9 @@ FORMS = ((False, 1), (True, 1), (True, 3))
 DW = ("gather", "keep")
 
 
-@dataclass(frozen=True)
-class FastSeqPair(Pair):
-    """With a form of the weight's gradient."""
-
-    dw: str = "gather"
-
-    def shard(self, mesh):
-        sp = SpConfig(degree=mesh.sp_size, scheme="fastseq", overlap=self.overlap, chunks=self.chunks, fastseq_dw=self.dw)
-        return SequenceParallel(mesh, sp).shard(self.grid)
-
-
 def _pairs(*, models=("stdit", "dit"), grids=GRIDS, recompute=(False, True), forms=FORMS, dw=DW):
     return [
-        FastSeqPair("fastseq", model, grid, recompute=again, overlap=overlap, chunks=chunks, dw=form)
+        Pair("fastseq", model, grid, recompute=again, overlap=overlap, chunks=chunks, dw=form)
         for model, grid, again, (overlap, chunks), form in itertools.product(models, grids, recompute, forms, dw)
         if chunks == 1 or model != "dit"  # a joint attention is not cut
     ]
@@ -232,19 +217,6 @@ def test_only_keep_holds_the_tokens_of_other_ranks_until_backward(ranks):
 # --- what hides what
 
 
-class _Products(TorchDispatchMode):
-    """Notes every matrix product."""
-
-    def __init__(self, log):
-        super().__init__()
-        self._log = log
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
-            self._log.append("product")
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def _watched():
     """The order of "send"s and "wait"s, each with a kind and a number, and of products."""
@@ -268,7 +240,7 @@ def _watched():
         mock.patch.object(Exchange, "shift", noted("hop", shift)),
         mock.patch.object(Exchange, "all_to_all", noted("back", all_to_all)),
         mock.patch.object(Pending, "wait", noted_wait),
-        _Products(log),
+        Products(log),
     ):
         yield log
 
@@ -294,7 +266,7 @@ def _in_flight(log):
 @pytest.mark.parametrize("dw, world", [("gather", 2), ("gather", 3), ("keep", 3)])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_products_run_beside_every_transfer_in_forward_and_backward(ranks, recompute, world, dw):
-    pair = FastSeqPair("fastseq", "stdit", GRIDS[0], recompute=recompute, chunks=3, dw=dw)
+    pair = Pair("fastseq", "stdit", GRIDS[0], recompute=recompute, chunks=3, dw=dw)
     by_rank = ranks.run(_logs, pair, world=world)
     assert all(logs == by_rank[0] for logs in by_rank), "ranks send in different orders"
     forward, backward = map(_in_flight, by_rank[0])
@@ -305,12 +277,12 @@ def test_products_run_beside_every_transfer_in_forward_and_backward(ranks, recom
 
 @pytest.mark.parametrize("dw", DW)
 def test_nothing_runs_beside_a_transfer_of_the_blocking_form(ranks, dw):
-    for logs in ranks.run(_logs, FastSeqPair("fastseq", "stdit", GRIDS[0], overlap=False, dw=dw), world=3):
+    for logs in ranks.run(_logs, Pair("fastseq", "stdit", GRIDS[0], overlap=False, dw=dw), world=3):
         assert not any(count for log in logs for count in _in_flight(log).values())
 
 
 def test_all_pieces_are_sent_at_once_and_x_again_before_backward_does_anything_else(ranks):
-    (forward, backward), _ = ranks.run(_logs, FastSeqPair("fastseq", "stdit", GRIDS[0], chunks=3), world=2)
+    (forward, backward), _ = ranks.run(_logs, Pair("fastseq", "stdit", GRIDS[0], chunks=3), world=2)
     sends = [at for at, event in enumerate(forward) if event.startswith("send hop")]
     assert "wait" not in "".join(forward[sends[0] : sends[2]])
     assert [event.rpartition(" ")[0] for event in backward if event != "product"][:7] == [

@@ -1,136 +1,69 @@
 """Ring attention and USP: one process's attention and model, the bytes of the formula, fp32 sums, and hops behind attention."""
 
-# G sequences, N heads, K head dim, L positions of all ranks, l of this rank
-
 from __future__ import annotations
 
-import gc
 import itertools
-import weakref
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
-from sequence_cases import Shape, compute, cut, difference, latent, make_inputs, make_model, summed, worst
+from sequence_cases import compute, cut, difference, latent, make_inputs, summed
+from sequence_pair import TOLERANCE, Pair, errors, latents, living_tapes, make_mesh, sent, whole
 
-from opensora_dist.config.train import SpConfig
-from opensora_dist.core.types import Axis, Region, Thw
+from opensora_dist.core.types import Region, Thw
 from opensora_dist.ops.attention import attention_with_lse
-from opensora_dist.parallel.mesh import build_mesh
-from opensora_dist.parallel.recompute import Tape
 from opensora_dist.parallel.sequence import ring
-from opensora_dist.parallel.sequence.layout import SequenceParallel
 from opensora_dist.parallel.sequence.ring import Ring
-from opensora_dist.parallel.sequence.traffic import SentBytes
 from opensora_dist.parallel.sequence.usp import Usp
 
-TOLERANCE = 1e-12
-"""In float64, over the largest value of a tensor."""
-EVEN, UNEVEN = Shape(Thw(12, 4, 1), batch=2), Shape(Thw(5, 3, 2), batch=2)
-SHAPES = (EVEN, UNEVEN, Shape(Thw(1, 5, 2), batch=2), Shape(Thw(5, 3, 2), batch=2, heads=5, width=20))
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model over all ranks there are."""
-
-    sp: SpConfig
-    model: str
-    shape: Shape
-    recompute: bool = False
-
-    @property
-    def allowed(self) -> bool:
-        return self.sp.scheme == "ring" or self.shape.heads % self.sp.ulysses == 0
-
-    def network(self):
-        model = make_model(self.model, self.shape)
-        for block in model.blocks:
-            block.recompute = self.recompute
-        return model
-
-    def axis(self, shard):
-        return Axis.JOINT if self.model == "dit" else Axis.SPACE if shard.by_rows else Axis.TIME
-
-
+EVEN, UNEVEN = Thw(12, 4, 1), Thw(5, 3, 2)
+SHAPES = ({"grid": EVEN}, {"grid": UNEVEN}, {"grid": Thw(1, 5, 2)}, {"grid": UNEVEN, "heads": 5, "width": 20})
 SETTINGS = [("ring", 2, None), ("ring", 3, None), ("ring", 4, None), ("usp", 4, 2)]
 NAMES = "scheme, size, ulysses"
 
 
-def _cases(scheme, size, ulysses, *, shapes=SHAPES, **fixed):
-    choices = itertools.product(
-        fixed.get("overlap", (True, False)), ("stdit", "dit"), shapes, fixed.get("recompute", (False, True))
-    )
-    cases = [
-        Case(SpConfig(degree=size, scheme=scheme, ulysses=ulysses, overlap=overlap), model, shape, recompute)
-        for overlap, model, shape, recompute in choices
+def _pairs(scheme, ulysses, *, shapes=SHAPES, overlap=(True, False), recompute=(False, True)):
+    """What the rules allow."""
+    return [
+        Pair(scheme, model, ulysses=ulysses, overlap=hides, recompute=again, **shape)
+        for hides, model, shape, again in itertools.product(overlap, ("stdit", "dit"), shapes, recompute)
+        if shape.get("heads", 12) % (ulysses or 1) == 0
     ]
-    return [case for case in cases if case.allowed]
-
-
-def _mesh(sp):
-    return build_mesh(torch.device("cpu"), dp_replicate=1, sp=sp, timeout_s=60)
-
-
-@cache
-def _whole(model, shape):
-    return compute(make_model(model, shape), make_inputs(shape, group=0), shard=None)
-
-
-def model_errors(cases, *, broken=nullcontext):
-    """Of each case the largest difference of output, dx and every summed gradient from one process."""
-    mesh, found = _mesh(cases[0].sp), []
-    for case in cases:
-        shard = SequenceParallel(mesh, case.sp).shard(case.shape.grid)
-        wanted, part = _whole(case.model, case.shape), _latents(shard, case.shape)
-        with broken():
-            result = compute(case.network(), make_inputs(case.shape, group=0), shard=shard)
-        grads = summed(result.grads)
-        assert grads.keys() == wanted.grads.keys()
-        pairs = [(result.output, cut(wanted.output, part)), (result.dx, cut(wanted.dx, part))]
-        pairs += [(grads[name], grad) for name, grad in wanted.grads.items()]
-        found.append(worst(difference(mine, other, scale=other) for mine, other in pairs))
-    return found
-
-
-def _latents(shard, shape):
-    return shard.region.times(Thw(*(n // g for n, g in zip(latent(shape), shape.grid))))
 
 
 @pytest.mark.parametrize(NAMES, SETTINGS)
 def test_the_model_gives_the_output_and_every_gradient_of_one_process(ranks, scheme, size, ulysses):
-    cases = _cases(scheme, size, ulysses)
-    for found in ranks.run(model_errors, cases, world=size):
-        assert len(found) == len(cases)
-        assert not {str(case): error for case, error in zip(cases, found) if not error <= TOLERANCE}
+    pairs = _pairs(scheme, ulysses)
+    for found in ranks.run(errors, pairs, world=size):
+        assert len(found) == len(pairs)
+        assert not {pair: error for pair, error in found.items() if not error <= TOLERANCE}
 
 
-def errors_with_lse_of_zeros(cases):
-    """What ``model_errors`` says of a backend that gives no lse."""
+def errors_with_lse_of_zeros(pairs):
+    """What ``errors`` says of a backend that gives no lse."""
 
     def without_lse(q, k, v):
         out, lse = attention_with_lse(q, k, v)
         return out, torch.zeros_like(lse)
 
-    return model_errors(cases, broken=lambda: mock.patch.object(ring, "attention_with_lse", without_lse))
+    with mock.patch.object(ring, "attention_with_lse", without_lse):
+        return errors(pairs)
 
 
 @pytest.mark.parametrize(NAMES, [("ring", 2, None), ("usp", 4, 2)])
 def test_a_backend_that_gives_no_lse_does_not_pass_this_comparison(ranks, scheme, size, ulysses):
-    cases = _cases(scheme, size, ulysses, shapes=(UNEVEN,), overlap=(True,), recompute=(False,))
-    for found in ranks.run(errors_with_lse_of_zeros, cases, world=size):
-        assert min(found) > 1e-4
+    pairs = _pairs(scheme, ulysses, shapes=SHAPES[1:2], overlap=(True,), recompute=(False,))
+    for found in ranks.run(errors_with_lse_of_zeros, pairs, world=size):
+        assert min(found.values()) > 1e-4
 
 
-def output_without_grad(case):
+def output_without_grad(pair):
     """As in sampling: the largest difference of the output where nothing is kept for a backward."""
-    shard, inputs = SequenceParallel(_mesh(case.sp), case.sp).shard(case.shape.grid), make_inputs(case.shape, group=0)
-    part = _latents(shard, case.shape)
+    shard, inputs = pair.shard(make_mesh(pair)), make_inputs(pair.shape, group=0)
+    part = latents(pair, shard)
     with torch.no_grad():
-        out = case.network()(
+        out = pair.network()(
             cut(inputs.x_BCTHW, part),
             inputs.timestep_B,
             inputs.text_BYE,
@@ -138,33 +71,15 @@ def output_without_grad(case):
             drop_caption_B=inputs.drop_caption_B,
             shard=shard,
         )
-    wanted = _whole(case.model, case.shape).output
+    wanted = whole(pair.model, pair.shape).output
     return difference(out, cut(wanted, part), scale=wanted)
 
 
 def test_sampling_sees_the_same_output(ranks):
-    (case,) = _cases("ring", 3, None, shapes=(UNEVEN,), overlap=(True,), recompute=(True,))[:1]
-    assert max(ranks.run(output_without_grad, case, world=3)) <= TOLERANCE
+    assert max(ranks.run(output_without_grad, Pair("ring", "stdit", UNEVEN, recompute=True), world=3)) <= TOLERANCE
 
 
 # --- bytes
-
-
-def bytes_sent(cases, autocast):
-    """((forward, backward) as counted, the same by the formula) of each case, for all blocks."""
-    mesh, found = _mesh(cases[0].sp), []
-    for case in cases:
-        shard, marks = SequenceParallel(mesh, case.sp).shard(case.shape.grid), []
-        dtype = torch.float32 if autocast else torch.float64
-        model, inputs = case.network().to(dtype), make_inputs(case.shape, group=0, dtype=dtype)
-        with SentBytes() as count, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            compute(model, inputs, shard=shard, between=lambda marks=marks, count=count: marks.append(count.total))
-        formula = shard.scheme.bytes_sent(
-            shard, case.axis(shard), batch=case.shape.batch, width=case.shape.width, element_bytes=2 if autocast else 8
-        )
-        blocks = len(model.blocks)
-        found.append(((marks[0], count.total - marks[0]), (blocks * formula.forward, blocks * formula.backward)))
-    return found
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -172,18 +87,17 @@ def bytes_sent(cases, autocast):
 def test_a_rank_sends_the_bytes_of_the_formula(ranks, scheme, size, ulysses, autocast):
     """With overlap and without, with recomputation and without: the same; what is added up travels in fp32 where data are bf16."""
     every = (True,) if autocast else (True, False)
-    cases = _cases(scheme, size, ulysses, shapes=(EVEN, UNEVEN), overlap=every, recompute=every)
-    for found in ranks.run(bytes_sent, cases, autocast, world=size):
-        for case, (counted, formula) in zip(cases, found, strict=True):
-            assert counted == formula, case
-            if case.shape == EVEN:
-                assert counted == tuple(2 * n for n in _closed(case, element_bytes=2 if autocast else 8)), case
+    pairs = _pairs(scheme, ulysses, shapes=SHAPES[:2], overlap=every, recompute=every)
+    for found in ranks.run(partial(sent, autocast=autocast), pairs, world=size):
+        for pair, (counted, formula) in zip(pairs, found, strict=True):
+            assert counted == formula, pair
+            if pair.grid == EVEN:
+                assert counted == tuple(2 * n for n in _closed(pair, size, element_bytes=2 if autocast else 8)), pair
 
 
-def _closed(case, *, element_bytes):
+def _closed(pair, P, *, element_bytes):
     """The published formulas, of one block: M bytes of the whole residual, P ranks, u of them in an inner group, r groups."""
-    M = case.shape.batch * case.shape.grid.volume * case.shape.width * element_bytes
-    P, u = case.sp.degree, case.sp.ulysses or 1
+    M, u = pair.shape.batch * pair.grid.volume * pair.width * element_bytes, pair.ulysses or 1
     inside, around = 4 * (u - 1) * M // (P * u), 2 * (P // u - 1) * M // P
     return inside + around, inside + (2 if element_bytes == 8 else 3) * around
 
@@ -191,20 +105,20 @@ def _closed(case, *, element_bytes):
 # --- half precision
 
 
-def half_precision_errors(cases):
-    """Of each case ([squared error of output, of dx, of gradients] sharded, the same whole) in bfloat16 against float64."""
-    mesh, found = _mesh(cases[0].sp), []
-    for case in cases:
-        shard = SequenceParallel(mesh, case.sp).shard(case.shape.grid)
-        truth, inputs = _whole(case.model, case.shape), make_inputs(case.shape, group=0, dtype=torch.float32)
+def half_precision_errors(pairs):
+    """Of each pair ([squared error of output, of dx, of gradients] sharded, the same whole) in bfloat16 against float64."""
+    mesh, found = make_mesh(pairs[0]), []
+    for pair in pairs:
+        shard, truth = pair.shard(mesh), whole(pair.model, pair.shape)
+        inputs = make_inputs(pair.shape, group=0, dtype=torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
-            sharded = compute(case.network().float(), inputs, shard=shard)
-            whole = compute(case.network().float(), inputs, shard=None)
-        part, everything = _latents(shard, case.shape), Region.whole(latent(case.shape))
+            sharded = compute(pair.network().float(), inputs, shard=shard)
+            alone = compute(pair.network().float(), inputs, shard=None)
+        everything = Region.whole(latent(pair.shape))
         found.append(
             (
-                _squares(sharded, truth, part=part, grads=summed(sharded.grads)),
-                _squares(whole, truth, part=everything, grads=whole.grads),
+                _squares(sharded, truth, part=latents(pair, shard), grads=summed(sharded.grads)),
+                _squares(alone, truth, part=everything, grads=alone.grads),
             )
         )
     return found
@@ -221,40 +135,23 @@ def _squares(result, truth, *, part, grads):
 @pytest.mark.parametrize(NAMES, SETTINGS)
 def test_under_autocast_the_model_is_as_exact_as_in_one_process(ranks, scheme, size, ulysses):
     """Most of this error is the linears': what sums are held in shows in test_sequence_rotation.py."""
-    cases = _cases(scheme, size, ulysses, shapes=(UNEVEN,), overlap=(True,), recompute=(False,))
-    by_rank = ranks.run(half_precision_errors, cases, world=size)
-    for case, *found in zip(cases, *by_rank, strict=True):
-        whole = found[0][1]
+    pairs = _pairs(scheme, ulysses, shapes=SHAPES[1:2], overlap=(True,), recompute=(False,))
+    by_rank = ranks.run(half_precision_errors, pairs, world=size)
+    for pair, *found in zip(pairs, *by_rank, strict=True):
+        alone = found[0][1]
         output, dx = (sum(sharded[i] for sharded, _ in found) for i in (0, 1))
         grads = found[0][0][2]  # summed over ranks already
-        ratios = [(mine / other) ** 0.5 for mine, other in zip((output, dx, grads), whole)]
-        assert max(ratios) <= 1.5, (case, ratios)
+        ratios = [(mine / other) ** 0.5 for mine, other in zip((output, dx, grads), alone)]
+        assert max(ratios) <= 1.5, (pair, ratios)
 
 
 # --- memory
 
 
-def living_tapes(cases):
-    """Tapes that outlive forward and backward, and with them what they keep."""
-    mesh, tapes, init = _mesh(cases[0].sp), [], Tape.__init__
-
-    def noted(self):
-        init(self)
-        tapes.append(weakref.ref(self))
-
-    with mock.patch.object(Tape, "__init__", noted):
-        for case in cases:
-            compute(
-                case.network(), make_inputs(case.shape, group=0), shard=SequenceParallel(mesh, case.sp).shard(case.shape.grid)
-            )
-    gc.collect()
-    return len(tapes), sum(tape() is not None for tape in tapes)
-
-
 @pytest.mark.parametrize(NAMES, [("ring", 2, None), ("usp", 4, 2)])
 def test_a_recomputed_block_frees_what_it_kept(ranks, scheme, size, ulysses):
-    cases = _cases(scheme, size, ulysses, shapes=(UNEVEN,), recompute=(True,))
-    assert ranks.run(living_tapes, cases, world=size) == [(2 * len(cases), 0)] * size
+    pairs = _pairs(scheme, ulysses, shapes=SHAPES[1:2], recompute=(True,))
+    assert ranks.run(living_tapes, pairs, world=size) == [[0] * len(pairs)] * size
 
 
 # --- rules

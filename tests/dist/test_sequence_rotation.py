@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from sequence_cases import difference, worst
+from sequence_pair import TOLERANCE, Marked
 
 from opensora_dist.config.train import SpConfig
 from opensora_dist.ops.attention import attention
@@ -19,9 +20,6 @@ from opensora_dist.parallel.sequence import ring
 from opensora_dist.parallel.sequence.base import ranges
 from opensora_dist.parallel.sequence.exchange import Exchange, Pending
 from opensora_dist.parallel.sequence.ring import Rotation
-
-TOLERANCE = 1e-12
-"""In float64, over the largest value of a tensor."""
 
 
 def _mesh(size):
@@ -116,21 +114,6 @@ def test_sums_in_fp32_are_near_one_process_in_bfloat16_and_nearer_than_sums_in_b
 # --- the order of things
 
 
-class _Marked(torch.autograd.Function):
-    """The identity, which notes when it runs."""
-
-    @staticmethod
-    def forward(ctx, x, log):
-        ctx.log = log
-        log.append("project q")
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.log.append("project q back")
-        return grad, None
-
-
 def order(overlap):
     """What one of three ranks does, in order; each hop has a number."""
     mesh, log, numbers = _mesh(3), [], {}
@@ -164,7 +147,7 @@ def order(overlap):
         mock.patch.object(ring, "attention_backward", noted("attend back", back)),
     ):
         sent = rotation.depart(kv)
-        out = rotation.attend(_Marked.apply(q, log).movedim(0, -2), sent)
+        out = rotation.attend(Marked.apply(q, "project q", log).movedim(0, -2), sent)
         forward = len(log)
         out.sum().backward()
     return log[:forward], log[forward:]

@@ -8,7 +8,18 @@ from unittest import mock
 
 import pytest
 import torch
-from sequence_pair import TOLERANCE, Pair, errors, half_precision, living_tapes, make_mesh, sent, transfers, watched_transfers
+from sequence_pair import (
+    TOLERANCE,
+    Marked,
+    Pair,
+    errors,
+    half_precision,
+    living_tapes,
+    make_mesh,
+    sent,
+    transfers,
+    watched_transfers,
+)
 
 from opensora_dist.core.types import Axis, Thw
 from opensora_dist.models.layers import SelfAttention
@@ -74,21 +85,6 @@ def test_heads_that_the_ranks_do_not_divide_are_refused_with_a_way_out(joint, ot
 # --- the order of things
 
 
-class _Marked(torch.autograd.Function):
-    """The identity, which notes when it runs."""
-
-    @staticmethod
-    def forward(ctx, x, name, log):
-        ctx.name, ctx.log = name, log
-        log.append(name)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.log.append(f"{ctx.name} back")
-        return grad, None, None
-
-
 def _order(grid, axis):
     """What a branch in three pieces does, forward and backward: transfers by number, attentions, and the work after."""
     pair = Pair("ulysses", "stdit", grid, chunks=3)
@@ -101,11 +97,11 @@ def _order(grid, axis):
     def attend(q, k, v, *, mask_BM=None):
         counts["attend"] += 1
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-        return _Marked.apply(out, f"attend {counts['attend'] - 1}", log)
+        return Marked.apply(out, f"attend {counts['attend'] - 1}", log)
 
     def then(x, out):
         counts["then"] += 1
-        return _Marked.apply(x + out, f"then {counts['then'] - 1}", log)
+        return Marked.apply(x + out, f"then {counts['then'] - 1}", log)
 
     region = shard.region.shape(grid)
     x = torch.ones(1, region.t, region.h * region.w, 24, requires_grad=True)
