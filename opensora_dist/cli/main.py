@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -33,13 +34,18 @@ _MACHINE_REMEDIES = {
 
 def run() -> NoReturn:
     """The process's entry point: runs a verb and exits with its code."""
-    code = main()
+    try:
+        code = main()
+    except Exception:  # noqa: BLE001 - it is shown, and ends the process as any other does
+        traceback.print_exc()
+        code = 1
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     if "torch" in sys.modules:
         # gloo's threads (torch 2.13) may drop their last tensor while the interpreter shuts down, which aborts the process after its
-        # work is done, even with the process group destroyed. Everything is flushed, so nothing is lost by not shutting down.
+        # work is done, even with the process group destroyed; and after an error, communicators would wait for transfers that no rank
+        # answers. Everything is flushed, so nothing is lost by not shutting down.
         os._exit(code)
     sys.exit(code)
 

@@ -1,6 +1,6 @@
 """Rules across fields. Each returns every broken rule, so that a user mends a config once.
 
-Rules that need the data set (does the patch divide the latents?) are in ``recipes.train``, before any process is spawned.
+Rules that need the data set (does the patch divide the latents?) are in ``recipes.checks``, before any process is spawned.
 """
 
 from __future__ import annotations
@@ -109,6 +109,12 @@ def _sp_problems(sp: SpConfig) -> list[Problem]:
             f"drop it, or use parallel.sp.scheme=usp for {ulysses} x a ring of {sp.degree // ulysses}"
         )
         problems.append(Problem(fields=fields, message=message))
+    if sp.network is not None and sp.scheme != "auto":
+        message = (
+            f"parallel.sp.network={sp.network!r} is what parallel.sp.scheme=auto predicts with, and the scheme is {sp.scheme}; "
+            "drop it, or use parallel.sp.scheme=auto"
+        )
+        problems.append(Problem(fields=("parallel.sp.network", "parallel.sp.scheme"), message=message))
     least_fields = ("parallel.sp.min_degree", "parallel.sp.degree", "parallel.sp.scheme")
     if least is not None and sp.scheme != "auto":
         message = (

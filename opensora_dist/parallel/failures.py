@@ -31,19 +31,22 @@ def is_lost_contact(error: BaseException) -> bool:
 
 
 @contextmanager
-def lost_contact_said(*, timeout_s: float) -> Iterator[None]:
+def lost_contact_said(*, timeout_s: float, option: str | None = "parallel.timeout_s") -> Iterator[None]:
     """Around what calls collectives: a lost rank becomes a ``CommunicationError``; every other error passes.
 
     Args:
-        timeout_s: ``parallel.timeout_s``.
+        timeout_s: Of the groups.
+        option: What sets it; None: nothing does.
     """
+    limit = f"{timeout_s:g} s" if option is None else f"{option}={timeout_s:g}"
+    slow = "" if option is None else f"; raise {option} where a rank was only slow"
     try:
         yield
     except RuntimeError as error:
         if not is_lost_contact(error):
             raise
         raise CommunicationError(
-            f"rank {os.environ.get('RANK', '0')} lost contact with another rank, which ended, or took longer than "
-            f"parallel.timeout_s={timeout_s:g}; the first error in the ranks' logs says why. Start the same command again to go on "
-            f"from the last checkpoint; raise parallel.timeout_s where a rank was only slow ({' '.join(str(error).split())})"
+            f"rank {os.environ.get('RANK', '0')} lost contact with another rank, which ended, or took longer than {limit}; "
+            "the first error in the ranks' logs says why. Start the same command again, which goes on from the last checkpoint where "
+            f"there is one{slow} ({' '.join(str(error).split())})"
         ) from error

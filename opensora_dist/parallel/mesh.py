@@ -21,7 +21,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from opensora_dist.config.train import SpConfig
 from opensora_dist.core.errors import ConfigError
-from opensora_dist.parallel.failures import is_lost_contact
 from opensora_dist.parallel.sequence.base import Links
 from opensora_dist.parallel.sequence.exchange import Exchange
 
@@ -49,7 +48,7 @@ class Mesh:
         hsdp: dp_replicate x ``fsdp``, where there are replicas.
         device: What this rank computes on.
         sp_size: Ranks that share a sample; consecutive ranks do.
-        links: For each number of ranks that may share a sample, those that do with this one.
+        links: For each number of ranks of ``sp_degrees`` above 1, those that share a sample with this one.
         control: gloo group of all ranks, for small CPU messages (stop flags, agreement on a save) beside the training traffic.
         sp_control: The same for the ranks that share a sample.
     """
@@ -69,11 +68,6 @@ class Mesh:
     def data_rank(self) -> int:
         """Which of the groups that share a sample this rank is in."""
         return self.rank // self.sp_size
-
-    @property
-    def data_size(self) -> int:
-        """Groups that share a sample."""
-        return self.world // self.sp_size
 
     @property
     def is_main(self) -> bool:
@@ -126,9 +120,10 @@ def process_group(device: torch.device, *, timeout_s: float) -> Iterator[None]:
         dist.init_process_group(backend, timeout=timeout)
     try:
         yield
-    except BaseException as error:
-        # Where a rank is gone, closing NCCL's communicators could wait for it; this process ends too.
-        if not is_lost_contact(error):
+    except BaseException:
+        # Transfers may be in flight that no rank will answer, and closing NCCL's communicators waits for them, as long as the timeout
+        # is, before the error is said. This process ends, and its sockets with it. A group of one has nobody to wait for.
+        if dist.get_world_size() == 1:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
@@ -154,7 +149,7 @@ def build_mesh(device: torch.device, *, dp_replicate: int, sp: SpConfig, timeout
         names = (str(AxisName.DP_REPLICATE), FSDP_AXIS)
         hsdp = DeviceMesh.from_group([axes[0], fsdp_group], device.type, mesh=shards, mesh_dim_names=names)
     links = {}
-    for degree in (n for n in range(1, sp.degree + 1) if sp.degree % n == 0):
+    for degree in (n for n in sp_degrees(sp) if n > 1):
         ring_group, ulysses_group = axes[2:]
         blocks = torch.arange(world).view(-1, degree)
         if degree < sp.degree:  # a shape that auto spreads over fewer ranks: each such block is one group of ulysses
@@ -178,6 +173,12 @@ def build_mesh(device: torch.device, *, dp_replicate: int, sp: SpConfig, timeout
 def sp_ulysses(sp: SpConfig) -> int:
     """Size of the axis ``ulysses``, where the config may leave it open."""
     return sp.ulysses or (1 if sp.scheme == "ring" else sp.degree)
+
+
+def sp_degrees(sp: SpConfig) -> list[int]:
+    """How many ranks may share a sample: ``degree``, or with ``auto`` its divisors from ``min_degree`` on. Ascending."""
+    least = sp.min_degree or sp.degree if sp.scheme == "auto" else sp.degree
+    return [n for n in range(least, sp.degree + 1) if sp.degree % n == 0]
 
 
 def _lines(ranks: Tensor, dim: int) -> list[list[int]]:

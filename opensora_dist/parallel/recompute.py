@@ -42,12 +42,15 @@ class Tape:
         self._next = 0
 
 
-def recompute(region: Callable[[Tensor, Tape], Tensor], x: Tensor) -> Tensor:
+def recompute(region: Callable[[Tensor, Tape | None], Tensor], x: Tensor) -> Tensor:
     """``region(x, tape)``, storing only ``x`` and what the tape keeps; backward runs the region again.
 
     Args:
-        region: A pure function whose every communication goes through the tape it is given. It may close over parameters.
+        region: A pure function whose every communication goes through the tape it is given. It may close over parameters. Where no
+            gradient is asked for it runs once, and has no tape.
     """
+    if not torch.is_grad_enabled():
+        return region(x, None)
     tape = Tape()
 
     def run(x: Tensor) -> Tensor:
@@ -57,5 +60,5 @@ def recompute(region: Callable[[Tensor, Tape], Tensor], x: Tensor) -> Tensor:
             tape.rewind()  # also where checkpoint breaks a run off once it has what backward needs
 
     # No draw is made in a block, so there is no generator state to carry.
-    out: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else run(x)
+    out: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
     return out

@@ -7,7 +7,6 @@ import os
 import torch
 
 from opensora_dist.codecs.registry import build_codec, check_text_encoder
-from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.config.load import Problem, expand
 from opensora_dist.config.rules import train_problems
 from opensora_dist.config.train import TrainConfig
@@ -106,13 +105,20 @@ def _dataset_problems(config: TrainConfig) -> list[Problem]:
             grids[f"clips of {bucket}"] = grid
     problems += share_problems(config.parallel.sp, config.model, grids)
     if config.validation.every_steps:
-        problems += _drawing_problems(config, index.spec, model)
+        problems += _drawing_problems(config, index, model)
     return problems
 
 
-def _drawing_problems(config: TrainConfig, spec: DatasetSpec, model: VideoTransformer) -> list[Problem]:
+def validation_clip(config: TrainConfig, index: Index) -> Thw:
+    """Frames, height and width of the validation videos: what the config asks for, or the largest clips of the data set."""
+    asked = config.validation.clip
+    return max(index.buckets, key=lambda bucket: bucket.volume) if asked is None else Thw(*asked)
+
+
+def _drawing_problems(config: TrainConfig, index: Index, model: VideoTransformer) -> list[Problem]:
     """Validation videos take the text encoder and the codec that the data set was made with."""
     problems: list[Problem] = []
+    spec = index.spec
 
     def add(error: OpensoraError) -> None:
         what = f"validation.every_steps={config.validation.every_steps} needs the data set's codec and text encoder"
@@ -128,14 +134,15 @@ def _drawing_problems(config: TrainConfig, spec: DatasetSpec, model: VideoTransf
     except OpensoraError as error:
         add(error)
         return problems
-    if config.validation.clip is not None:
-        try:
-            grid = model.token_grid(codec.latent_shape(Thw(*config.validation.clip)))
-        except ConfigError as error:
-            return problems + [Problem(fields=("validation.clip",), message=f"validation.clip: {p}") for p in error.problems]
-        clip = {f"validation.clip={list(config.validation.clip)}": grid}
-        problems += share_problems(config.parallel.sp, config.model, clip)
-    return problems
+    clip, asked = validation_clip(config, index), config.validation.clip is not None
+    try:
+        grid = model.token_grid(codec.latent_shape(clip))
+    except ConfigError as error:
+        if asked:  # of clips of the data set it is said already
+            problems += [Problem(fields=("validation.clip",), message=f"validation.clip: {p}") for p in error.problems]
+        return problems
+    what = f"validation.clip={list(clip)}" + ("" if asked else ", by default the largest clips; set it to smaller ones")
+    return problems + share_problems(config.parallel.sp, config.model, {what: grid})
 
 
 def _sentences(error: OpensoraError) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,11 @@ from opensora_dist.parallel.spawn import run_ranks
 from opensora_dist.recipes.build import meta_model
 from opensora_dist.train.generate import SamplingOptions
 from opensora_dist.train.saving import DATASET_NAME
+
+# Of the groups of ranks that draw together. The first decodes, scores and writes alone while the others wait in the next batch's first
+# exchange: that takes as long as it takes, and the timeout that training runs with knows nothing of it. A rank that ends is noticed
+# without a timeout: its sockets close, and whoever started the ranks ends the others.
+_TIMEOUT_S = 6 * 3600.0
 
 # What the config calls the things that these verbs have flags for.
 _FLAGS = {"parallel.sp.scheme": "--scheme", "parallel.sp.degree": "--nproc"}
@@ -114,9 +120,19 @@ def start_ranks(
         The exit code; None where this process is to do the work.
     Raises:
         CheckpointError: No usable checkpoint.
-        ConfigError: The ranks can't share such videos, or there are too few GPUs.
+        ConfigError: The ranks can't share such videos, there are too few GPUs, or a flag says what would have no effect.
     """
-    if launched_world() is not None or nproc == 1:
+    world = launched_world()
+    if (world or nproc) == 1 and scheme is not None:
+        raise ConfigError(
+            f"--scheme={scheme} says how ranks share a video, and there is one rank; drop it, or add --nproc 2 or more"
+        )
+    if world is not None:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        if nproc not in (1, here):
+            raise ConfigError(f"--nproc={nproc}, but the launcher has started {here} ranks on this machine; leave --nproc out")
+        return None
+    if nproc == 1:
         return None
     gpus = torch.cuda.device_count()
     if resolve_device(device).type == "cuda" and nproc > gpus:
@@ -150,9 +166,8 @@ def joined_ranks(config: TrainConfig, *, grid: Thw, scheme: str | None, device: 
     if world == 1:
         yield None
         return
-    sp, timeout_s = sampling_sp(config, degree=world, scheme=scheme, grid=grid), config.parallel.timeout_s
-    with process_group(device, timeout_s=timeout_s):
-        mesh = build_mesh(device, dp_replicate=1, sp=sp, timeout_s=timeout_s)
+    sp = sampling_sp(config, degree=world, scheme=scheme, grid=grid)
+    with lost_contact_said(timeout_s=_TIMEOUT_S, option=None), process_group(device, timeout_s=_TIMEOUT_S):
+        mesh = build_mesh(device, dp_replicate=1, sp=sp, timeout_s=_TIMEOUT_S)
         setup_logging(rank=mesh.rank, world=mesh.world)
-        with lost_contact_said(timeout_s=timeout_s):
-            yield SequenceParallel(mesh, sp).shard(grid)
+        yield SequenceParallel(mesh, sp).shard(grid)

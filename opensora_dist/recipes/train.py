@@ -43,7 +43,7 @@ from opensora_dist.parallel.zero.native import NativeBackend
 from opensora_dist.plan.hardware import peak_flops
 from opensora_dist.recipes.auto import auto_choice
 from opensora_dist.recipes.build import initialiser, meta_model
-from opensora_dist.recipes.checks import training_problems, world_of
+from opensora_dist.recipes.checks import training_problems, validation_clip, world_of
 from opensora_dist.recipes.shards import LatentShards
 from opensora_dist.train.ema import Ema
 from opensora_dist.train.generate import SamplingOptions
@@ -111,7 +111,9 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
             assert isinstance(block, Block)
             block.recompute = config.parallel.recompute == "block"
         sp = config.parallel.sp
-        choice = auto_choice(config, mesh, model, text_tokens=index.spec.max_tokens) if sp.scheme == "auto" else None
+        # A group of one has no network to measure, and no choice.
+        choosing = sp.scheme == "auto" and sp.degree > 1
+        choice = auto_choice(config, mesh, model, text_tokens=index.spec.max_tokens) if choosing else None
         shards = LatentShards(mesh, SequenceParallel(mesh, sp, choose=choice), model)
         saver = Saver(run_dir, config=config, spec=index.spec, mesh=mesh)
         # Asked before the collective `find`: once past it, the main rank may already write metrics.
@@ -302,12 +304,11 @@ def _build_validator(
     spec: DatasetSpec = index.spec
     codec = build_codec(spec.codec, device=mesh.device)
     encoder = build_text_encoder(spec.text, device=mesh.device)
-    clip = Thw(*validation.clip) if validation.clip else max(index.buckets, key=lambda b: b.volume)
     return Validator(
         run_dir,
         prompts=validation.prompts,
         texts=[t.cpu() for t in encoder.encode(validation.prompts)],
-        latent=codec.latent_shape(clip),
+        latent=codec.latent_shape(validation_clip(config, index)),
         spec=spec,
         codec=codec,
         objective=objective,

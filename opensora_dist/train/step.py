@@ -91,6 +91,7 @@ def train_step(
             loss = micro_loss(backend.model, micro, objective=objective, keys=keys, step=data.step, shard=shard)
             backend.backward(loss)
         losses.append(loss.detach())
+        del loss  # or its graph would live on while the next micro-batch builds its own
     grad_norm = backend.clip(clip_norm)
     backend.step(lr=lr)
     return StepResult(loss=torch.stack(losses).sum(), grad_norm=grad_norm, skipped=backend.skipped())

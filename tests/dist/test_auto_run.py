@@ -13,6 +13,16 @@ STEPS = 24  # both shapes come ten times, which is when a measurement is told
 GRIDS = {"3x2x3", "1x3x2"}
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_auto_where_every_sample_is_one_ranks_measures_and_chooses_nothing(ranks, tmp_path, world):
+    write_dataset(tmp_path / "data", samples=SAMPLES)
+    double = ["run.dtype=float64", "run.steps=4"]
+    ranks.run(train_here, overrides(tmp_path / "data", tmp_path / "plain", *double), world=1)
+    ranks.run(train_here, overrides(tmp_path / "data", tmp_path / "auto", *double, "parallel.sp.scheme=auto"), world=world)
+    torch.testing.assert_close(losses(tmp_path / "auto"), losses(tmp_path / "plain"), rtol=1e-10, atol=1e-10)
+    assert events(tmp_path / "auto", "sequence_prediction") == []
+
+
 @pytest.mark.parametrize("least", [1, 2])
 def test_a_run_by_auto_is_the_run_and_holds_its_predictions_against_what_was_measured(ranks, tmp_path, least):
     write_dataset(tmp_path / "data", samples=SAMPLES)

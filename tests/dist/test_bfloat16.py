@@ -29,8 +29,8 @@ def _random_start():
     return mock.patch.object(VideoTransformer, "init_parameter", _normal)
 
 
-def _train(ranks, data, run_dir, *, dtype, world, stage=0, accum=1):
-    layout = [f"parallel.zero.stage={stage}", f"parallel.grad_accum={accum}"]
+def _train(ranks, data, run_dir, *, dtype, world, stage=0, accum=1, more=()):
+    layout = [f"parallel.zero.stage={stage}", f"parallel.grad_accum={accum}", *more]
     given = overrides(data, run_dir, f"run.steps={STEPS}", f"run.dtype={dtype}", "optim.lr=1e-2", *layout)
     ranks.run(train_here, given, _random_start, world=world)
     return losses(run_dir), [m["grad_norm"] for m in metrics(run_dir)], tensors(run_dir)
@@ -51,8 +51,20 @@ def in_float32(ranks, data):
 @pytest.mark.parametrize("world, layout", list(itertools.product((1, 2), LAYOUTS)), ids=str)
 def test_bfloat16_trains_as_float32_does_and_keeps_all_state_in_float32(ranks, data, in_float32, world, layout, tmp_path):
     stage, accum = layout
-    wanted, wanted_norms, wanted_state = in_float32
-    found, norms, state = _train(ranks, data, tmp_path, dtype="bfloat16", world=world, stage=stage, accum=accum)
+    found = _train(ranks, data, tmp_path, dtype="bfloat16", world=world, stage=stage, accum=accum)
+    _assert_alike(found, in_float32)
+
+
+@pytest.mark.parametrize("scheme, stage", [("dsp", 0), ("dsp", 3), ("ulysses", 3), ("fastseq", 3), ("ring", 3)])
+def test_ranks_that_share_samples_train_in_bfloat16_as_one_does_in_float32(ranks, data, in_float32, scheme, stage, tmp_path):
+    shared = ["parallel.sp.degree=2", f"parallel.sp.scheme={scheme}"]
+    found = _train(ranks, data, tmp_path, dtype="bfloat16", world=2, stage=stage, more=shared)
+    _assert_alike(found, in_float32)
+
+
+def _assert_alike(result, wanted_result):
+    found, norms, state = result
+    wanted, wanted_norms, wanted_state = wanted_result
     assert state.keys() == wanted_state.keys()
     assert {name.partition(".")[0] for name in state} == {"model", "ema", "exp_avg", "exp_avg_sq"}
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}

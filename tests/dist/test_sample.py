@@ -123,6 +123,7 @@ def test_evaluate_scores_on_the_first_of_the_ranks_that_draw(runs, tmp_path):
     [
         ({"nproc": 5}, "--nproc=5: 3x2x3 tokens have fewer frames and fewer rows than that; use --nproc=3 or less"),
         ({"nproc": 3, "scheme": "ulysses"}, "--scheme=ulysses"),
+        ({"nproc": 1, "scheme": "ring"}, "--scheme=ring says how ranks share a video, and there is one rank"),
         ({"options": SamplingOptions(sampler="ddim")}, "sampler=ddim"),
         ({"clip": Thw(3, 33, 48)}, "33"),
     ],
@@ -145,6 +146,8 @@ def test_one_rank_or_those_of_a_launcher_start_no_others(runs, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert sharing.start_ranks([], nproc=2, **given) is None
+    with pytest.raises(ConfigError, match="--nproc=3, but the launcher has started 2 ranks"):
+        sharing.start_ranks([], nproc=3, **given)
 
 
 @pytest.mark.parametrize("failed", [True, False])

@@ -101,6 +101,7 @@ LAYOUTS = [
     _dsp(4, 3, dp_replicate=2, sp=2),
     _dsp(4, 2, sp=4, slow=True),
     *(Layout(2, 0, sp=2, scheme=name, slow=name != "ulysses") for name in SHARED),
+    *(Layout(2, 3, sp=2, scheme=name) for name in ("fastseq", "ring")),
     *(Layout(4, 3, sp=2, scheme=name, recompute="block", slow=name not in ("ring", "fastseq")) for name in SHARED),
     *(Layout(4, 2, sp=4, scheme=name, slow=True) for name in SHARED),
 ]

@@ -23,8 +23,9 @@ from opensora_dist.core.errors import CommunicationError
 from opensora_dist.core.types import Thw
 from opensora_dist.data.loader import Loader
 from opensora_dist.parallel.failures import lost_contact_said
-from opensora_dist.parallel.mesh import AxisName, build_mesh
+from opensora_dist.parallel.mesh import AxisName, build_mesh, process_group
 from opensora_dist.parallel.sequence.agree import Agreement, Intent
+from opensora_dist.parallel.sequence.exchange import Exchange
 from opensora_dist.parallel.sequence.layout import SequenceParallel
 
 SP2 = ["parallel.sp.degree=2", "run.steps=50", "run.log_every=1"]
@@ -186,7 +187,7 @@ def _ahead():
 
 def _intent(mesh, sp, *, step, degree=None):
     grid, patch = Thw(4, 2, 2), Thw(1, 2, 2)
-    shard = SequenceParallel(mesh, sp, choose=lambda grid: (sp.scheme, degree or sp.degree)).shard(grid)
+    shard = SequenceParallel(mesh, sp, choose=lambda grid: ("dsp", degree or sp.degree)).shard(grid)
     latent = Thw(4, 4, 4)
     return Intent(
         step=step,
@@ -212,8 +213,9 @@ def test_where_fewer_ranks_share_a_shape_only_these_need_the_same_samples(ranks)
 
 
 def _agree_in_pairs():
-    sp = SpConfig(degree=4)
+    sp = SpConfig(degree=4, scheme="auto", min_degree=2)
     mesh = build_mesh(torch.device("cpu"), dp_replicate=1, sp=sp, timeout_s=20)
+    assert set(mesh.links) == {2, 4}
     intent = _intent(mesh, sp, step=1, degree=2)
     Agreement(mesh).check(intent)
     with pytest.raises(CommunicationError, match="samples: rank 0 -> ") as caught:
@@ -241,6 +243,16 @@ def test_a_collective_that_one_rank_never_joins_fails_after_the_runs_timeout_in_
     waited = ranks.run(_lonely_collectives, world=4)[0]
     assert {"dp_shard", "dp_replicate", "ulysses", "ring", "fsdp", "sp", "control", "sp_control"} <= set(waited)
     assert all(TIMEOUT_S / 2 < seconds < TIMEOUT_S + 10 for seconds in waited.values()), waited
+
+
+def test_groups_are_made_for_the_degrees_that_can_occur_alone(ranks):
+    assert ranks.run(_degrees, SpConfig(degree=4), world=4) == [{4}] * 4
+    assert ranks.run(_degrees, SpConfig(degree=4, scheme="auto"), world=4) == [{4}] * 4
+    assert ranks.run(_degrees, SpConfig(degree=4, scheme="auto", min_degree=1), world=4) == [{2, 4}] * 4
+
+
+def _degrees(sp):
+    return set(build_mesh(torch.device("cpu"), dp_replicate=1, sp=sp, timeout_s=20).links)
 
 
 TIMEOUT_S = 3.0
@@ -274,3 +286,31 @@ def test_errors_that_are_not_of_a_lost_rank_pass_as_they_are(error):
     with pytest.raises(type(error)) as caught, lost_contact_said(timeout_s=1):
         raise error
     assert caught.value is error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), RuntimeError("connection reset by peer")], ids=str)
+def test_only_what_says_so_is_a_lost_rank_in_an_exchange(ranks, error):
+    (caught,) = ranks.run(_in_exchange, error, world=1)
+    assert caught == ("CommunicationError" if "connection" in str(error) else "RuntimeError")
+
+
+def _in_exchange(error):
+    def fail():
+        raise error
+
+    with pytest.raises((RuntimeError, CommunicationError)) as caught:
+        Exchange(dist.group.WORLD).guarded(fail, what="ring shift")
+    return type(caught.value).__name__
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("error", [ValueError("a mistake"), CommunicationError("lost contact")], ids=str)
+def test_an_error_is_said_before_anything_is_waited_for(monkeypatch, world, error):
+    """Closing communicators waits for transfers in flight, which the other ranks may never answer."""
+    closed = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *_args, **_more: None)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: closed.append(True))
+    with pytest.raises(type(error)) as caught, process_group(torch.device("cpu"), timeout_s=1):
+        raise error
+    assert caught.value is error and closed == [True] * (world == 1)

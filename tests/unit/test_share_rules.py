@@ -61,6 +61,19 @@ def test_more_ranks_than_frames_and_rows_are_refused_for_the_clips_and_for_the_v
     assert said[2].endswith("(validation.clip=[1, 32, 64])")
 
 
+def test_the_largest_clips_which_validation_draws_by_default_are_asked_too_where_they_fill_no_batch(problems, tmp_path):
+    write_dataset(tmp_path / "wide", samples={(3, 32, 48): 8, (1, 16, 512): 2})
+    wide = [f"data.path={tmp_path / 'wide'}", "validation.every_steps=1", "validation.prompts=[a]"]
+    (said,) = problems(*wide, degree=3)
+    assert said.startswith("parallel.sp.degree=3") and "validation.clip=[1, 16, 512], by default the largest clips" in said
+    assert problems(*wide, "validation.clip=[3, 32, 48]", degree=3) == []
+
+
+def test_a_network_file_that_only_auto_would_read_is_refused_with_another_scheme(problems):
+    (said,) = problems("parallel.sp.network=network.json", degree=2)
+    assert said.startswith("parallel.sp.network='network.json'") and "the scheme is dsp" in said
+
+
 def test_auto_asks_for_no_more_than_its_least_degree_and_a_network_file_that_can_be_read(problems, tmp_path):
     auto = ["parallel.sp.scheme=auto", "data.global_batch=8"]
     assert problems(*auto, degree=3) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -77,19 +78,44 @@ def test_the_losses_and_gradients_of_all_regions_sum_to_those_of_the_whole(confi
     torch.testing.assert_close(sum(gradients), gradient, rtol=1e-12, atol=1e-14)
 
 
+def _backend(model, *, backward):
+    return SimpleNamespace(
+        model=model,
+        forward_context=lambda *, last_micro: nullcontext(),
+        backward=backward,
+        clip=lambda _norm: torch.zeros(()),
+        step=lambda *, lr: None,
+        skipped=lambda: torch.zeros(()),
+    )
+
+
+def test_the_graph_of_a_micro_batch_is_gone_before_the_next_one_is_built():
+    objective = build_objective(RectifiedFlowConfig(), spatial_factor=8)
+    model, graphs, alive = _Pointwise(CHANNELS), [], []
+
+    def backward(loss):
+        graphs.append(weakref.ref(loss))
+        loss.backward()
+
+    train_step(
+        _backend(model, backward=backward),
+        StepData(step=0, epoch=0, digest="", micros=[_micro(Region.whole(LATENT), number) for number in range(3)]),
+        objective=objective,
+        keys=Keys(0),
+        shards=lambda _latent: whole(Thw(5, 2, 3)),
+        agree=lambda _micro: alive.append([graph() is not None for graph in graphs]),
+        lr=1.0,
+        clip_norm=1.0,
+    )
+    assert alive == [[], [False], [False, False]]
+
+
 def test_ranks_agree_once_before_each_forward_which_is_told_the_shard_of_the_samples():
     objective = build_objective(RectifiedFlowConfig(), spatial_factor=8)
     model = _Pointwise(CHANNELS)
     micros, done = [_micro(Region.whole(LATENT), number) for number in range(3)], []
     model.register_forward_pre_hook(lambda *_: done.append("forward"))
-    backend = SimpleNamespace(
-        model=model,
-        forward_context=lambda *, last_micro: nullcontext(),
-        backward=lambda loss: loss.backward(),
-        clip=lambda _norm: torch.zeros(()),
-        step=lambda *, lr: None,
-        skipped=lambda: torch.zeros(()),
-    )
+    backend = _backend(model, backward=lambda loss: loss.backward())
     shard, asked = whole(Thw(5, 2, 3)), []
     train_step(
         backend,

@@ -131,8 +131,8 @@ class Shard:
         """Sequences of a crossing ``axis``, all of which every rank has a part of."""
         return batch * {Axis.TIME: self.grid.h * self.grid.w, Axis.SPACE: self.grid.t, Axis.JOINT: 1}[axis]
 
-    def taped(self, tape: Tape) -> Shard:
-        """This shard within a region that is computed again in backward."""
+    def taped(self, tape: Tape | None) -> Shard:
+        """This shard within a region that is computed again in backward; without a tape, one that is not."""
         return replace(self, tape=tape)
 
     def branch(

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opensora_dist.core.errors import CommunicationError
+from opensora_dist.parallel.failures import is_lost_contact
 
 T = TypeVar("T")
 
@@ -33,10 +34,13 @@ class Pending:
         return self._tensor
 
     def wait(self) -> Tensor:
-        """The data received. May be called again. On a GPU the stream waits, not the host.
+        """The data received. May be called again.
+
+        On NCCL this orders streams only: the host goes on at once, and of a rank that is gone it learns nothing here. There NCCL's
+        watchdog ends the process once the group's timeout is over.
 
         Raises:
-            CommunicationError: Another rank is gone, or sent another size.
+            CommunicationError: On gloo, another rank is gone, or did not answer within the group's timeout.
         """
         began = time.perf_counter()
         while self._works:
@@ -115,8 +119,10 @@ class Exchange:
         try:
             return call()
         except RuntimeError as error:  # DistBackendError is one; gloo raises it plain
+            if not is_lost_contact(error):
+                raise
             ranks = dist.get_process_group_ranks(self.group)
             raise CommunicationError(
-                f"rank {ranks[self.rank]} lost contact in a {what} with ranks {ranks}: one of them ended, took longer than "
-                f"parallel.timeout_s, or sent another size; look for the first error in every rank's log ({error})"
+                f"rank {ranks[self.rank]} lost contact in a {what} with ranks {ranks}: one of them ended, or took longer than "
+                f"the timeout (parallel.timeout_s in training); look for the first error in every rank's log ({error})"
             ) from error

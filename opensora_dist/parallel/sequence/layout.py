@@ -23,7 +23,7 @@ class SequenceParallel:
     """
 
     def __init__(self, mesh: Mesh, sp: SpConfig, *, choose: Choose | None = None) -> None:
-        assert choose is not None or sp.scheme != "auto"
+        assert choose is not None or sp.scheme != "auto" or sp.degree == 1  # where there is nothing to choose
         self._mesh, self._sp = mesh, sp
         self._choose = choose or (lambda _grid: (sp.scheme, sp.degree))
         self._shards: dict[Thw, Shard] = {}

@@ -14,6 +14,7 @@ from opensora_dist.core.io import write_json, write_text
 from opensora_dist.core.layout import LOGS_DIR
 from opensora_dist.core.logging import get_logger, setup_logging
 from opensora_dist.observe.progress import Bar
+from opensora_dist.parallel.failures import lost_contact_said
 from opensora_dist.parallel.mesh import launched_world, process_group, resolve_device
 from opensora_dist.parallel.spawn import run_ranks
 from opensora_dist.recipes.bench.case import SequenceCase
@@ -53,7 +54,7 @@ def on_ranks(
     if pin:
         pin_rank()
     chosen = resolve_device(device)
-    with process_group(chosen, timeout_s=timeout_s):
+    with lost_contact_said(timeout_s=timeout_s, option="--timeout"), process_group(chosen, timeout_s=timeout_s):
         setup_logging(rank=torch.distributed.get_rank(), world=torch.distributed.get_world_size())
         return body(chosen)
 
