@@ -11,6 +11,7 @@ from opensora_dist.config.train import SpConfig
 from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.logging import get_logger
 from opensora_dist.core.types import Thw
+from opensora_dist.parallel.mesh import sp_degrees
 from opensora_dist.parallel.sequence.layout import scheme_problems
 from opensora_dist.parallel.sequence.network import Network
 from opensora_dist.parallel.sequence.predict import Prediction, SampleCost, Workload, predict
@@ -97,9 +98,7 @@ class AutoChoice:
         return fields
 
     def _degrees(self) -> list[int]:
-        least = self.sp.min_degree or self.sp.degree
-        fits = [d for d in range(1, self.sp.degree + 1) if self.sp.degree % d == 0 and d >= least]
-        return [d for d in fits if self.global_batch % (self.world // d * self.accum) == 0]
+        return [d for d in sp_degrees(self.sp) if self.global_batch % (self.world // d * self.accum) == 0]
 
     def _instead_of(self, grid: Thw) -> str:
         runner_up = self.runners_up[grid]
