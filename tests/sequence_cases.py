@@ -311,8 +311,8 @@ def _compare(case: Case, mesh: Mesh, shard: Shard) -> Errors:
     model = _unchanged_model(case.row.model, case.shape)
     for block in model.blocks:
         block.recompute = case.recompute
-    result = compute(model, make_inputs(shape, group=mesh.data_rank), shard=shard)
-    here, part = wanted[mesh.data_rank], shard.region.times(_PATCH)
+    result = compute(model, make_inputs(shape, group=mesh.rank // mesh.sp_size), shard=shard)
+    here, part = wanted[mesh.rank // mesh.sp_size], shard.region.times(_PATCH)
     grads = {name: sum(one.grads[name] for one in wanted) for name in here.grads}
     differences = gradient_errors(summed(result.grads), grads)
     return Errors(
@@ -369,7 +369,7 @@ def trajectories(chosen: Sequence[Case]) -> list[dict[str, float]]:
     for case in chosen:
         mesh, shard = meshes.shard(case)
         wanted = _one_process_trajectory(case.row.model, case.shape, case.row.groups)
-        got = _train(case.row.model, case.shape, groups=[mesh.data_rank], shard=shard, recompute=case.recompute)
+        got = _train(case.row.model, case.shape, groups=[mesh.rank // mesh.sp_size], shard=shard, recompute=case.recompute)
         of_losses = worst(abs(a - b) / max(abs(b), 1.0) for a, b in zip(got.losses, wanted.losses, strict=True))
         of_weights = worst(difference(got.weights[n], w, scale=w) for n, w in wanted.weights.items())
         found.append({"losses": of_losses, "weights": of_weights})

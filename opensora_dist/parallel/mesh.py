@@ -65,11 +65,6 @@ class Mesh:
     sp_control: dist.ProcessGroup
 
     @property
-    def data_rank(self) -> int:
-        """Which of the groups that share a sample this rank is in."""
-        return self.rank // self.sp_size
-
-    @property
     def is_main(self) -> bool:
         """Whether this rank writes what is written once."""
         return self.rank == 0

@@ -89,7 +89,7 @@ def count_cases(chosen, *, depth=2, dtype=torch.float64, autocast=False):
         model = make_model(case.row.model, shape, depth=depth).to(dtype)
         for block in model.blocks:
             block.recompute = case.recompute
-        inputs, marks = make_inputs(shape, group=mesh.data_rank, dtype=dtype), []
+        inputs, marks = make_inputs(shape, group=mesh.rank // mesh.sp_size, dtype=dtype), []
         with counted() as count, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             compute(model, inputs, shard=shard, between=lambda: marks.append(count.total))
         formula = shard.scheme.bytes_sent(
@@ -172,7 +172,10 @@ def count_twice(chosen):
     meshes, found = Meshes(), []
     for case in chosen:
         mesh, shard = meshes.shard(case)
-        model, inputs = make_model(case.row.model, SHAPES[case.shape]), make_inputs(SHAPES[case.shape], group=mesh.data_rank)
+        model, inputs = (
+            make_model(case.row.model, SHAPES[case.shape]),
+            make_inputs(SHAPES[case.shape], group=mesh.rank // mesh.sp_size),
+        )
         with SentBytes() as operators, counted() as functions:
             compute(model, inputs, shard=shard)
         found.append((functions.total, operators.total))
