@@ -46,6 +46,11 @@ def _attend_in_parts(q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor, *, max_batc
     return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What partial results of this dtype are added up in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 # --- attention whose parts can be put together: keys that are not all here at once
 
 Tensors = tuple[Tensor, ...]
@@ -170,7 +175,7 @@ def _padded(*tensors: Tensor) -> Tensors:
 
 
 def _reference_forward(q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor) -> Tensors:
-    exact, scale = _exact(q_BNLK.dtype), q_BNLK.shape[-1] ** -0.5
+    exact, scale = accumulation_dtype(q_BNLK.dtype), q_BNLK.shape[-1] ** -0.5
     k, v = k_BNMK.to(exact), v_BNMK.to(exact)
     outs, lses = [], []
     with torch.autocast(q_BNLK.device.type, enabled=False):
@@ -185,7 +190,7 @@ def _reference_forward(q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor) -> Tensor
 def _reference_backward(
     grad_BNLK: Tensor, q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor, out_BNLK: Tensor, lse_BNL: Tensor
 ) -> Tensors:
-    exact, scale = _exact(q_BNLK.dtype), q_BNLK.shape[-1] ** -0.5
+    exact, scale = accumulation_dtype(q_BNLK.dtype), q_BNLK.shape[-1] ** -0.5
     k, v = k_BNMK.to(exact), v_BNMK.to(exact)
     dqs, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
     rows = _reference_rows(q_BNLK, k_BNMK)
@@ -198,10 +203,6 @@ def _reference_backward(
             dk += dscores_BNLM.mT @ q
             dv += p_BNLM.mT @ grad
     return torch.cat(dqs, dim=2).to(q_BNLK.dtype), dk.to(k_BNMK.dtype), dv.to(v_BNMK.dtype)
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _reference_rows(q_BNLK: Tensor, k_BNMK: Tensor) -> int:

@@ -102,10 +102,11 @@ def _rings():
         for hop in range(1, size):
             for piece, gather in enumerate(gathers):
                 assert torch.equal(gather.next(), part((rank - by * hop) % size, piece)), (by, hop, piece)
-    sums = [RingReduce(exchange, lengths=lengths, overlap=True) for _ in range(pieces)]
+    sums = [RingReduce(exchange, lengths=lengths, by=-1, overlap=True) for _ in range(pieces)]
     for hop in range(1, size):
         for piece, total in enumerate(sums):
-            total.add(part((rank + hop) % size, piece, by=rank))
+            arrived, product = total.arrived(), part((rank + hop) % size, piece, by=rank)
+            total.send(product if arrived is None else arrived.add_(product))
     for piece, total in enumerate(sums):
         others = [part(rank, piece, by=other) for other in range(size) if other != rank]
         assert torch.equal(total.finish(), torch.stack(others).sum(0))

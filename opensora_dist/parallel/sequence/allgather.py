@@ -21,7 +21,7 @@ from opensora_dist.ops.attention import attention
 from opensora_dist.parallel.recompute import Tape
 from opensora_dist.parallel.sequence.base import Projections, Scheme, Shard, Traffic, cast, from_sequences, ranges, to_sequences
 from opensora_dist.parallel.sequence.exchange import Exchange
-from opensora_dist.parallel.sequence.heads import heads_problems
+from opensora_dist.parallel.sequence.heads import heads_problems, rows_of_heads
 
 
 class AllGather(Scheme):
@@ -55,8 +55,7 @@ class AllGather(Scheme):
         qkv_weight, qkv_bias, proj_weight, proj_bias = map(
             cast, (attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias)
         )
-        own_weight = qkv_weight.view(3, size, -1, qkv_weight.shape[1])[:, rank].flatten(0, 1)
-        own_bias = qkv_bias.view(3, size, -1)[:, rank].flatten()
+        own_weight, own_bias = (rows_of_heads(parameter, rank=rank, size=size) for parameter in (qkv_weight, qkv_bias))
         x_lGD = cast(to_sequences(x_BtsD, axis))
         qkv: Tensor = _GatherProject.apply(x_lGD, own_weight, own_bias, meeting)  # type: ignore[no-untyped-call]
         q_LGnK, k_LGnK, v_LGnK = qkv.view(len(qkv), -1, 3, attn.heads // size, qkv_weight.shape[1] // attn.heads).unbind(2)

@@ -24,7 +24,7 @@ from opensora_dist.parallel.sequence.base import (
     to_sequences,
 )
 from opensora_dist.parallel.sequence.gathered_qkv import GatheredQkv, HeadSlice
-from opensora_dist.parallel.sequence.heads import heads_problems
+from opensora_dist.parallel.sequence.heads import heads_problems, unpack_heads
 from opensora_dist.parallel.sequence.hops import RingGather, RingReduce
 from opensora_dist.parallel.sequence.transfer import Transfer
 
@@ -160,7 +160,6 @@ class _Piece:
         """The residual stream of these tokens after the branch, once all heads' output is here."""
         own = self._x.shape  # [l, ..., D]
         rows_RGF = self._transfer.wait(self._arriving)
-        out_PlGF = rows_RGF.view(-1, own[0], *rows_RGF.shape[1:])
-        out_lGD = attn.proj(out_PlGF.permute(1, 2, 0, 3).flatten(2))
+        out_lGD = attn.proj(unpack_heads(rows_RGF, ranks=len(rows_RGF) // own[0]).flatten(2))
         out = then(self._residual, from_sequences(out_lGD.view(own), self._axis, like=self._residual))
         return self._gathered.regather(out, x_lGD=self._x_lGD)

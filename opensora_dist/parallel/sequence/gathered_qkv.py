@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora_dist.ops.attention import accumulation_dtype
 from opensora_dist.parallel.recompute import Tape
 from opensora_dist.parallel.sequence.base import Projections, ranges
 from opensora_dist.parallel.sequence.exchange import Exchange
+from opensora_dist.parallel.sequence.heads import rows_of_heads
 from opensora_dist.parallel.sequence.hops import RingGather, RingReduce
 
 
@@ -56,8 +58,7 @@ class HeadSlice:
 
     def rows(self, parameter: Tensor) -> Tensor:
         """Of the weight or the bias, [3 N K, ...] to [E, ...]."""
-        parts = parameter.view(3, self._size, -1, *parameter.shape[1:])
-        return parts[:, self._rank].flatten(0, 1).to(self.dtype)
+        return rows_of_heads(parameter, rank=self._rank, size=self._size).to(self.dtype)
 
     def weight_rows(self, weight: Tensor) -> Tensor:
         """``rows`` of the weight, held until ``drop_rows`` or the end of backward."""
@@ -73,7 +74,7 @@ class HeadSlice:
         """What these tokens give to the weight's gradient."""
         grad_ER, x_RD = grad_lGE.flatten(0, 1).t(), x_lGD.flatten(0, 1)
         if self._weight_grad_ED is None:
-            self._weight_grad_ED = (grad_ER @ x_RD).to(_sum_dtype(x_RD))
+            self._weight_grad_ED = (grad_ER @ x_RD).to(accumulation_dtype(x_RD.dtype))
         elif self._weight_grad_ED.dtype == x_RD.dtype:
             self._weight_grad_ED.addmm_(grad_ER, x_RD)
         else:
@@ -81,7 +82,7 @@ class HeadSlice:
 
     def add_bias_grad(self, grad_LGE: Tensor) -> None:
         """What these tokens give to the bias's gradient."""
-        grad_E = grad_LGE.sum((0, 1), dtype=_sum_dtype(grad_LGE))
+        grad_E = grad_LGE.sum((0, 1), dtype=accumulation_dtype(grad_LGE.dtype))
         self._bias_grad_E = grad_E if self._bias_grad_E is None else self._bias_grad_E.add_(grad_E)
 
     def take_gradients(self, *, weight_dtype: torch.dtype, bias_dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -96,10 +97,6 @@ class HeadSlice:
         whole = rows.new_zeros((3, self._size, len(rows) // 3, *rows.shape[1:]), dtype=dtype)
         whole[:, self._rank] = rows.view(3, -1, *rows.shape[1:])
         return whole.flatten(0, 2)
-
-
-def _sum_dtype(terms: Tensor) -> torch.dtype:
-    return torch.promote_types(terms.dtype, torch.float32)
 
 
 class GatheredQkv:
@@ -133,10 +130,8 @@ class GatheredQkv:
         self._num_arrived = 0
         self._there = RingGather(exchange, lengths=lengths, by=1, overlap=overlap, keep=self._keep)
         # The other way round: backward works on parts in the reverse order of forward.
-        self._again = (
-            None if keep or not heads.trained else RingGather(exchange, lengths=lengths, by=-1, overlap=overlap, keep=False)
-        )
-        self._dx = RingReduce(exchange, lengths=lengths, overlap=overlap) if sum_dx else None
+        self._again = None if keep or not heads.trained else RingGather(exchange, lengths=lengths, by=-1, overlap=overlap)
+        self._dx = RingReduce(exchange, lengths=lengths, by=-1, overlap=overlap) if sum_dx else None
 
     def issue(self, x: Tensor) -> Tensor:
         """[l, ..., D], of any dtype and strides, to [l, G, D] as it is projected and sent; the first hop starts."""
@@ -205,7 +200,9 @@ class GatheredQkv:
     def _arrived_back(self, grad_LGE: Tensor, weight: Tensor, source: int, kept_x_lGD: Tensor | None) -> None:
         grad_lGE = self._part(grad_LGE, source)
         if self._dx is not None:
-            self._dx.add(grad_lGE @ self._heads.weight_rows(weight))
+            product_lGD = grad_lGE @ self._heads.weight_rows(weight)  # before the wait, which this hides
+            sum_lGD = self._dx.arrived()
+            self._dx.send(product_lGD if sum_lGD is None else sum_lGD.add_(product_lGD))
         # After the sum is on its way, which this hides.
         x_lGD = kept_x_lGD if self._again is None else self._again.next()
         if x_lGD is not None:

@@ -1,6 +1,6 @@
 """Schemes that deal heads out to ranks: their rule, and how rows are packed on the way to the heads and back."""
 
-# l positions on this rank, G sequences, N heads, n of one rank, K head dim; u ranks of the group, R rows of a message
+# l positions on this rank, G sequences, N heads, n of one rank, K head dim, P ranks of the group
 
 from __future__ import annotations
 
@@ -20,30 +20,26 @@ def heads_problems(name: str, *, size: int, heads: int, joint: bool) -> list[str
     ]
 
 
-def pack_heads(x_lGNK: Tensor, *, parts: int) -> Tensor:
-    """One message for each rank of a group, each of all rows with that rank's heads.
+def pack_heads(x_lGC: Tensor, *, ranks: int) -> Tensor:
+    """One message for each rank of a group, each of all positions with that rank's heads.
 
     Args:
-        x_lGNK: Position first; dims between G and N, such as those of keys and values, go along.
-        parts: Ranks of the group; divides N.
+        x_lGC: Position first, [l, ..., N K].
+        ranks: Of the group; divides N.
     Returns:
-        [u l G, ... n K], contiguous; a view where there is one part.
+        [P l, ..., n K], contiguous: the one copy, and a view where there is one rank.
     """
-    *rows, N, K = x_lGNK.shape
-    x_ulGnK = x_lGNK.view(*rows, parts, N // parts, K).movedim(-3, 0)
-    return x_ulGnK.reshape(parts * rows[0] * rows[1], -1)
+    return x_lGC.view(*x_lGC.shape[:-1], ranks, -1).movedim(-2, 0).contiguous().flatten(0, 1)
 
 
-def unpack_heads(rows_RD: Tensor, *, parts: int, sequences: int, head_dim: int) -> Tensor:
-    """Back from what each rank of a group gives of its heads: [u l G, n K] to [l, G, N K].
+def unpack_heads(x_RGC: Tensor, *, ranks: int) -> Tensor:
+    """Back from what each rank of a group gives of its heads: [P l, ..., n K] to [l, ..., P, n K]; a view."""
+    return x_RGC.view(ranks, -1, *x_RGC.shape[1:]).movedim(0, -2)
 
-    Args:
-        parts: Ranks of the group.
-        sequences: G.
-        head_dim: K.
-    """
-    n = rows_RD.shape[1] // head_dim
-    return rows_RD.view(parts, -1, sequences, n, head_dim).permute(1, 2, 0, 3, 4).flatten(2)
+
+def rows_of_heads(parameter: Tensor, *, rank: int, size: int) -> Tensor:
+    """Of a qkv linear's weight or bias those of one of ``size`` ranks' heads, [3 N K, ...] to [3 n K, ...]; a copy."""
+    return parameter.view(3, size, -1, *parameter.shape[1:])[:, rank].flatten(0, 1)
 
 
 def split_q_kv(qkv: nn.Linear) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -11,7 +11,6 @@ gradient of a chunk sets out from the first rank it visits and comes home after 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -19,19 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opensora_dist.core.types import Axis, Thw
-from opensora_dist.ops.attention import attention_backward, attention_with_lse
+from opensora_dist.ops.attention import accumulation_dtype, attention_backward, attention_with_lse
 from opensora_dist.parallel.recompute import Tape
 from opensora_dist.parallel.sequence.base import Projections, Scheme, Shard, Traffic
-from opensora_dist.parallel.sequence.exchange import Exchange, Pending
+from opensora_dist.parallel.sequence.exchange import Exchange
 from opensora_dist.parallel.sequence.heads import split_q_kv
+from opensora_dist.parallel.sequence.hops import RingGather, RingReduce
 
-GRAD_BYTES = 4
-"""Fewest bytes of an element of the gradient that goes around; float64 stays float64."""
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What partial results are added up in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+GRAD_BYTES = accumulation_dtype(torch.bfloat16).itemsize
+"""Fewest bytes of an element of the gradient that goes around."""
 
 
 class Ring(Scheme):
@@ -83,9 +78,8 @@ def ring_traffic(lengths: Sequence[int], *, rank: int, row_elements: int, elemen
         row_elements: Keys and values of one position, over all sequences.
         element_bytes: Of keys and values.
     """
-    # A rank passes on every chunk but that of the rank it passes them to, and in backward the gradient of every chunk but its own.
-    chunks = (sum(lengths) - lengths[(rank + 1) % len(lengths)]) * row_elements * element_bytes
-    grads = (sum(lengths) - lengths[rank]) * row_elements * max(GRAD_BYTES, element_bytes)
+    chunks = RingGather.rows_sent(lengths, rank=rank, by=1) * row_elements * element_bytes
+    grads = RingReduce.rows_sent(lengths, rank=rank) * row_elements * max(GRAD_BYTES, element_bytes)
     return Traffic(forward=chunks, backward=chunks + grads)
 
 
@@ -106,11 +100,10 @@ class Rotation:
     def __init__(
         self, exchange: Exchange, *, lengths: Sequence[int], position_dim: int, overlap: bool, tape: Tape | None
     ) -> None:
-        assert len(lengths) == exchange.size
-        self._exchange, self._lengths, self._dim = exchange, tuple(lengths), position_dim
-        self._overlap, self._tape = overlap, tape
-        self._chunks: _Hops | None = None
-        self._home: tuple[Tensor, _Hops] | None = None
+        self._num_others, self._dim, self._tape = exchange.size - 1, position_dim, tape
+        self._chunks = RingGather(exchange, lengths=lengths, by=1, overlap=overlap, dim=position_dim)
+        self._grads = RingReduce(exchange, lengths=lengths, by=1, overlap=overlap, dim=position_dim)
+        self._own_grad: Tensor | None = None
 
     def depart(self, kv: Tensor) -> Tensor:
         """Sends this rank's chunk on its way; gives it back for ``attend``. Contiguous."""
@@ -124,49 +117,37 @@ class Rotation:
 
     def _start(self, kv: Tensor) -> None:
         if self._tape is None or not self._tape.replaying:
-            self._chunks = self._hops(kv, dtype=kv.dtype)
-            self._chunks.send(kv, owner=self._exchange.rank)
+            self._chunks.start(kv)
 
     def _forward(self, q_GNlK: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
         if self._tape is not None and self._tape.replaying:
             return self._tape.replay(), self._tape.replay()
-        assert self._chunks is not None
-        hops, self._chunks = self._chunks, None
         out, lse = attention_with_lse(q_GNlK, *self._split(kv))
         out = out.to(accumulation_dtype(out.dtype))
-        for owner in self._visitors():
-            chunk = hops.receive()
-            if owner != self._last:
-                hops.send(chunk, owner=owner)
-            merge_(out, lse, *attention_with_lse(q_GNlK, *self._split(chunk)))
+        for _ in range(self._num_others):
+            merge_(out, lse, *attention_with_lse(q_GNlK, *self._split(self._chunks.next())))
         out = out.to(q_GNlK.dtype)
         return (out, lse) if self._tape is None else (self._tape.keep(out), self._tape.keep(lse))
 
     def _backward(self, grad_GNlK: Tensor, q_GNlK: Tensor, kv: Tensor, out_GNlK: Tensor, lse_GNl: Tensor) -> Tensor:
         """The gradient of q. That of this rank's chunk is still on its way."""
-        assert self._home is None, "backward ran twice through one rotation"
+        assert self._own_grad is None, "backward ran twice through one rotation"
         exact = accumulation_dtype(kv.dtype)
-        chunks, grads = self._hops(kv, dtype=kv.dtype), self._hops(kv, dtype=exact)
-        chunks.send(kv, owner=self._exchange.rank)
-        own = torch.empty_like(kv, dtype=exact)
+        self._chunks.start(kv)
         dq, *own_grads = self._gradients(grad_GNlK, q_GNlK, kv, out_GNlK, lse_GNl)
-        self._write(own, own_grads)
+        self._own_grad = self._join(own_grads, like=kv, dtype=exact)
         dq = dq.to(exact)
-        for owner in self._visitors():
-            chunk = chunks.receive()
-            if owner != self._last:
-                chunks.send(chunk, owner=owner)
+        for _ in range(self._num_others):
+            chunk = self._chunks.next()
             dq_part, *chunk_grads = self._gradients(grad_GNlK, q_GNlK, chunk, out_GNlK, lse_GNl)
             dq += dq_part
-            if grads.moving:
-                grad = grads.receive()
+            grad = self._grads.arrived()
+            if grad is None:  # this is the first rank that this chunk visits
+                grad = self._join(chunk_grads, like=chunk, dtype=exact)
+            else:
                 for part, more in zip(self._split(grad), chunk_grads):
                     part += more
-            else:  # the first rank that this chunk visits
-                grad = grads.room(owner)
-                self._write(grad, chunk_grads)
-            grads.send(grad, owner=owner)
-        self._home = own, grads
+            self._grads.send(grad)
         return dq.to(q_GNlK.dtype)
 
     def _gradients(
@@ -178,93 +159,28 @@ class Rotation:
 
     def _finish(self, dtype: torch.dtype) -> Tensor:
         """The gradient of this rank's chunk, come home."""
-        assert self._home is not None
-        (own, grads), self._home = self._home, None
-        if grads.moving:
-            own += grads.receive()
+        assert self._own_grad is not None
+        own, self._own_grad = self._own_grad, None
+        if self._num_others:
+            own += self._grads.finish()
         return own.to(dtype)
-
-    def _hops(self, kv: Tensor, *, dtype: torch.dtype) -> _Hops:
-        return _Hops(self._exchange, lengths=self._lengths, dim=self._dim, like=kv, dtype=dtype, overlap=self._overlap)
-
-    def _visitors(self) -> list[int]:
-        """Owners of the chunks that come by, in that order."""
-        return [(self._exchange.rank - hop) % self._exchange.size for hop in range(1, self._exchange.size)]
-
-    @property
-    def _last(self) -> int:
-        """The owner of the last of them."""
-        return (self._exchange.rank + 1) % self._exchange.size
 
     def _split(self, chunk: Tensor) -> tuple[Tensor, ...]:
         """Its keys and values, [G, N, l, K] each; views."""
         return chunk.movedim(self._dim, -2).unbind(1)
 
-    def _write(self, chunk: Tensor, parts: Sequence[Tensor]) -> None:
+    def _join(self, parts: Sequence[Tensor], *, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Back from ``_split``, in a new chunk."""
+        chunk = like.new_empty(like.shape, dtype=dtype)
         for into, part in zip(self._split(chunk), parts):
             into.copy_(part)
+        return chunk
 
 
 def merge_(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
     """Adds the attention to more keys to ``out`` [..., l, K] and ``lse`` [..., l], in place; of any magnitude without overflow."""
     out.lerp_(more_out.to(out.dtype), torch.sigmoid(more_lse - lse)[..., None])
     torch.logaddexp(lse, more_lse, out=lse)
-
-
-class _Hops:
-    """What goes around a ring, rank by rank, through two buffers of the largest chunk's size.
-
-    Args:
-        exchange: The ring.
-        lengths: Positions of each rank's chunk.
-        dim: Where a chunk has them.
-        like: A chunk.
-        dtype: Of what is sent.
-        overlap: False waits as soon as a hop is started.
-    """
-
-    def __init__(
-        self, exchange: Exchange, *, lengths: Sequence[int], dim: int, like: Tensor, dtype: torch.dtype, overlap: bool
-    ) -> None:
-        self._exchange, self._lengths, self._dim, self._overlap = exchange, lengths, dim, overlap
-        self._like, self._dtype = like, dtype
-        self._buffers: list[Tensor | None] = [None, None]
-        self._turn = 0
-        self._pending: Pending | None = None
-
-    @property
-    def moving(self) -> bool:
-        """Whether something is on its way here."""
-        return self._pending is not None
-
-    def room(self, owner: int) -> Tensor:
-        """Space for the chunk of ``owner``, in the buffer that is not being sent."""
-        flat = self._buffers[self._turn]
-        if flat is None:
-            flat = self._like.new_empty(prod(self._shape(max(self._lengths))), dtype=self._dtype)
-            self._buffers[self._turn] = flat
-        shape = self._shape(self._lengths[owner])
-        return flat[: prod(shape)].view(shape)
-
-    def send(self, chunk: Tensor, *, owner: int) -> None:
-        """One hop: to the next rank, while the chunk of the owner before ``owner`` comes from the rank before."""
-        if self._exchange.size == 1:
-            return
-        self._turn = 1 - self._turn
-        self._pending = self._exchange.shift(chunk, into=self.room((owner - 1) % self._exchange.size))
-        if not self._overlap:
-            self._pending.wait()
-
-    def receive(self) -> Tensor:
-        """What the last hop brought. What it sent may be written over from then on."""
-        assert self._pending is not None
-        received, self._pending = self._pending.wait(), None
-        return received
-
-    def _shape(self, length: int) -> list[int]:
-        shape = list(self._like.shape)
-        shape[self._dim] = length
-        return shape
 
 
 class _Depart(torch.autograd.Function):

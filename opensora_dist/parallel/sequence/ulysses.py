@@ -32,7 +32,7 @@ from opensora_dist.parallel.sequence.base import (
     split_sizes,
     to_sequences,
 )
-from opensora_dist.parallel.sequence.heads import heads_problems
+from opensora_dist.parallel.sequence.heads import heads_problems, pack_heads, unpack_heads
 from opensora_dist.parallel.sequence.transfer import Transfer
 
 Linear = tuple[Tensor, Tensor]
@@ -150,9 +150,8 @@ class _Crossing:
 
     def _send(self, y_lGC: Tensor, *, parts: int) -> tuple[Transfer, Tensor]:
         """Starts sending one of q, k, v, or all three ``parts``."""
-        y = y_lGC.view(*y_lGC.shape[:-1], parts, self._ranks, -1)  # [l, G.., parts, P, n K]
         transfer = self._transfer(send_rows=self._mine, recv_rows=self._whole)
-        return transfer, transfer.issue(y.movedim(-2, 0).contiguous().flatten(0, 1))
+        return transfer, transfer.issue(pack_heads(y_lGC.view(*y_lGC.shape[:-1], parts, -1), ranks=self._ranks))
 
     def attend(self) -> None:
         """Attention of whole sequences with the heads of this rank."""
@@ -167,8 +166,7 @@ class _Crossing:
 
     def output(self) -> Tensor:
         """Of the tokens here, [l, G.., P, n K], a view."""
-        got = self._back.wait(self._returning)
-        return got.view(self._ranks, -1, *got.shape[1:]).movedim(0, -2)
+        return unpack_heads(self._back.wait(self._returning), ranks=self._ranks)
 
 
 def _project(attn: Projections, outputs: list[Tensor], *, axis: Axis, like: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
 
 import torch.nn.functional as F
@@ -65,9 +66,9 @@ class Usp(Scheme):
         x_lGD = to_sequences(x_BtsD, axis).flatten(1, -2)
         t, G, D = x_lGD.shape
         L, n, K = sum(inner), attn.heads // u, D // attn.heads
-        outgoing, incoming = [t * G] * u, [length * G for length in inner]
+        outgoing = [t] * u
 
-        def transfer(send_rows: list[int], recv_rows: list[int]) -> Transfer:
+        def transfer(send_rows: Sequence[int], recv_rows: Sequence[int]) -> Transfer:
             return Transfer(links.ulysses, send_rows=send_rows, recv_rows=recv_rows, overlap=self._overlap, tape=shard.tape)
 
         rotation = Rotation(
@@ -75,16 +76,15 @@ class Usp(Scheme):
         )
         q_linear, kv_linear = split_q_kv(attn.qkv)
         # Keys and values leave while queries are projected, and set out on the ring while queries are on their way.
-        kv_there, q_there, back = transfer(outgoing, incoming), transfer(outgoing, incoming), transfer(incoming, outgoing)
-        kv_lG2NK = F.linear(x_lGD, *kv_linear).view(t, G, 2, attn.heads, K)
-        kv_arriving = kv_there.issue(pack_heads(kv_lG2NK, parts=u))
-        q_lGNK = F.linear(x_lGD, *q_linear).view(t, G, attn.heads, K)
-        q_arriving = q_there.issue(pack_heads(q_lGNK, parts=u))
+        kv_there, q_there, back = transfer(outgoing, inner), transfer(outgoing, inner), transfer(inner, outgoing)
+        kv_lG2D = F.linear(x_lGD, *kv_linear).view(t, G, 2, D)
+        kv_arriving = kv_there.issue(pack_heads(kv_lG2D, ranks=u))
+        q_arriving = q_there.issue(pack_heads(F.linear(x_lGD, *q_linear), ranks=u))
         kv_LG2nK = rotation.depart(kv_there.wait(kv_arriving).view(L, G, 2, n, K))
         q_GnLK = q_there.wait(q_arriving).view(L, G, n, K).permute(1, 2, 0, 3)
         out_GnLK = rotation.attend(q_GnLK, kv_LG2nK)
-        out_rows = back.wait(back.issue(out_GnLK.permute(2, 0, 1, 3).reshape(L * G, n * K)))
-        y_lGD: Tensor = attn.proj(unpack_heads(out_rows, parts=u, sequences=G, head_dim=K))
+        out_RGC = back.wait(back.issue(out_GnLK.permute(2, 0, 1, 3).reshape(L, G, n * K)))
+        y_lGD: Tensor = attn.proj(unpack_heads(out_RGC, ranks=u).flatten(2))
         return from_sequences(y_lGD.view(to_sequences(x_BtsD, axis).shape), axis, like=x_BtsD)
 
 
