@@ -242,6 +242,7 @@ def _agree(degree):
 def test_a_collective_that_one_rank_never_joins_fails_after_the_runs_timeout_in_every_group(ranks):
     waited = ranks.run(_lonely_collectives, world=4)[0]
     assert {"dp_shard", "dp_replicate", "ulysses", "ring", "fsdp", "sp", "control", "sp_control"} <= set(waited)
+    ranks.close()  # what the other ranks never answered is still in flight in these
     assert all(TIMEOUT_S / 2 < seconds < TIMEOUT_S + 10 for seconds in waited.values()), waited
 
 
