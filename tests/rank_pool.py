@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -61,9 +60,8 @@ class RankPool:
         assert world <= self._size, (world, self._size)
         dead = {rank: p.exitcode for rank, p in enumerate(self._processes) if not p.is_alive()}
         if dead:
-            # gloo's threads (torch 2.13) may abort a process whose group is gone, after its test had its answer.
-            warnings.warn(f"ranks ended between two tests, with exit codes {dead}; starting new ones", stacklevel=2)
             self.close()
+            raise AssertionError(f"ranks ended between two tests, with exit codes {dead}; the next test gets new ones")
         if not self._processes:
             self._start()
         with tempfile.TemporaryDirectory() as folder:
