@@ -68,6 +68,12 @@ def redact_command(args: Sequence[str]) -> list[str]:
     return shown
 
 
+def _program() -> str:
+    """What a user types, wherever it is installed: ``python -m opensora_dist`` has a path of this machine for it."""
+    name = Path(sys.argv[0]).name
+    return "opensora-dist" if name == "__main__.py" else name
+
+
 def describe_environment(*, world: int = 1) -> dict[str, Any]:
     """Software, hardware, source and command of this process, as JSON values.
 
@@ -77,7 +83,7 @@ def describe_environment(*, world: int = 1) -> dict[str, Any]:
     return {
         "opensora_dist": opensora_dist.__version__,
         "git": _git_state(Path(opensora_dist.__file__).parent),
-        "command": redact_command(sys.argv),
+        "command": redact_command([_program(), *sys.argv[1:]]),
         "python": platform.python_version(),
         "packages": _versions(),
         "platform": platform.platform(),

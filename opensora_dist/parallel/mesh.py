@@ -113,15 +113,15 @@ def process_group(device: torch.device, *, timeout_s: float) -> Iterator[None]:
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
+    done = False
     try:
         yield
-    except BaseException:
-        # Transfers may be in flight that no rank will answer, and closing NCCL's communicators waits for them, as long as the timeout
-        # is, before the error is said. This process ends, and its sockets with it. A group of one has nobody to wait for.
-        if dist.get_world_size() == 1:
+        done = True
+    finally:
+        # After an error transfers may be in flight that no rank will answer, and closing NCCL's communicators waits for them, as long
+        # as the timeout is, before the error is said. This process ends, and its sockets with it. A group of one waits for nobody.
+        if done or dist.get_world_size() == 1:
             dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
 
 
 def build_mesh(device: torch.device, *, dp_replicate: int, sp: SpConfig, timeout_s: float) -> Mesh:

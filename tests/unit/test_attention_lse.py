@@ -11,7 +11,7 @@ from opensora_dist.ops import attention as ops
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.sequence.ring import merge_
 
-_NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+_NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run this file where torch sees one")
 BACKENDS = {"cpu": (ops._CPU, "cpu"), "reference": (ops._REFERENCE, "cpu"), "cuda": (ops._CUDA, "cuda")}
 SIZES = [(1, 1, 1, 1, 5), (2, 3, 1, 7, 72), (3, 2, 9, 1, 5), (2, 3, 7, 5, 72), (2, 1, 33, 17, 64), (1, 2, 130, 70, 6)]
 # Of out, dq, dk and dv, and of lse, which no backend rounds to half precision; float64 wherever a backend has it.

@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from opensora_dist.observe import environment
 from opensora_dist.observe.environment import REDACTED, describe_environment, redact, redact_command
 
@@ -65,3 +67,11 @@ def test_no_git_and_no_tree_are_tolerated(monkeypatch, tmp_path: Path) -> None:
     assert environment._git_state(tmp_path) is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment._git_state(Path(environment.__file__).parent.parent) is None
+
+
+@pytest.mark.parametrize(
+    "program, said", [("/home/me/pkg/opensora_dist/__main__.py", "opensora-dist"), ("/opt/bin/toy.py", "toy.py")]
+)
+def test_a_command_holds_no_path_of_the_machine_it_was_installed_on(monkeypatch, program, said):
+    monkeypatch.setattr("sys.argv", [program, "train", "run.steps=1"])
+    assert describe_environment()["command"] == [said, "train", "run.steps=1"]
