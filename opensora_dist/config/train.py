@@ -1,4 +1,5 @@
-"""Schema of a training run: the sections ``run model objective data parallel optim checkpoint validation track``."""
+"""Schema of a training run: the sections ``run model objective data parallel optim checkpoint validation resilience
+track fault``."""
 
 from __future__ import annotations
 
@@ -121,8 +122,17 @@ class DataConfig(Section):
 class ZeroConfig(Section):
     """Who holds parameters, gradients and optimizer state."""
 
-    backend: Literal["native"] = Field("native", description="native: PyTorch DDP and FSDP2.")
-    stage: Literal[0, 2, 3] = Field(0, description="0 replicates; 2 shards gradients and optimizer; 3 shards parameters too.")
+    backend: Literal["native", "deepspeed", "colossalai"] = Field(
+        "native", description="native: PyTorch DDP and FSDP2; deepspeed and colossalai need those packages."
+    )
+    stage: Literal[0, 1, 2, 3] = Field(
+        0, description="0 replicates; 1 shards optimizer state; 2 gradients too; 3 parameters too."
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="What lives in CPU memory: nothing; the optimizer's state and step; sharded parameters too."
+    )
+    nvme_path: str | None = Field(None, description="deepspeed: offload goes to files in this folder instead of CPU memory.")
+    prefetch: int = Field(1, ge=0, description="Stage 3: blocks whose parameters are gathered ahead of the one that runs.")
 
 
 class SpConfig(Section):
@@ -159,10 +169,24 @@ class ParallelConfig(Section):
     dp_replicate: int = Field(1, ge=1, description="Groups of ranks that hold copies of each other's shards (HSDP).")
     grad_accum: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
     sp: SpConfig = SpConfig()
-    recompute: Literal["none", "block"] = Field(
-        "none", description="block: keep only each block's input and what it received; compute the rest again in backward."
+    tp: int = Field(1, ge=1, description="Ranks that share each linear of attention and MLP (tensor parallelism).")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="Activations computed again in backward: full keeps of a block its input and what it received; selective keeps "
+        "the outputs of attention, too.",
+    )
+    offload_activations: bool = Field(
+        False, description="What is kept for backward waits in CPU memory, moved there and back beside the computation."
+    )
+    tile_tokens: int | None = Field(
+        None, ge=1, description="MLP, final layer and loss run over this many tokens at a time, and again in backward."
     )
     zero: ZeroConfig = ZeroConfig()
+    max_restarts: int = Field(
+        0,
+        ge=0,
+        description="How often ranks that `train` starts itself are started again after a failure; torchrun has its own flag.",
+    )
     timeout_s: float = Field(600.0, gt=0, description="Seconds after which a stuck collective ends the run.")
 
 
@@ -188,10 +212,41 @@ class CheckpointConfig(Section):
     """When state is committed, and what a start does with what it finds."""
 
     every_steps: int = Field(500, ge=1, description="Steps between checkpoints; the last step always writes one.")
+    asynchronous: bool = Field(True, description="Write beside training, from a copy in CPU memory; false makes training wait.")
     keep_last: int = Field(3, ge=1, description="Checkpoints kept; the only verified one is never pruned.")
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto continues from the newest checkpoint that verifies; never refuses a used run directory."
     )
+
+
+class ResilienceConfig(Section):
+    """What ends a run that goes wrong, and what it puts up with."""
+
+    watchdog_s: float = Field(
+        90.0, ge=0, description="Seconds without progress (at least 3 x the 99th percentile of steps) that make a hang; 0: off."
+    )
+    max_skipped_steps: int = Field(10, ge=1, description="Steps with non-finite gradients in a row that end the run.")
+    replica_check_every: int = Field(
+        200, ge=0, description="Steps between comparisons of what several ranks hold alike, also made before each save; 0: off."
+    )
+    straggler_ratio: float = Field(
+        1.2, gt=1, description="A rank whose own work takes this many times the median's is named, over the last 20 steps."
+    )
+    max_bad_samples: int = Field(
+        100, ge=0, description="Samples that can't be read and are replaced before the run ends; 0: the first one ends it."
+    )
+
+
+class FaultConfig(Section):
+    """Faults to inject, in drills and tests; each happens once in a run directory. Off unless named here."""
+
+    kill_rank: str | None = Field(None, description="RANK@stepN: SIGKILL in that step.")
+    hang_rank: str | None = Field(None, description="RANK@stepN: sleeps for ever in that step.")
+    nan_loss: str | None = Field(None, description="RANK@stepN: the loss of that step is not a number.")
+    flip_bit: str | None = Field(None, description="RANK@stepN: one bit of one parameter flips after that step.")
+    slow_rank: str | None = Field(None, description="RANK@xF: computes F times as long, from the start on.")
+    kill_in_save: str | None = Field(None, description="RANK@PHASE: SIGKILL at that phase of the first save.")
+    bad_sample: str | None = Field(None, description="RANK@stepN: the first sample of that step reads as damaged.")
 
 
 class ValidationConfig(Section):
@@ -234,4 +289,6 @@ class TrainConfig(Section):
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
     track: TrackConfig = TrackConfig()
+    fault: FaultConfig = FaultConfig()

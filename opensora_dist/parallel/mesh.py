@@ -50,6 +50,7 @@ class Mesh:
         sp_size: Ranks that share a sample; consecutive ranks do.
         links: For each number of ranks of ``sp_degrees`` above 1, those that share a sample with this one.
         control: gloo group of all ranks, for small CPU messages (stop flags, agreement on a save) beside the training traffic.
+        saving: gloo group of all ranks for the thread that writes checkpoints beside training.
         sp_control: The same for the ranks that share a sample.
     """
 
@@ -62,6 +63,7 @@ class Mesh:
     sp_size: int
     links: dict[int, Links]
     control: dist.ProcessGroup
+    saving: dist.ProcessGroup
     sp_control: dist.ProcessGroup
 
     @property
@@ -161,6 +163,7 @@ def build_mesh(device: torch.device, *, dp_replicate: int, sp: SpConfig, timeout
         sp_size=sp.degree,
         links=links,
         control=_group([list(range(world))], timeout=timeout, name="control", backend="gloo"),
+        saving=_group([list(range(world))], timeout=timeout, name="saving", backend="gloo"),
         sp_control=_group(ranks.view(-1, sp.degree).tolist(), timeout=timeout, name="sp_control", backend="gloo"),
     )
 

@@ -56,7 +56,7 @@ def auto_choice(config: TrainConfig, mesh: Mesh, model: VideoTransformer, *, tex
         world=mesh.world,
         global_batch=config.data.global_batch,
         accum=parallel.grad_accum,
-        recompute=parallel.recompute == "block",
+        recompute=parallel.recompute == "full",
         element_bytes=dtype.itemsize,
         cost=lambda grid: sample_cost(model, grid, text_tokens=text_tokens),
         networks=_networks(config, mesh, width=config.model.shape.width, dtype=dtype),

@@ -39,12 +39,15 @@ from opensora_dist.parallel.sequence.auto import AutoChoice, StepWatch
 from opensora_dist.parallel.sequence.base import Shard
 from opensora_dist.parallel.sequence.layout import SequenceParallel, describe_shard
 from opensora_dist.parallel.spawn import run_ranks
-from opensora_dist.parallel.zero.native import NativeBackend
+from opensora_dist.parallel.zero.base import ZeroBackend
+from opensora_dist.parallel.zero.registry import build_backend
 from opensora_dist.plan.hardware import peak_flops
 from opensora_dist.recipes.auto import auto_choice
 from opensora_dist.recipes.build import initialiser, meta_model
 from opensora_dist.recipes.checks import training_problems, validation_clip, world_of
+from opensora_dist.recipes.guards import guards
 from opensora_dist.recipes.shards import LatentShards
+from opensora_dist.train.callbacks import Callbacks
 from opensora_dist.train.ema import Ema
 from opensora_dist.train.generate import SamplingOptions
 from opensora_dist.train.logbook import Logbook, StepNote
@@ -109,7 +112,7 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
         model, objective = meta_model(config.model, config.objective, index.spec, dtype=dtype)
         for block in model.blocks:
             assert isinstance(block, Block)
-            block.recompute = config.parallel.recompute == "block"
+            block.recompute = config.parallel.recompute == "full"
         sp = config.parallel.sp
         # A group of one has no network to measure, and no choice.
         choosing = sp.scheme == "auto" and sp.degree > 1
@@ -123,7 +126,7 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
             raise CheckpointError(
                 f"checkpoint.resume=never, but {run_dir} holds a run; use another run.dir, or checkpoint.resume=auto to go on"
             )
-        backend = NativeBackend(
+        backend = build_backend(
             model,
             mesh=mesh,
             units=list(model.blocks),
@@ -132,7 +135,7 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
             optim=config.optim,
             compute_dtype=torch.bfloat16 if config.run.dtype == "bfloat16" else dtype,
         )
-        ema = Ema(backend.params, decay=config.optim.ema_decay)
+        ema = Ema(backend.weights, decay=config.optim.ema_decay)
         start = _start_state(config, saver, found, backend=backend, ema=ema, dataset_hash=index.dataset_hash)
         state = start.state
         logbook = _open_logbook(config, mesh, run_dir=run_dir, step=state.step, stack=stack, watch=_watch(choice, model))
@@ -178,6 +181,7 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
                 saver=saver,
                 validator=validator,
                 logbook=logbook,
+                callback=Callbacks(guards(config)),
             )
             state = trainer.run()
         else:
@@ -200,21 +204,26 @@ def _note_start(
     mesh: Mesh,
     logbook: Logbook,
     *,
-    backend: NativeBackend,
+    backend: ZeroBackend,
     order: Order,
     shards: LatentShards,
     step: int,
     samples: int,
 ) -> None:
     """Says, in the event log and to the reader, what is trained and how it is laid out."""
-    parameters = sum(p.numel() for p in backend.params.values())
     shapes = {str(latent): describe_shard(shards.shard(latent)) for latent in order.latents}
     logbook.event(
-        "start", step=step, mesh=str(mesh), parameters=parameters, samples=samples, dropped=order.dropped, latents=shapes
+        "start",
+        step=step,
+        mesh=str(mesh),
+        parameters=backend.num_parameters,
+        samples=samples,
+        dropped=order.dropped,
+        latents=shapes,
     )
     for reason, count in order.dropped.items():
         _log.info("data.global_batch=%d leaves out %d samples per epoch (%s)", config.data.global_batch, count, reason)
-    _log.info("%s with %s parameters on %s", config.model.name, f"{parameters:,}", mesh)
+    _log.info("%s with %s parameters on %s", config.model.name, f"{backend.num_parameters:,}", mesh)
     if mesh.sp_size > 1:
         for latent, how in shapes.items():
             _log.info("latents of %s: %s", latent, how)
@@ -242,7 +251,7 @@ class _Start:
 
 
 def _start_state(
-    config: TrainConfig, saver: Saver, found: Resumable, *, backend: NativeBackend, ema: Ema, dataset_hash: str
+    config: TrainConfig, saver: Saver, found: Resumable, *, backend: ZeroBackend, ema: Ema, dataset_hash: str
 ) -> _Start:
     """A fresh state, or the newest checkpoint's. Collective."""
     events: list[tuple[str, dict[str, object]]] = []

@@ -55,6 +55,24 @@ class StepNote:
     result: StepResult
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoggedStep:
+    """What all ranks know of a step once it has been logged.
+
+    Args:
+        loss: Of the global batch.
+        grad_norm: Before clipping.
+        skipped: No weight moved, since the norm was not finite.
+        digest: Identity of the global batch.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    skipped: bool
+    digest: str
+
+
 class Logbook:
     """Collects steps on every rank, and writes them on the main one.
 
@@ -92,11 +110,11 @@ class Logbook:
         """Keeps a step until the next flush; no sync."""
         self._notes.append(note)
 
-    def flush(self) -> None:
+    def flush(self) -> list[LoggedStep]:
         """Sums losses over ranks, writes one line per step. Collective: every rank calls it after the same steps."""
         notes, self._notes = self._notes, []
         if not notes:
-            return
+            return []
         device = torch.stack([torch.stack([n.result.loss, n.result.grad_norm, n.result.skipped]).double() for n in notes])
         waits = torch.tensor([[n.data_wait_s] for n in notes], dtype=torch.float64)
         asked = time.perf_counter()
@@ -108,14 +126,21 @@ class Logbook:
         ranks = [torch.empty_like(local) for _ in range(self._mesh.world)]
         # Gathered and summed by rank here: an all-reduce's order of summation depends on how many steps share it.
         dist.all_gather(ranks, local, group=self._mesh.control)
+        table = torch.stack(ranks)
+        logged = [
+            LoggedStep(step=note.step, loss=loss, grad_norm=grad_norm, skipped=bool(skipped), digest=note.digest)
+            for note, loss, (grad_norm, skipped) in zip(
+                notes, table[:, :, 0].sum(0).tolist(), local[:, 1:3].tolist(), strict=True
+            )
+        ]
+        self._write(notes, logged, waits_s=table[:, :, 3].amax(0).tolist())
+        return logged
+
+    def _write(self, notes: Sequence[StepNote], logged: Sequence[LoggedStep], *, waits_s: Sequence[float]) -> None:
         if self._metrics is None:
             return
-        table = torch.stack(ranks)
         window = [
-            self._metrics_of(note, loss=loss, grad_norm=grad_norm, skipped=bool(skipped), data_wait_s=wait_s)
-            for note, loss, (grad_norm, skipped), wait_s in zip(
-                notes, table[:, :, 0].sum(0).tolist(), local[:, 1:3].tolist(), table[:, :, 3].amax(0).tolist(), strict=True
-            )
+            self._metrics_of(note, step, data_wait_s=wait_s) for note, step, wait_s in zip(notes, logged, waits_s, strict=True)
         ]
         for metrics in window:
             self._metrics.log(metrics)
@@ -149,12 +174,12 @@ class Logbook:
                 for path in paths:
                     self._trackers.log_video(step, f"validation/{path.stem}", path)
 
-    def _metrics_of(self, note: StepNote, *, loss: float, grad_norm: float, skipped: bool, data_wait_s: float) -> StepMetrics:
+    def _metrics_of(self, note: StepNote, logged: LoggedStep, *, data_wait_s: float) -> StepMetrics:
         peak = self._peak_flops
         return StepMetrics(
             step=note.step,
-            loss=loss,
-            grad_norm=grad_norm,
+            loss=logged.loss,
+            grad_norm=logged.grad_norm,
             lr=note.lr,
             samples=note.samples,
             tokens=note.tokens,
@@ -163,7 +188,7 @@ class Logbook:
             mfu=note.flops / note.step_s / (peak * self._mesh.world) if peak else None,
             memory_bytes=memory_bytes(self._mesh.device),
             batch_digest=note.digest,
-            extra={"epoch": note.epoch, "skipped": skipped},
+            extra={"epoch": note.epoch, "skipped": logged.skipped},
         )
 
 

@@ -20,6 +20,7 @@ from opensora_dist.parallel.mesh import Mesh
 from opensora_dist.parallel.sequence.base import Shard
 from opensora_dist.parallel.zero.base import ZeroBackend
 from opensora_dist.resilience.signals import StopAgreement, StopFlag, clear_marker, write_marker
+from opensora_dist.train.callbacks import Callback
 from opensora_dist.train.ema import Ema
 from opensora_dist.train.logbook import Logbook, StepNote
 from opensora_dist.train.saving import Saver, TrainerState
@@ -49,6 +50,7 @@ class Trainer:
             Collective over these ranks.
         cost: Tokens and FLOPs of one sample of a latent shape with a number of text tokens.
         validator: Draws videos; None draws none.
+        callback: Called at the loop's edges.
     """
 
     def __init__(
@@ -69,11 +71,12 @@ class Trainer:
         saver: Saver,
         validator: Validator | None,
         logbook: Logbook,
+        callback: Callback,
     ) -> None:
         self.config, self.run_dir, self.mesh, self.keys = config, run_dir, mesh, keys
         self.backend, self.ema, self.objective, self.state = backend, ema, objective, state
         self.make_loader, self.shards, self.agree, self.cost = make_loader, shards, agree, cost
-        self.saver, self.validator, self.logbook = saver, validator, logbook
+        self.saver, self.validator, self.logbook, self.callback = saver, validator, logbook, callback
         self._saved_step = state.step
         self._edge_s = 0.0
 
@@ -84,26 +87,40 @@ class Trainer:
             if self.mesh.is_main:
                 clear_marker(self.run_dir)
             agreement = StopAgreement(self.mesh.control)
-            self._edge_s = time.perf_counter()
-            for data in loader:
-                self._step(data, wait_s=loader.last_wait_s)
-                if self.state.step % self.config.run.log_every == 0:
-                    with self._off_the_clock():
-                        self.logbook.flush()
-                        self._collect_videos()
-                self._validate_if_due()
-                self._save_if_due()
-                if agreement.agree(flag.requested) and self.state.step < steps:
-                    self._stop(flag.signal_name)
-                    break
-            agreement.close()
-            self.logbook.flush()
-            # Inside the flag's block: a signal in the middle of the last save must not cost it.
-            if self.state.step == steps:
-                self.save(required=True)
+            self.callback.start(step=self.state.step)
+            try:
+                self._edge_s = time.perf_counter()
+                for data in loader:
+                    self.callback.phase("step")
+                    self._step(data, wait_s=loader.last_wait_s)
+                    if self.state.step % self.config.run.log_every == 0:
+                        self._log()
+                    self._validate_if_due()
+                    self._save_if_due()
+                    if agreement.agree(flag.requested) and self.state.step < steps:
+                        self._stop(flag.signal_name)
+                        break
+                    self.callback.phase("data")
+                agreement.close()
+                self._flush()
+                # Inside the flag's block: a signal in the middle of the last save must not cost it.
+                if self.state.step == steps:
+                    self.save(required=True)
+            finally:
+                self.callback.end()
         return self.state
 
+    def _log(self) -> None:
+        with self._off_the_clock():
+            self._flush()
+            self._collect_videos()
+
+    def _flush(self) -> None:
+        self.callback.phase("log")
+        self.callback.after_flush(self.logbook.flush())
+
     def _step(self, data: StepData, *, wait_s: float) -> None:
+        self.callback.before_step(data)
         lr = learning_rate(data.step, self.config.optim, steps=self.config.run.steps)
         result = train_step(
             self.backend,
@@ -128,21 +145,21 @@ class Trainer:
             dataset_hash=self.state.dataset_hash,
         )
         now = time.perf_counter()
-        self.logbook.add(
-            StepNote(
-                step=self.state.step,
-                lr=lr,
-                latent=first.latent,
-                samples=samples,
-                tokens=samples * cost.tokens,
-                flops=samples * cost.flops,
-                step_s=now - self._edge_s,
-                data_wait_s=wait_s,
-                epoch=data.epoch,
-                digest=data.digest,
-                result=result,
-            )
+        note = StepNote(
+            step=self.state.step,
+            lr=lr,
+            latent=first.latent,
+            samples=samples,
+            tokens=samples * cost.tokens,
+            flops=samples * cost.flops,
+            step_s=now - self._edge_s,
+            data_wait_s=wait_s,
+            epoch=data.epoch,
+            digest=data.digest,
+            result=result,
         )
+        self.logbook.add(note)
+        self.callback.after_step(note)
         self._edge_s = now
 
     def save(self, *, required: bool) -> None:
@@ -152,7 +169,9 @@ class Trainer:
         """
         if self._saved_step == self.state.step:
             return
-        self.logbook.flush()  # or the metrics of the steps up to here would be lost with a kill after this save
+        self._flush()  # or the metrics of the steps up to here would be lost with a kill after this save
+        self.callback.phase("save")
+        self.callback.before_save(step=self.state.step)
         state = replace(self.state, optimizer_steps=self.backend.optimizer_steps())
         began = time.perf_counter()
         try:
@@ -175,6 +194,7 @@ class Trainer:
         every = self.config.validation.every_steps
         if self.validator is not None and every and self.state.step % every == 0:
             with self._off_the_clock():
+                self.callback.phase("validation")
                 self.validator.run(self.backend, self.ema, step=self.state.step)
             self.logbook.event("validation", step=self.state.step)
 

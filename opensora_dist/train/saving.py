@@ -71,7 +71,7 @@ class Saver:
         config_yaml = dump_yaml(self._config)
 
         def write(folder: Path) -> None:
-            save_tensors({**backend.state_dict(), **ema.state_dict()}, folder / TENSORS_DIR, group=self._mesh.control)
+            save_tensors(backend.state_dict(ema=ema.shadow), folder / TENSORS_DIR, group=self._mesh.control)
             if self._mesh.is_main:
                 write_text(folder / CONFIG_NAME, config_yaml)
                 write_json(folder / DATASET_NAME, self._spec.model_dump(mode="json"))
@@ -110,8 +110,9 @@ class Saver:
                 + "\n".join(f"  {p}" for p in problems)
                 + "\nundo these changes, or start a new run with another run.dir"
             )
-        load_tensors({**backend.state_dict(), **ema.state_dict()}, folder / TENSORS_DIR, group=self._mesh.control)
-        backend.load_optimizer_steps(state.optimizer_steps)
+        tensors = backend.state_dict(ema=ema.shadow)
+        load_tensors(tensors, folder / TENSORS_DIR, group=self._mesh.control)
+        backend.load_state_dict(tensors, ema=ema.shadow, steps=state.optimizer_steps)
         return state
 
 

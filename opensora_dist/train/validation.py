@@ -86,7 +86,7 @@ class Validator:
             # next collective: the main rank can't take them for this round's. What can't be removed can't be written either.
             with suppress(OSError):
                 self._files(step)[i].unlink()
-        with ema.applied(), backend.inference() as model:
+        with backend.inference(ema.shadow) as model:
             latents = generate_latents(
                 model,
                 noise_ids=self._noise_ids,

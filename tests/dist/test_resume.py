@@ -55,7 +55,7 @@ def test_five_steps_and_five_more_are_ten_bitwise(ranks, data, whole, stage, tmp
 
 
 def test_five_steps_and_five_more_are_ten_bitwise_where_ranks_share_samples(ranks, data, tmp_path):
-    shared = ["parallel.sp.degree=2", "parallel.recompute=block", "parallel.zero.stage=3"]
+    shared = ["parallel.sp.degree=2", "parallel.recompute=full", "parallel.zero.stage=3"]
     for name, parts in (("whole", (STEPS,)), ("parts", (STEPS // 2, STEPS))):
         for steps in parts:
             ranks.run(train_here, overrides(data, tmp_path / name, f"run.steps={steps}", *shared), world=2)

@@ -53,13 +53,15 @@ class Layout:
     sp: int = 1
     scheme: str = "dsp"
     recompute: str = "none"
+    offload: str = "none"
     models: tuple[str, ...] = ("stdit", "dit")
     slow: bool = False
 
     def __str__(self):
         shared = f"-sp{self.sp}-{self.scheme}" if self.sp > 1 else ""
         again = "-recompute" if self.recompute != "none" else ""
-        return f"dp{self.world // self.sp}{shared}-zero{self.stage}-accum{self.accum}-replicate{self.dp_replicate}{again}"
+        off = f"-offload_{self.offload}" if self.offload != "none" else ""
+        return f"dp{self.world // self.sp}{shared}-zero{self.stage}-accum{self.accum}-replicate{self.dp_replicate}{again}{off}"
 
     @property
     def config(self):
@@ -69,7 +71,7 @@ class Layout:
             grad_accum=self.accum,
             sp=SpConfig(degree=self.sp, scheme=self.scheme, ulysses=ulysses),
             recompute=self.recompute,
-            zero=ZeroConfig(stage=self.stage),
+            zero=ZeroConfig(stage=self.stage, offload=self.offload),
         )
 
 
@@ -79,30 +81,38 @@ def _dsp(world, stage, **more):
 
 LAYOUTS = [
     Layout(1, 0, accum=2),
+    Layout(1, 0, offload="optimizer"),
     Layout(1, 2),
     Layout(1, 3),
-    Layout(1, 0, recompute="block"),
+    Layout(1, 0, recompute="full"),
     Layout(2, 0),
     Layout(2, 0, accum=2),
+    Layout(2, 0, accum=2, offload="optimizer", slow=True),
+    Layout(2, 1),
+    Layout(2, 1, accum=2),
+    Layout(2, 1, accum=2, offload="optimizer", slow=True),
     Layout(2, 2),
     Layout(2, 2, accum=2),
     Layout(2, 3),
+    Layout(2, 2, accum=2, offload="all"),
+    Layout(2, 3, offload="optimizer"),
+    Layout(2, 3, accum=2, offload="all"),
     Layout(2, 3, accum=2),
-    Layout(2, 3, recompute="block", slow=True),
-    Layout(4, 2, dp_replicate=2),
+    Layout(2, 3, recompute="full", slow=True),
     Layout(4, 3, dp_replicate=2),
     _dsp(2, 0, sp=2),
-    _dsp(2, 3, sp=2, accum=2, recompute="block"),
+    _dsp(2, 3, sp=2, accum=2, recompute="full"),
     _dsp(3, 2, sp=3),
     _dsp(4, 0, sp=2, slow=True),
     _dsp(4, 2, sp=2, slow=True),
-    _dsp(4, 3, sp=2, recompute="block"),
-    _dsp(4, 2, dp_replicate=2, sp=2, slow=True),
+    _dsp(4, 3, sp=2, recompute="full"),
+    _dsp(4, 1, dp_replicate=2, sp=2, accum=2, slow=True),
+    _dsp(4, 2, dp_replicate=2, sp=2, accum=2),
     _dsp(4, 3, dp_replicate=2, sp=2),
     _dsp(4, 2, sp=4, slow=True),
     *(Layout(2, 0, sp=2, scheme=name, slow=name != "ulysses") for name in SHARED),
     *(Layout(2, 3, sp=2, scheme=name) for name in ("fastseq", "ring")),
-    *(Layout(4, 3, sp=2, scheme=name, recompute="block", slow=name not in ("ring", "fastseq")) for name in SHARED),
+    *(Layout(4, 3, sp=2, scheme=name, recompute="full", slow=name not in ("ring", "fastseq")) for name in SHARED),
     *(Layout(4, 2, sp=4, scheme=name, slow=True) for name in SHARED),
 ]
 MODELS = {"stdit": RectifiedFlowConfig(caption_dropout=0.3), "dit": IddpmConfig(caption_dropout=0.3)}
@@ -116,7 +126,7 @@ class _Spy(NativeBackend):
         self.grads = []
 
     def clip(self, max_norm):
-        self.grads.append({name: _full(p.grad).clone() for name, p in self.params.items()})
+        self.grads.append({name: _full(p.grad).clone() for name, p in self._params.items()})
         return super().clip(max_norm)
 
 
@@ -144,7 +154,7 @@ def _trajectory(folder: str, name: str, layout: Layout):
     config = ModelConfig(name=name, depth=2, width=24, heads=4, patch=(1, 1, 2))
     model, objective = meta_model(config, MODELS[name], index.spec, dtype=torch.float64)
     for block in model.blocks:
-        block.recompute = parallel.recompute == "block"
+        block.recompute = parallel.recompute == "full"
     shards = LatentShards(mesh, SequenceParallel(mesh, parallel.sp), model)
     backend = _Spy(
         model,
@@ -155,7 +165,7 @@ def _trajectory(folder: str, name: str, layout: Layout):
         optim=OptimConfig(lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95)),
         compute_dtype=torch.float64,
     )
-    ema = Ema(backend.params, decay=0.9)
+    ema = Ema(backend.weights, decay=0.9)
     losses, norms, drawn, levels = [], [], {}, {}
     loader = Loader(
         index,
@@ -202,8 +212,10 @@ def _trajectory(folder: str, name: str, layout: Layout):
                     for line, row in enumerate(micro.region.rows):
                         drawn[data.step, key, frame, row] = draws.noise_BCthw[i, :, place, line].clone()
                 levels.setdefault((data.step, key), set()).add((draws.level_B[i].item(), draws.drop_caption_B[i].item()))
-    params = {n: _full(p).detach().clone() for n, p in backend.params.items()}
-    averaged = {n: _full(p).clone() for n, p in ema.shadow.items()}
+    state = {name: _full(t).detach().clone() for name, t in backend.state_dict(ema=ema.shadow).items()}
+    params, averaged = (
+        {name.removeprefix(f"{kind}."): t for name, t in state.items() if name.startswith(f"{kind}.")} for kind in ("model", "ema")
+    )
     return {
         "losses": losses,
         "norms": norms,

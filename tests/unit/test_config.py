@@ -57,7 +57,7 @@ def test_rules_on_a_wrong_field_wait_until_the_field_is_right():
         ("model.init_from={format: pixart}", "model.init_from.path is not set"),
         ("objective.name=ddpm", "objective.name='ddpm': must be one of 'iddpm', 'rectified_flow'"),
         ("model.size=M", "must be one of 'S', 'B', 'L' or 'XL'"),
-        ("parallel.zero.stage=1", "must be one of 0, 2 or 3"),
+        ("parallel.zero.stage=4", "must be one of 0, 1, 2 or 3"),
         ("validation.clip=[16, 32]", "entry 3 is missing"),
         ("modle.size=S", "did you mean 'model'?"),
         ("objective.timesteps=10", "unknown key"),

@@ -95,7 +95,7 @@ def test_the_recipe_of_long_videos_cuts_their_tokens_into_eight_parts_by_the_rul
     with torch.device("meta"):
         model = build_model(config.model, ModelIo(in_channels=4, out_channels=8, text_width=4096, max_tokens=120))
     grid, sp = model.token_grid(Thw(64, 64, 64)), config.parallel.sp
-    assert grid == Thw(64, 32, 32) and sp.degree == 8 and config.parallel.recompute == "block"
+    assert grid == Thw(64, 32, 32) and sp.degree == 8 and config.parallel.recompute == "full"
     assert not scheme_problems(sp, grid, heads=config.model.shape.heads, joint=False)
 
 

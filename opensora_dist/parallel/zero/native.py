@@ -1,25 +1,30 @@
-"""ZeRO by PyTorch itself: DDP (stage 0) and FSDP2 / HSDP (stages 2 and 3)."""
+"""ZeRO by PyTorch itself: DDP (stage 0) and FSDP2 / HSDP (stages 1, 2 and 3)."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from opensora_dist.config.train import OptimConfig, ParallelConfig
+from opensora_dist.config.train import OptimConfig, ParallelConfig, ZeroConfig
 from opensora_dist.parallel.mesh import Mesh
+from opensora_dist.parallel.zero.optimizer import adamw
+
+_CPU = torch.device("cpu")
 
 
 class NativeBackend:
     """DDP or FSDP2 around a model built on the meta device. See ``ZeroBackend`` for the protocol.
+
+    The optimizer works on the local shards as plain tensors: elementwise work needs no DTensor.
 
     Args:
         model: On the meta device, in the dtype its weights are to be kept in.
@@ -33,51 +38,73 @@ class NativeBackend:
         model: nn.Module,
         *,
         mesh: Mesh,
-        units: list[nn.Module],
+        units: Sequence[nn.Module],
         init: Callable[[nn.Module], None],
         parallel: ParallelConfig,
         optim: OptimConfig,
         compute_dtype: torch.dtype,
     ) -> None:
-        self._mesh = mesh
-        self._compute_dtype = compute_dtype
-        self._sharded = parallel.zero.stage > 0
-        if self._sharded:
-            _shard(model, mesh=mesh, units=units, stage=parallel.zero.stage, compute_dtype=compute_dtype)
-        model.to_empty(device=mesh.device)
+        self._mesh, self._compute_dtype = mesh, compute_dtype
+        self._stage, self._offload = parallel.zero.stage, parallel.zero.offload
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        if self._stage > 0:
+            _shard(model, mesh=mesh, units=units, zero=parallel.zero, compute_dtype=compute_dtype)
+        model.to_empty(device=_CPU if self._offload == "all" else mesh.device)
+        if self._offload == "all":
+            for buffer in model.buffers():
+                buffer.data = buffer.data.to(mesh.device)
         init(model)
         self._module = model
-        self.params: dict[str, Tensor] = dict(model.named_parameters())
+        self._params = dict(model.named_parameters())
         self._buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
-        self.model = model if self._sharded or mesh.world == 1 else _replicate(model, mesh=mesh)
-        self.optimizer = _adamw(self.params, optim)
+        self._held = {name: _local(p.detach()) for name, p in self._params.items()}
+        self.weights = self._held
+        if self._offload == "optimizer":
+            self.weights = {name: _to_cpu(t) for name, t in self._held.items()}
+        self.model = model if self._stage > 0 or mesh.world == 1 else _replicate(model, mesh=mesh)
+        self.optimizer = adamw(self.weights, {name: p.ndim for name, p in self._params.items()}, optim)
 
     @contextmanager
     def forward_context(self, *, last_micro: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch: precision, and no communication before the last micro-batch."""
+        """Around forward and backward of one micro-batch: precision, and what is communicated before the last one.
+
+        Before the last micro-batch, stages 0 and 1 send nothing but the first gather of weights, and hold whole gradients; stages 2 and
+        3 sum gradients within the group that shards them, so that no rank ever holds more than its share; copies of a share (HSDP) are
+        summed with the last.
+        """
         sync: AbstractContextManager[None] = nullcontext()
         if isinstance(self.model, DistributedDataParallel) and not last_micro:
             sync = self.model.no_sync()
         elif isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last_micro)
+            self.model.set_requires_gradient_sync(last_micro or self._stage > 1)
+            self.model.set_requires_all_reduce(last_micro)
             self.model.set_is_last_backward(last_micro)
+            if self._stage < 3:
+                self.model.set_reshard_after_backward(last_micro)
         with sync, self._autocast():
             yield
 
     @contextmanager
-    def inference(self) -> Iterator[nn.Module]:
-        """The unwrapped model without gradients, in eval mode. Collective under stages 2 and 3."""
+    def inference(self, weights: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """The unwrapped model without gradients, in eval mode. Collective under stages 1 to 3."""
         was_training = self._module.training
         self._module.eval()
+        kept: dict[str, Tensor] = {}
         try:
-            with torch.no_grad(), self._autocast():
-                yield self._module
+            with torch.no_grad():
+                if weights is not None:
+                    # With the optimizer in CPU memory its weights are there too, and put back from there.
+                    kept = {n: t.clone() for n, t in self._held.items()} if self.weights is self._held else self.weights
+                    _copy_all(self._held, weights)
+                with self._autocast():
+                    yield self._module
         finally:
             self._module.train(was_training)
             for module in self._module.modules():
                 if isinstance(module, FSDPModule):
-                    # Stage 2 keeps gathered weights until a backward; left in place, the next step would train on these.
+                    # Stages 1 and 2 keep gathered weights until a backward; left in place, the next step would train on these.
                     module.reshard()
+            _copy_all(self._held, kept)
 
     def _autocast(self) -> AbstractContextManager[None]:
         if self._compute_dtype == torch.bfloat16:
@@ -91,60 +118,114 @@ class NativeBackend:
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
         """Clips once, on the norm over all parameters and ranks; returns the norm before."""
-        grads = [p.grad for p in self.params.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads, foreach=True)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        nn.utils.clip_grads_with_norm_(self.params.values(), max_norm, norm, foreach=True)
-        # Read by the fused kernel on the device: a non-finite step is skipped without a host sync, and moments stay as they were.
-        self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        grads = {name: _local(p.grad) for name, p in self._params.items() if p.grad is not None}
+        norm = self._global_norm(grads)
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(list(grads.values()), scale.to(next(iter(grads.values())).device))
+        for name, weight in self.weights.items():
+            weight.grad = grads[name].to(weight.device) if name in grads else None
+        # Read by the fused kernel on its device: a non-finite step is skipped without a host sync, and moments stay as they were.
+        self._skipped = (~torch.isfinite(norm)).float()
+        self.optimizer.found_inf = self._skipped.to(next(iter(self.weights.values())).device)  # type: ignore[attr-defined]
         return norm
+
+    def _global_norm(self, grads: Mapping[str, Tensor]) -> Tensor:
+        """The norm over all ranks, each shard counted once."""
+        norms = torch._foreach_norm(list(grads.values()))
+        squares = torch.stack(norms).double().square().sum().to(self._mesh.device)
+        if self._stage > 0:
+            dist.all_reduce(squares, group=self._mesh.fsdp.get_group())
+        return squares.sqrt().to(norms[0].dtype)
 
     def step(self, *, lr: float) -> None:
         """AdamW; skipped where ``clip`` saw a non-finite norm."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for weight in self.weights.values():
+            weight.grad = None
+        for param in self._params.values():
+            param.grad = None
+        if self.weights is not self._held:
+            _copy_all(self._held, self.weights)
 
     def skipped(self) -> Tensor:
         """1 where the last step was skipped, else 0; on the device."""
-        return self.optimizer.found_inf  # type: ignore[attr-defined, no-any-return]
+        return self._skipped
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self, *, ema: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Live tensors by canonical name; sharded ones are DTensors."""
-        state: dict[str, Tensor] = {f"model.{n}": p.detach() for n, p in self.params.items()}
-        state |= {f"model.{n}": b for n, b in self._buffers.items()}
-        for name, param in self.params.items():
-            moments = self.optimizer.state[param]
-            state[f"exp_avg.{name}"] = moments["exp_avg"]
-            state[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+        state = {f"model.{name}": self._canonical(name, t) for name, t in self.weights.items()}
+        state |= {f"model.{name}": b for name, b in self._buffers.items()}
+        for name, weight in self.weights.items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[f"{moment}.{name}"] = self._canonical(name, self.optimizer.state[weight][moment])
+            state[f"ema.{name}"] = self._canonical(name, ema[name])
         return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor], *, ema: Mapping[str, Tensor], steps: int) -> None:
+        """``state`` aliases what it came from, so that it is in place already."""
+        for moments in self.optimizer.state.values():
+            moments["step"].fill_(steps)
+        if self.weights is not self._held:
+            _copy_all(self._held, self.weights)
 
     def optimizer_steps(self) -> int:
         """Steps taken, skipped ones left out: AdamW's bias correction counts these."""
         return int(next(iter(self.optimizer.state.values()))["step"].item())
 
-    def load_optimizer_steps(self, steps: int) -> None:
-        """Sets what ``optimizer_steps`` gave; the tensors of ``state_dict`` are loaded in place."""
-        for state in self.optimizer.state.values():
-            state["step"].fill_(steps)
+    def _canonical(self, name: str, local: Tensor) -> Tensor:
+        """A tensor laid out as a weight, with its place in the whole."""
+        param = self._params[name]
+        if not isinstance(param, DTensor):
+            return local
+        return DTensor.from_local(
+            local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+        )
 
 
-def _shard(model: nn.Module, *, mesh: Mesh, units: list[nn.Module], stage: int, compute_dtype: torch.dtype) -> None:
-    """FSDP2: stage 3 frees parameters after use, stage 2 keeps them until the step. Two mesh axes make it HSDP."""
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _to_cpu(tensor: Tensor) -> Tensor:
+    """A copy in CPU memory, pinned where a GPU is to copy from it."""
+    copy = torch.empty_like(tensor, device=_CPU, pin_memory=tensor.device.type == "cuda")
+    return copy.copy_(tensor)
+
+
+@torch.no_grad()
+def _copy_all(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+    for name, source in sources.items():
+        targets[name].copy_(source, non_blocking=True)
+
+
+def _shard(model: nn.Module, *, mesh: Mesh, units: Sequence[nn.Module], zero: ZeroConfig, compute_dtype: torch.dtype) -> None:
+    """FSDP2: stage 3 frees parameters after use, the others keep them until the step. Two mesh axes make it HSDP."""
     # Inputs are not cast: autocast does that per operator, and a timestep of 999 has no bf16.
     half = compute_dtype == torch.bfloat16
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False
     )
+    offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if zero.offload == "all" else OffloadPolicy()
     for unit in [*units, model]:
-        fully_shard(unit, mesh=mesh.hsdp or mesh.fsdp, mp_policy=policy, reshard_after_forward=stage == 3 and unit is not model)
+        fully_shard(
+            unit,
+            mesh=mesh.hsdp or mesh.fsdp,
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=zero.stage == 3 and unit is not model,
+        )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The gradient rule is a plain sum. gloo knows no PREMUL_SUM, so the reduction itself must be a sum too.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    if zero.stage == 3:
+        blocks: list[FSDPModule] = [unit for unit in units if isinstance(unit, FSDPModule)]
+        for i, block in enumerate(blocks):
+            block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + zero.prefetch])
+            block.set_modules_to_backward_prefetch(blocks[max(0, i - zero.prefetch) : i][::-1])
 
 
 def _replicate(model: nn.Module, *, mesh: Mesh) -> DistributedDataParallel:
@@ -168,23 +249,3 @@ def _sum_gradients(group: dist.ProcessGroup, bucket: GradBucket) -> torch.future
 
 # DDP compares a hook's annotations with classes, and this file's are strings.
 _sum_gradients.__annotations__.update(bucket=GradBucket, **{"return": torch.futures.Future[Tensor]})
-
-
-def _adamw(params: dict[str, Tensor], config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW, with its state made now so that a checkpoint can be loaded into it.
-
-    Decay is for the weights of linears and convolutions; biases, and tables that are added to a modulation, keep their size.
-    """
-    matrices = [p for name, p in params.items() if name.endswith(".weight") and p.ndim >= 2]
-    others = [p for name, p in params.items() if not (name.endswith(".weight") and p.ndim >= 2)]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
-    for param in params.values():
-        optimizer.state[param] = {
-            "step": torch.zeros((), dtype=torch.float32, device=param.device),
-            "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format).detach(),
-            "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format).detach(),
-        }
-    return optimizer
