@@ -22,8 +22,8 @@ from opensora_dist.train.validation import Validator
 
 CPU = torch.device("cpu")
 LATENT = Thw(2, 2, 3)
-EMA = SimpleNamespace(applied=nullcontext)
-BACKEND = SimpleNamespace(inference=lambda: nullcontext(None))
+EMA = SimpleNamespace(shadow={})
+BACKEND = SimpleNamespace(inference=lambda weights: nullcontext(None))
 
 
 @pytest.fixture
