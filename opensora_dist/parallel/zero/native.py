@@ -61,6 +61,7 @@ class NativeBackend:
         self.weights = self._held
         if self._offload == "optimizer":
             self.weights = {name: _to_cpu(t) for name, t in self._held.items()}
+            self._cpu_grads = {name: _to_cpu(t) for name, t in self._held.items()}
         self.model = model if self._stage > 0 or mesh.world == 1 else _replicate(model, mesh=mesh)
         self.optimizer = adamw(self.weights, {name: p.ndim for name, p in self._params.items()}, optim)
 
@@ -122,8 +123,13 @@ class NativeBackend:
         norm = self._global_norm(grads)
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(list(grads.values()), scale.to(next(iter(grads.values())).device))
+        if self.weights is not self._held:
+            _copy_all(self._cpu_grads, grads)
+            if self._mesh.device.type == "cuda":
+                torch.cuda.current_stream(self._mesh.device).synchronize()  # the optimizer reads them on the CPU
+            grads = {name: self._cpu_grads[name] for name in grads}
         for name, weight in self.weights.items():
-            weight.grad = grads[name].to(weight.device) if name in grads else None
+            weight.grad = grads.get(name)
         # Read by the fused kernel on its device: a non-finite step is skipped without a host sync, and moments stay as they were.
         self._skipped = (~torch.isfinite(norm)).float()
         self.optimizer.found_inf = self._skipped.to(next(iter(self.weights.values())).device)  # type: ignore[attr-defined]
