@@ -162,10 +162,15 @@ def build_mesh(device: torch.device, *, dp_replicate: int, sp: SpConfig, timeout
         world=world,
         sp_size=sp.degree,
         links=links,
-        control=_group([list(range(world))], timeout=timeout, name="control", backend="gloo"),
-        saving=_group([list(range(world))], timeout=timeout, name="saving", backend="gloo"),
-        sp_control=_group(ranks.view(-1, sp.degree).tolist(), timeout=timeout, name="sp_control", backend="gloo"),
+        control=_group([list(range(world))], timeout=timeout, name="control", backend=_host_backend()),
+        saving=_group([list(range(world))], timeout=timeout, name="saving", backend=_host_backend()),
+        sp_control=_group(ranks.view(-1, sp.degree).tolist(), timeout=timeout, name="sp_control", backend=_host_backend()),
     )
+
+
+def _host_backend() -> str:
+    """For CPU messages beside the training traffic; a simulated world has no other ranks that could join a real group."""
+    return "fake" if dist.get_backend() == "fake" else "gloo"
 
 
 def sp_ulysses(sp: SpConfig) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from opensora_dist.core.types import Thw
 from opensora_dist.data.loader import MicroBatch, StepData
 from opensora_dist.diffusion.base import Objective
-from opensora_dist.diffusion.draws import draw
+from opensora_dist.diffusion.draws import Draws, draw
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.sequence.base import Shard
 from opensora_dist.parallel.zero.base import ZeroBackend
@@ -42,9 +42,14 @@ def micro_loss(
     Args:
         shard: The tokens of the samples that this rank holds, those of ``micro.region``; None: all.
     """
-    x0_BCthw = micro.latents_BCthw
-    channels = x0_BCthw.shape[1]
+    channels = micro.latents_BCthw.shape[1]
     draws = draw(keys, objective, samples=micro.samples, step=step, channels=channels, latent=micro.latent, region=micro.region)
+    return weighted_loss(model, micro, draws, objective=objective, shard=shard)
+
+
+def weighted_loss(model: nn.Module, micro: MicroBatch, draws: Draws, *, objective: Objective, shard: Shard | None) -> Tensor:
+    """``micro_loss`` of what has been drawn; works on fake tensors, too, which no number can be drawn of."""
+    x0_BCthw = micro.latents_BCthw
     noise, level_B, drop_caption_B = (
         _to_device(t, x0_BCthw.device) for t in (draws.noise_BCthw, draws.level_B, draws.drop_caption_B)
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,7 +27,7 @@ class Peak:
 def peak_memory(device: torch.device) -> Iterator[Peak]:
     """Measures the block: on a GPU what the allocator gave out, on a CPU the storages of all tensors that operators made.
 
-    On a CPU what a kernel or a backend allocates for itself is not seen.
+    On a CPU what a kernel or a backend allocates for itself is not seen (``LiveTensors``).
     """
     peak = Peak()
     if device.type == "cuda":
@@ -35,34 +37,70 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         yield peak
         peak.bytes = torch.cuda.max_memory_allocated(device) - before
         return
-    with _LiveTensors() as live:
+    with LiveTensors() as live:
         yield peak
     peak.bytes = live.peak
 
 
-class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch's, which has no types
-    """Follows storages from the operator that made them to their end."""
+class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch's, which has no types
+    """Follows the storages of tensors in memory from the operator that made them to their end, fake ones like real ones.
+
+    Counted: what any operator returns that is made while the mode is on, each storage once: weights, gathered weights (FSDP2 resizes
+    their storages), gradients and DDP's buckets, optimizer state, activations, buffers of collectives. Not counted: what a kernel or a
+    communication library allocates for itself, what was made before, tensors on the meta device.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = self._now = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.now = 0
+        """Bytes alive."""
+        self.peak = 0
+        """Most bytes alive at once since the start, or since it was last set."""
+        self._sizes: weakref.WeakKeyDictionary[torch.UntypedStorage, list[int]] = weakref.WeakKeyDictionary()
+        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", self._resizing(torch.UntypedStorage.resize_))
+
+    def __enter__(self) -> LiveTensors:
+        self._patch.start()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._patch.stop()
+
+    def _resizing(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        """No operator, so nothing that a mode sees."""
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            out = real(storage, size)
+            self._note(storage)
+            return out
+
+        return resize_
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {_local(t).untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
-                self._add(tensor.untyped_storage())
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                storage = _local(tensor).untyped_storage()
+                if storage._cdata not in given:
+                    self._note(storage)
         return out
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        self._now += storage.nbytes()
-        self.peak = max(self.peak, self._now)
-        weakref.finalize(storage, self._remove, storage.nbytes())
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        size = self._sizes.get(storage)
+        if size is None:
+            size = self._sizes[storage] = [0]
+            weakref.finalize(storage, self._change, size, 0)
+        self._change(size, storage.nbytes())
 
-    def _remove(self, size: int) -> None:
-        self._now -= size
+    def _change(self, size: list[int], new: int) -> None:
+        self.now += new - size[0]
+        size[0] = new
+        self.peak = max(self.peak, self.now)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Of a DTensor the part that is here: its own storage is of the whole's size, and empty."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
