@@ -39,3 +39,7 @@ class WeightsError(OpensoraError):
 
 class CommunicationError(OpensoraError):
     """Another rank is gone, is late, or does something else than this one."""
+
+
+class TrainingError(OpensoraError):
+    """A run goes wrong in a way that more of the same won't mend: numbers, copies that differ, restarts without progress."""

@@ -64,6 +64,7 @@ class LoggedStep:
         grad_norm: Before clipping.
         skipped: No weight moved, since the norm was not finite.
         digest: Identity of the global batch.
+        bad_ranks: Ranks whose share of the loss is not finite.
     """
 
     step: int
@@ -71,6 +72,7 @@ class LoggedStep:
     grad_norm: float
     skipped: bool
     digest: str
+    bad_ranks: tuple[int, ...]
 
 
 class Logbook:
@@ -127,10 +129,19 @@ class Logbook:
         # Gathered and summed by rank here: an all-reduce's order of summation depends on how many steps share it.
         dist.all_gather(ranks, local, group=self._mesh.control)
         table = torch.stack(ranks)
+        losses = table[:, :, 0]
+        finite = torch.isfinite(losses)
         logged = [
-            LoggedStep(step=note.step, loss=loss, grad_norm=grad_norm, skipped=bool(skipped), digest=note.digest)
-            for note, loss, (grad_norm, skipped) in zip(
-                notes, table[:, :, 0].sum(0).tolist(), local[:, 1:3].tolist(), strict=True
+            LoggedStep(
+                step=note.step,
+                loss=loss,
+                grad_norm=grad_norm,
+                skipped=bool(skipped),
+                digest=note.digest,
+                bad_ranks=tuple((~fine).nonzero().flatten().tolist()),
+            )
+            for note, loss, (grad_norm, skipped), fine in zip(
+                notes, losses.sum(0).tolist(), local[:, 1:3].tolist(), finite.unbind(1), strict=True
             )
         ]
         self._write(notes, logged, waits_s=table[:, :, 3].amax(0).tolist())
@@ -142,15 +153,15 @@ class Logbook:
         window = [
             self._metrics_of(note, step, data_wait_s=wait_s) for note, step, wait_s in zip(notes, logged, waits_s, strict=True)
         ]
-        for metrics in window:
+        for metrics, step in zip(window, logged, strict=True):
             self._metrics.log(metrics)
             if self._trackers is not None:
                 self._trackers.log(metrics.step, _numbers(metrics))
-            if metrics.extra["skipped"]:
-                self.event("step_skipped", step=metrics.step, batch_digest=metrics.batch_digest, grad_norm=str(metrics.grad_norm))
-                _log.warning(
-                    "step %d skipped: its gradient norm is %s (batch %s)", metrics.step, metrics.grad_norm, metrics.batch_digest
-                )
+            if step.skipped:
+                norm, ranks = str(step.grad_norm), list(step.bad_ranks)
+                self.event("step_skipped", step=step.step, batch_digest=step.digest, grad_norm=norm, ranks=ranks)
+                where = f"loss not finite on ranks {ranks}" if ranks else "every rank's loss is finite"
+                _log.warning("step %d skipped: its gradient norm is %s (batch %s; %s)", step.step, norm, step.digest, where)
         self._metrics.flush()
         for note in self._timed(notes):
             if self._watch is not None and (measured := self._watch(note)) is not None:
