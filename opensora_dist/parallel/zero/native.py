@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from opensora_dist.config.train import OptimConfig, ParallelConfig, ZeroConfig
 from opensora_dist.parallel.mesh import Mesh
-from opensora_dist.parallel.zero.optimizer import adamw
+from opensora_dist.parallel.zero.optimizer import adamw, start_moments
 
 _CPU = torch.device("cpu")
 
@@ -64,6 +64,7 @@ class NativeBackend:
             self._cpu_grads = {name: _to_cpu(t) for name, t in self._held.items()}
         self.model = model if self._stage > 0 or mesh.world == 1 else _replicate(model, mesh=mesh)
         self.optimizer = adamw(self.weights, {name: p.ndim for name, p in self._params.items()}, optim)
+        start_moments(self.optimizer, self.weights.values())
 
     @contextmanager
     def forward_context(self, *, last_micro: bool) -> Iterator[None]:

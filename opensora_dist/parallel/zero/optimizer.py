@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def decays(name: str, *, ndim: int) -> bool:
 
 
 def adamw(weights: Mapping[str, Tensor], ndims: Mapping[str, int], config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW, with its state made now so that a checkpoint can be loaded into it.
+    """Fused AdamW, yet without state.
 
     Args:
         weights: Canonical names to what is stepped: plain tensors on one device.
@@ -32,13 +32,14 @@ def adamw(weights: Mapping[str, Tensor], ndims: Mapping[str, int], config: Optim
     matrices = [w for name, w in weights.items() if decays(name, ndim=ndims[name])]
     others = [w for name, w in weights.items() if not decays(name, ndim=ndims[name])]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
-    for weight in weights.values():
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def start_moments(optimizer: torch.optim.AdamW, weights: Iterable[Tensor]) -> None:
+    """Makes the state of what ``optimizer`` steps, before the first step, so that a checkpoint can be loaded into it."""
+    for weight in weights:
         optimizer.state[weight] = {
             "step": torch.zeros((), dtype=torch.float32, device=weight.device),
             "exp_avg": torch.zeros_like(weight, memory_format=torch.preserve_format),
             "exp_avg_sq": torch.zeros_like(weight, memory_format=torch.preserve_format),
         }
-    return optimizer

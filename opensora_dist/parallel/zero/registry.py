@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from opensora_dist.config.train import OptimConfig, ParallelConfig
-from opensora_dist.core.errors import ConfigError
 from opensora_dist.parallel.mesh import Mesh
 from opensora_dist.parallel.zero.base import ZeroBackend
 from opensora_dist.parallel.zero.native import NativeBackend
@@ -25,7 +24,19 @@ def build_backend(
     compute_dtype: torch.dtype,
 ) -> ZeroBackend:
     """What ``parallel.zero`` asks for, around a model on the meta device. Collective. Arguments as ``NativeBackend`` has them."""
-    name = parallel.zero.backend
-    if name != "native":
-        raise ConfigError(f"parallel.zero.backend={name} is not there yet; use native")
-    return NativeBackend(model, mesh=mesh, units=units, init=init, parallel=parallel, optim=optim, compute_dtype=compute_dtype)
+    return _class(parallel.zero.backend)(
+        model, mesh=mesh, units=units, init=init, parallel=parallel, optim=optim, compute_dtype=compute_dtype
+    )
+
+
+def _class(name: str) -> Callable[..., ZeroBackend]:
+    """Imported on use: two of them come with packages that not everyone has."""
+    if name == "deepspeed":
+        from opensora_dist.parallel.zero.deepspeed import DeepSpeedBackend
+
+        return DeepSpeedBackend
+    if name == "colossalai":
+        from opensora_dist.parallel.zero.colossalai import ColossalaiBackend
+
+        return ColossalaiBackend
+    return NativeBackend

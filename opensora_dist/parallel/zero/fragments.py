@@ -1,0 +1,102 @@
+"""Pieces of flattened parameters, as some backends cut them, to rows of whole tensors and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Elements ``start`` to ``stop`` of a flattened parameter; none where they are equal."""
+
+    start: int
+    stop: int
+
+    def __and__(self, other: Span) -> Span:
+        start = max(self.start, other.start)
+        return Span(start=start, stop=max(start, min(self.stop, other.stop)))
+
+
+class Fragments:
+    """Moves what each rank holds of each parameter into DTensors sharded by rows, and back. One all-to-all for each dtype and device.
+
+    Args:
+        spans: What this rank holds, by canonical name, the same names on every rank.
+        shapes: Of the whole parameters.
+        mesh: The ranks among which the fragments are spread.
+    """
+
+    def __init__(self, spans: Mapping[str, Span], *, shapes: Mapping[str, torch.Size], mesh: DeviceMesh) -> None:
+        self._group, self._mesh, self._shapes = mesh.get_group(), mesh, dict(shapes)
+        self._rank, self._size = dist.get_rank(self._group), dist.get_world_size(self._group)
+        gathered: list[dict[str, Span]] = [{} for _ in range(self._size)]
+        dist.all_gather_object(gathered, dict(spans), group=self._group)
+        self._held = gathered
+        for name, shape in shapes.items():
+            held = sum(spans[name].stop - spans[name].start for spans in gathered)
+            assert held == math.prod(shape), f"{name}: {held} elements are held, of {tuple(shape)}"
+        self._rows = [{name: _rows(shape, rank, self._size) for name, shape in shapes.items()} for rank in range(self._size)]
+
+    def to_rows(self, fragments: Mapping[str, Tensor]) -> dict[str, DTensor]:
+        """Copies of this rank's fragments' owners' rows: whole tensors, sharded on dim 0 as DTensor does. Collective."""
+        flat = self._move(fragments, self._held, self._rows)
+        rows = {}
+        for name, part in flat.items():
+            shape = self._shapes[name]
+            local = part.view(-1, *shape[1:]) if part.numel() else part.new_empty((0, *shape[1:]))
+            stride = torch.empty(shape, device="meta").stride()
+            rows[name] = DTensor.from_local(local, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        return rows
+
+    def from_rows(self, rows: Mapping[str, Tensor], fragments: Mapping[str, Tensor]) -> None:
+        """Fills ``fragments`` from DTensors laid out as ``to_rows`` gives them. Collective."""
+        flat = {name: t.to_local().flatten() for name, t in rows.items() if isinstance(t, DTensor)}
+        for name, part in self._move(flat, self._rows, self._held).items():
+            fragments[name].copy_(part)
+
+    def _move(self, parts: Mapping[str, Tensor], held: list[dict[str, Span]], wanted: list[dict[str, Span]]) -> dict[str, Tensor]:
+        """From what ranks hold to what they want of each parameter, all in one exchange."""
+        some = next(iter(parts.values()))
+        send = [self._cut(parts, held[self._rank], wanted[to]) for to in range(self._size)]
+        buffer = torch.cat([piece for pieces in send for piece in pieces.values()]) if send else some.new_empty(0)
+        came = [{name: held[source][name] & wanted[self._rank][name] for name in self._shapes} for source in range(self._size)]
+        sizes = [sum(span.stop - span.start for span in spans.values()) for spans in came]
+        received = buffer.new_empty(sum(sizes))
+        dist.all_to_all_single(
+            received,
+            buffer,
+            output_split_sizes=sizes,
+            input_split_sizes=[sum(p.numel() for p in pieces.values()) for pieces in send],
+            group=self._group,
+        )
+        whole = {name: received.new_empty(span.stop - span.start) for name, span in wanted[self._rank].items()}
+        for (name, span), piece in zip(_flat_items(came), received.split([s.stop - s.start for _, s in _flat_items(came)])):
+            first = wanted[self._rank][name].start
+            whole[name][span.start - first : span.stop - first] = piece
+        return whole
+
+    def _cut(self, parts: Mapping[str, Tensor], held: Mapping[str, Span], wanted: Mapping[str, Span]) -> dict[str, Tensor]:
+        cut = {}
+        for name in self._shapes:
+            span = held[name] & wanted[name]
+            cut[name] = parts[name].flatten()[span.start - held[name].start : span.stop - held[name].start]
+        return cut
+
+
+def _flat_items(spans: list[dict[str, Span]]) -> Iterator[tuple[str, Span]]:
+    for of_rank in spans:
+        yield from of_rank.items()
+
+
+def _rows(shape: torch.Size, rank: int, size: int) -> Span:
+    """The elements of the rows that a rank has of a DTensor sharded on dim 0: those of ``torch.chunk``."""
+    row, each = math.prod(shape[1:]), -(-shape[0] // size)
+    return Span(start=min(rank * each, shape[0]) * row, stop=min((rank + 1) * each, shape[0]) * row)
