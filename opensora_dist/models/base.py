@@ -19,6 +19,7 @@ from opensora_dist.models.layers import Block, CaptionEmbedder, FinalLayer, Patc
 from opensora_dist.models.positions import Positions
 from opensora_dist.parallel.sequence.base import Shard
 from opensora_dist.parallel.sequence.local import whole
+from opensora_dist.parallel.tensor.group import ALONE
 
 # Branches that start as the identity, so that an image model's weights stay what they were, and an output that starts at zero.
 _ZERO = ("attn_temp.proj.weight", "cross_attn.proj.weight", "final_layer.linear.weight")
@@ -64,6 +65,8 @@ class VideoTransformer(nn.Module, ABC):
         depth, width, heads = config.shape
         assert width % heads == width % 4 == 0, f"width {width}, heads {heads}: config.rules refuses this"
         self.io = io
+        self.tensor = ALONE
+        """The ranks that share the linears of the blocks (``models.tensor``)."""
         self.patch = Thw(*config.patch)
         self.positions = Positions(width=width, space_scale=config.space_scale, time_scale=config.time_scale)
         self.x_embedder = PatchEmbed(io.in_channels, width=width, patch=self.patch)
@@ -129,7 +132,8 @@ class VideoTransformer(nn.Module, ABC):
         if self.y_pool is not None:
             t_BD = t_BD + self.y_pool(_mean_text(text_BYE, text_mask_BY=text_mask_BY))
         t_B6D = self.t_block(t_BD).unflatten(-1, (6, -1))
-        text_BYD = self.y_embedder(text_BYE)
+        # Once for all blocks: in backward what they give for the caption is summed over ranks in one piece.
+        text_BYD = self.tensor.enter(self.y_embedder(text_BYE))
         for i, block in enumerate(self.blocks):
             x = block(
                 x, shard=shard, t_B6D=t_B6D, text_BYD=text_BYD, text_mask_BY=text_mask_BY, tpe_tD=tpe_tD if i == 0 else None

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from opensora_dist.core.types import Axis, Thw
 from opensora_dist.ops.attention import attention
-from opensora_dist.parallel.recompute import recompute
+from opensora_dist.parallel.offload import Offload
+from opensora_dist.parallel.recompute import Recompute, Store, recompute, tiled
 from opensora_dist.parallel.sequence.base import Shard
+from opensora_dist.parallel.tensor.group import ALONE
 
 TIMESTEP_FREQUENCIES = 256
 
@@ -34,6 +36,15 @@ def layer_norm(width: int) -> nn.LayerNorm:
 def modulate(x_BTSD: Tensor, *, shift_B11D: Tensor, scale_B11D: Tensor) -> Tensor:
     """adaLN's affine map, the same for every token of a sample."""
     return x_BTSD * (1 + scale_B11D) + shift_B11D
+
+
+def over_tokens(region: Callable[[Tensor], Tensor], x_BTSD: Tensor, *, tile_tokens: int | None) -> Tensor:
+    """``region`` on each token by itself: on all at once, or on so many at a time (those of all samples counted together)."""
+    if tile_tokens is None:
+        return region(x_BTSD)
+    B, T, S, _ = x_BTSD.shape
+    x_B1LD = x_BTSD.flatten(1, 2)[:, None]
+    return tiled(region, x_B1LD, dim=2, size=max(1, tile_tokens // B)).squeeze(1).unflatten(1, (T, S))
 
 
 class Mlp(nn.Module):
@@ -54,7 +65,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, width: int, *, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.head_dim = heads, width // heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -101,8 +112,14 @@ class Block(nn.Module, ABC):
 
     def __init__(self, width: int, *, heads: int, mlp_hidden: int) -> None:
         super().__init__()
-        self.recompute = False
-        """Whether activations inside the block are computed again in backward rather than kept."""
+        self.recompute: Recompute = "none"
+        """Which activations inside the block are computed again in backward rather than kept."""
+        self.offload: Offload | None = None
+        """Takes what is kept to CPU memory until backward."""
+        self.tile_tokens: int | None = None
+        """Tokens that the MLP works on at once."""
+        self.tensor = ALONE
+        """The ranks that share the block's linears: every branch begins with its ``enter`` and ends with its ``leave``."""
         self.norm1 = layer_norm(width)
         self.attn = SelfAttention(width, heads=heads)
         self.cross_attn = CrossAttention(width, heads=heads)
@@ -147,7 +164,7 @@ class Block(nn.Module, ABC):
             x_BtsD: Residual stream, of the tokens of ``shard``.
             shard: Which tokens these are, and how they meet the others.
             t_B6D: The timestep's part of shift, scale and gate for attention and for the MLP.
-            text_BYD: Embedded caption.
+            text_BYD: Embedded caption, which has entered ``tensor``.
             text_mask_BY: bool, True where a text token is valid; None if all are.
             tpe_tD: Temporal positions of these frames, for the one block that adds them.
         """
@@ -155,9 +172,14 @@ class Block(nn.Module, ABC):
         def run(x: Tensor, shard: Shard) -> Tensor:
             return self._run(x, shard=shard, t_B6D=t_B6D, text_BYD=text_BYD, text_mask_BY=text_mask_BY, tpe_tD=tpe_tD)
 
-        if self.recompute:
-            return recompute(lambda x, tape: run(x, shard.taped(tape)), x_BtsD)
-        return run(x_BtsD, shard)
+        def kept(store: Store | None) -> Tensor:
+            if self.recompute == "none":
+                return run(x_BtsD, shard)
+            return recompute(lambda x, tape: run(x, shard.taped(tape)), x_BtsD, how=self.recompute, store=store)
+
+        if self.offload is None:
+            return kept(None)
+        return self.offload.around(kept, stays=[*self.parameters(), t_B6D, text_BYD])
 
     def _run(
         self,
@@ -172,11 +194,13 @@ class Block(nn.Module, ABC):
         modulation_B611D = (self.scale_shift_table + t_B6D)[:, :, None, None]
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation_B611D.unbind(1)
         kv_BNYK = self.cross_attn.keys_and_values(text_BYD)
+        tp = self.tensor
 
         def cross_and_mlp(x: Tensor) -> Tensor:
-            x = x + self.cross_attn(x, kv_BNYK=kv_BNYK, text_mask_BY=text_mask_BY)
-            out: Tensor = x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_B11D=shift_mlp, scale_B11D=scale_mlp))
-            return out
+            attended = self.cross_attn(tp.enter(x), kv_BNYK=kv_BNYK, text_mask_BY=text_mask_BY)
+            x = x + tp.leave(attended, self.cross_attn.proj, tape=shard.tape)
+            hidden = self.mlp(tp.enter(modulate(self.norm2(x), shift_B11D=shift_mlp, scale_B11D=scale_mlp)))
+            return x + gate_mlp * tp.leave(hidden, self.mlp.fc2, tape=shard.tape)
 
         return self.mix_tokens(
             x_BtsD,
@@ -285,8 +309,14 @@ class FinalLayer(nn.Module):
         self.norm_final = layer_norm(width)
         self.linear = nn.Linear(width, patch_values)
         self.scale_shift_table = nn.Parameter(torch.empty(2, width))
+        self.tile_tokens: int | None = None
+        """Tokens that it works on at once."""
 
     def forward(self, x_BTSD: Tensor, *, t_BD: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table + t_BD[:, None])[:, :, None, None].unbind(1)
-        out: Tensor = self.linear(modulate(self.norm_final(x_BTSD), shift_B11D=shift, scale_B11D=scale))
-        return out
+
+        def patches(x: Tensor) -> Tensor:
+            out: Tensor = self.linear(modulate(self.norm_final(x), shift_B11D=shift, scale_B11D=scale))
+            return out
+
+        return over_tokens(patches, x_BTSD, tile_tokens=self.tile_tokens)

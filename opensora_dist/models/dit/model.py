@@ -31,10 +31,18 @@ class DiTBlock(Block):
     ) -> Tensor:
         assert tpe_tD is None, "DiT's temporal positions enter with the input"
 
-        def modulated(x: Tensor, _frames: slice) -> Tensor:
-            return modulate(self.norm1(x), shift_B11D=shift_B11D, scale_B11D=scale_B11D)
+        tp = self.tensor
 
-        return shard.branch(self.attn, x_BtsD, Axis.JOINT, before=modulated, then=lambda x, out: then(x + gate_B11D * out))
+        def modulated(x: Tensor, _frames: slice) -> Tensor:
+            return tp.enter(modulate(self.norm1(x), shift_B11D=shift_B11D, scale_B11D=scale_B11D))
+
+        return shard.branch(
+            self.attn,
+            x_BtsD,
+            Axis.JOINT,
+            before=modulated,
+            then=lambda x, out: then(x + gate_B11D * tp.leave(out, self.attn.proj, tape=shard.tape)),
+        )
 
     def mix_flops(self, grid: Thw) -> int:
         return self.attn.flops(grid, axis=Axis.JOINT)

@@ -34,18 +34,31 @@ class STDiTBlock(Block):
         tpe_tD: Tensor | None,
         then: Callable[[Tensor], Tensor],
     ) -> Tensor:
+        tp, tape = self.tensor, shard.tape
+
         def space(x: Tensor) -> Tensor:
-            return shard.branch(self.attn, x, Axis.SPACE, before=modulated, then=lambda x, out: x + gate_B11D * out)
+            return shard.branch(
+                self.attn,
+                x,
+                Axis.SPACE,
+                before=modulated,
+                then=lambda x, out: x + gate_B11D * tp.leave(out, self.attn.proj, tape=tape),
+            )
 
         def modulated(x: Tensor, _frames: slice) -> Tensor:
-            return modulate(self.norm1(x), shift_B11D=shift_B11D, scale_B11D=scale_B11D)
+            return tp.enter(modulate(self.norm1(x), shift_B11D=shift_B11D, scale_B11D=scale_B11D))
 
         def positioned(x: Tensor, frames: slice) -> Tensor:
             # No norm and no modulation here, and positions reach the attention only, not the residual: that is the published model.
-            return x if tpe_tD is None else x + tpe_tD[frames, None]
+            return tp.enter(x if tpe_tD is None else x + tpe_tD[frames, None])
 
         return shard.branch(
-            self.attn_temp, x_BtsD, Axis.TIME, first=space, before=positioned, then=lambda x, out: then(x + gate_B11D * out)
+            self.attn_temp,
+            x_BtsD,
+            Axis.TIME,
+            first=space,
+            before=positioned,
+            then=lambda x, out: then(x + gate_B11D * tp.leave(out, self.attn_temp.proj, tape=tape)),
         )
 
     def mix_flops(self, grid: Thw) -> int:

@@ -52,18 +52,17 @@ class AllGather(Scheme):
         assert shard.links is not None
         meeting = _Meeting(exchange=shard.links.sp, lengths=shard.lengths(axis), tape=shard.tape)
         rank, size = shard.rank, len(shard.sizes)
-        qkv_weight, qkv_bias, proj_weight, proj_bias = map(
-            cast, (attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias)
-        )
+        qkv_weight, qkv_bias, proj_weight = map(cast, (attn.qkv.weight, attn.qkv.bias, attn.proj.weight))
         own_weight, own_bias = (rows_of_heads(parameter, rank=rank, size=size) for parameter in (qkv_weight, qkv_bias))
         x_lGD = cast(to_sequences(x_BtsD, axis))
         qkv: Tensor = _GatherProject.apply(x_lGD, own_weight, own_bias, meeting)  # type: ignore[no-untyped-call]
-        q_LGnK, k_LGnK, v_LGnK = qkv.view(len(qkv), -1, 3, attn.heads // size, qkv_weight.shape[1] // attn.heads).unbind(2)
+        q_LGnK, k_LGnK, v_LGnK = qkv.view(len(qkv), -1, 3, attn.heads // size, attn.head_dim).unbind(2)
         out_GnLK = attention(*(part.permute(1, 2, 0, 3) for part in (q_LGnK, k_LGnK, v_LGnK)))
         out = out_GnLK.permute(2, 0, 1, 3).reshape(*qkv.shape[:-1], -1)  # [L, G.., n K]
         own_columns = proj_weight.view(len(proj_weight), size, -1)[:, rank]
         y_lGD: Tensor = _ProjectScatter.apply(out, own_columns, meeting)  # type: ignore[no-untyped-call]
-        return from_sequences(y_lGD + proj_bias, axis, like=x_BtsD)
+        y_lGD = y_lGD if attn.proj.bias is None else y_lGD + cast(attn.proj.bias)
+        return from_sequences(y_lGD, axis, like=x_BtsD)
 
 
 @dataclass(frozen=True, kw_only=True)

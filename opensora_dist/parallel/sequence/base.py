@@ -26,10 +26,12 @@ Then = Callable[[Tensor, Tensor], Tensor]
 class Projections(Protocol):
     """What a scheme needs of a self-attention: its linears, with weights whole on every rank while a block runs.
 
-    ``qkv`` gives [3, heads, head dim] in its last dim, in that order.
+    ``qkv`` gives [3, heads, head dim] in its last dim, in that order, and ``proj`` takes [heads, head dim]; where other ranks have
+    other heads, these are fewer than the width, and ``proj`` has no bias.
     """
 
     heads: int
+    head_dim: int
     qkv: nn.Linear
     proj: nn.Linear
 

@@ -11,7 +11,7 @@ frames after the other, each leaving while the next is worked on, and the attent
 For a shard by rows, read rows and frames in place of frames and places.
 """
 
-# B batch, T frames, S places, D width, N heads, K head dim, E = 3 D; t: frames held here, s: places owned here, G = B * s
+# B batch, T frames, S places, D width, N heads, K head dim, C = N K, E = 3 C; t: frames held here, s: places owned here, G = B * s
 # R rows: tokens as they travel, [t, B, places]
 
 from __future__ import annotations
@@ -160,23 +160,23 @@ class _Pipeline:
     def arrive(self, departed: Sequence[_Departed], then: Then) -> Tensor:
         """``then`` on all tokens, given the output of the attention."""
         qkv_RE = self._project(departed)
-        heads = self._attn.heads
-        qkv_TBsE = qkv_RE.view(sum(map(sum, self._held_by)), self._batch, self._owned, 3 * self._width)
-        own_tBsD, returning = [], []
+        heads, head_dim = self._attn.heads, self._attn.head_dim
+        qkv_TBsE = qkv_RE.view(sum(map(sum, self._held_by)), self._batch, self._owned, 3 * heads * head_dim)
+        own_tBsC, returning = [], []
         for j, run_TBsE in enumerate(torch.split(qkv_TBsE, self._own_runs, dim=2)):
             T, B, s, _ = run_TBsE.shape
-            qkv_BsNTK = run_TBsE.view(T, B, s, 3, heads, self._width // heads).permute(3, 1, 2, 4, 0, 5).flatten(1, 2)
-            out_GTD = attention(*qkv_BsNTK.unbind(0)).transpose(1, 2).flatten(2)
-            own_RD, rest_RD = _Leave.apply(out_GTD, self._t, self._order())  # type: ignore[no-untyped-call]
-            own_tBsD.append(own_RD.view(self._t, B, s, self._width))
+            qkv_BsNTK = run_TBsE.view(T, B, s, 3, heads, head_dim).permute(3, 1, 2, 4, 0, 5).flatten(1, 2)
+            out_GTC = attention(*qkv_BsNTK.unbind(0)).transpose(1, 2).flatten(2)
+            own_RC, rest_RC = _Leave.apply(out_GTC, self._t, self._order())  # type: ignore[no-untyped-call]
+            own_tBsC.append(own_RC.view(self._t, B, s, heads * head_dim))
             transfer = self._transfer(
                 send=[sum(self._held_by[r]) * B * s for r in self._others],
                 recv=[self._t * B * len(places) for places in self._returning[j]],
             )
-            returning.append((transfer, transfer.issue(self._attn.proj(rest_RD))))
-        own_RD = _cat(own_tBsD, dim=2).flatten(0, 2)
+            returning.append((transfer, transfer.issue(self._attn.proj(rest_RC))))
+        own_RC = _cat(own_tBsC, dim=2).flatten(0, 2)
         *rest_RD, x_own_RD = self._residual(departed)
-        done_own = self._apply(then, x_own_RD, self._attn.proj(own_RD), self._leaving[1])
+        done_own = self._apply(then, x_own_RD, self._attn.proj(own_RC), self._leaving[1])
         done_rest = [
             self._apply(then, x_RD, transfer.wait(arriving_RD), group)
             for x_RD, (transfer, arriving_RD), group in zip(rest_RD, returning, self._returning)

@@ -108,6 +108,14 @@ class Exchange:
 
         return self._pending(send, start, what="gather")
 
+    def all_reduce(self, tensor: Tensor) -> Pending:
+        """The sum over ranks, in place. ``tensor`` is contiguous."""
+
+        def start() -> dist.Work | None:
+            return dist.all_reduce(tensor, group=self.group, async_op=True)
+
+        return self._pending(tensor, start, what="all_reduce")
+
     def _pending(self, tensor: Tensor, start: Callable[[], dist.Work | list[dist.Work] | None], *, what: str) -> Pending:
         what = f"{what} of {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
         works = self.guarded(start, what=what)

@@ -44,6 +44,6 @@ def rows_of_heads(parameter: Tensor, *, rank: int, size: int) -> Tensor:
 
 def split_q_kv(qkv: nn.Linear) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(weight, bias) of the queries, and those of keys and values together; views, whose gradients come back in one piece."""
-    width = qkv.in_features
+    width = len(qkv.weight) // 3
     (q_weight, kv_weight), (q_bias, kv_bias) = (torch.split(p, [width, 2 * width]) for p in (qkv.weight, qkv.bias))
     return (q_weight, q_bias), (kv_weight, kv_bias)

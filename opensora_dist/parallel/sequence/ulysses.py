@@ -140,7 +140,7 @@ class _Crossing:
     ) -> None:
         assert shard.links is not None
         lengths = shard.lengths(axis)
-        self._ranks, self._head_dim = len(lengths), x_BtsD.shape[-1] // attn.heads
+        self._ranks, self._head_dim = len(lengths), attn.head_dim
         self._whole, self._mine = lengths, [lengths[shard.rank]] * len(lengths)
         self._transfer = partial(Transfer, shard.links.sp, overlap=overlap, tape=shard.tape)
         x_BtsD = cast(x_BtsD).contiguous()  # a piece is a view: copied once here, not by each linear

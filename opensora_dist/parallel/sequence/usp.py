@@ -64,8 +64,8 @@ class Usp(Scheme):
         assert links is not None
         u, inner = links.ulysses.size, _inner_lengths(shard, axis)
         x_lGD = to_sequences(x_BtsD, axis).flatten(1, -2)
-        t, G, D = x_lGD.shape
-        L, n, K = sum(inner), attn.heads // u, D // attn.heads
+        t, G, _ = x_lGD.shape
+        L, n, K = sum(inner), attn.heads // u, attn.head_dim
         outgoing = [t] * u
 
         def transfer(send_rows: Sequence[int], recv_rows: Sequence[int]) -> Transfer:
@@ -77,8 +77,8 @@ class Usp(Scheme):
         q_linear, kv_linear = split_q_kv(attn.qkv)
         # Keys and values leave while queries are projected, and set out on the ring while queries are on their way.
         kv_there, q_there, back = transfer(outgoing, inner), transfer(outgoing, inner), transfer(inner, outgoing)
-        kv_lG2D = F.linear(x_lGD, *kv_linear).view(t, G, 2, D)
-        kv_arriving = kv_there.issue(pack_heads(kv_lG2D, ranks=u))
+        kv_lG2C = F.linear(x_lGD, *kv_linear).view(t, G, 2, -1)
+        kv_arriving = kv_there.issue(pack_heads(kv_lG2C, ranks=u))
         q_arriving = q_there.issue(pack_heads(F.linear(x_lGD, *q_linear), ranks=u))
         kv_LG2nK = rotation.depart(kv_there.wait(kv_arriving).view(L, G, 2, n, K))
         q_GnLK = q_there.wait(q_arriving).view(L, G, n, K).permute(1, 2, 0, 3)
