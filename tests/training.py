@@ -76,14 +76,14 @@ def signal_at(rank: int, at_step: int) -> Any:
 
 def signal_in_last_save(rank: int, last: int) -> Any:
     """Rank ``rank`` gets SIGTERM while the checkpoint of step ``last`` is written."""
-    real = saving.Saver.save
+    real = saving.Saver.begin
 
-    def save(self: Any, backend: Any, ema: Any, state: Any) -> Any:
+    def begin(self: Any, backend: Any, ema: Any, state: Any) -> None:
         if dist.get_rank() == rank and state.step == last:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, backend, ema, state)
+        real(self, backend, ema, state)
 
-    return mock.patch.object(saving.Saver, "save", save)
+    return mock.patch.object(saving.Saver, "begin", begin)
 
 
 def nan_at(rank: int, at_step: int) -> Any:

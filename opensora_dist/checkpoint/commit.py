@@ -6,7 +6,7 @@
     latest                            a text file naming the newest commit, moved after the rename
 
 Killed at any point, the folder holds every earlier checkpoint, and perhaps the new one: a ``.partial`` folder is never looked at,
-and the next commit removes it.
+and the next commit removes it. A checkpoint that is pruned becomes one before its files go.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,23 @@ from opensora_dist.core.layout import CHECKPOINTS_DIR
 from opensora_dist.core.logging import get_logger
 
 LATEST_NAME = "latest"
+
+SAVE_PHASES = (
+    "copy",  # the state is taken; where the save is asynchronous, training goes on after it
+    "stage",  # the partial folder is made
+    "write",  # tensors
+    "describe",  # config, data set, trainer state
+    "list",  # what is there
+    "hash",
+    "manifest",
+    "flush",  # everything to the disk
+    "replace",  # an older checkpoint of this step steps aside
+    "publish",  # the rename
+    "latest",
+    "prune",  # older ones lose their names
+    "remove",  # and their files
+)
+"""What a save does, in this order. Every rank passes every phase; from ``manifest`` on the first rank acts alone."""
 
 _COMMITTED = re.compile(r"step-(\d+)(\.replaced-[0-9a-f]+)?")
 _PARTIAL = re.compile(r"step-\d+\.partial-[0-9a-f]+")
@@ -80,6 +98,7 @@ def commit(
     metadata: Mapping[str, Any],
     keep_last: int,
     group: dist.ProcessGroup | None = None,
+    on_phase: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Publishes one checkpoint. Collective over ``group`` if torch.distributed is initialised: every rank calls it.
 
@@ -90,6 +109,7 @@ def commit(
         metadata: Goes into the manifest: ``config_hash``, ``layout``, ...; JSON values.
         keep_last: Checkpoints kept, this one included. Newer steps (which a resume must have rejected) are left alone.
         group: Ranks that take part; its backend must take CPU tensors (gloo). None is all ranks.
+        on_phase: Called on every rank at the start of each of ``SAVE_PHASES`` but for ``copy`` and ``describe``, the caller's own.
     Returns:
         The committed folder.
     Raises:
@@ -100,23 +120,29 @@ def commit(
     commit_id = _gather_text(uuid.uuid4().hex[:8], group)[0]
     partial = root / f"{final.name}.partial-{commit_id}"
     lead = _rank(group) == 0
+
+    def together(phase: str, action: Callable[[], T]) -> T:
+        on_phase(phase)
+        return _together(phase, action, group)
+
     try:
         # Every rank enters every phase below, whatever happened to it: each one ends in a collective that shares the outcome.
-        _together("stage", lambda: _stage(partial) if lead else None, group)
-        _together("write", lambda: write(partial), group)
-        listing = _together("list", lambda: list_files(partial) if lead else [], group)
+        together("stage", lambda: _stage(partial) if lead else None)
+        together("write", lambda: write(partial))
+        listing = together("list", lambda: list_files(partial) if lead else [])
         names: list[str] = json.loads(_gather_text(json.dumps(listing), group)[0])
-        mine = _together("hash", lambda: describe_files(partial, names[_rank(group) :: _world(group)]), group)
+        mine = together("hash", lambda: describe_files(partial, names[_rank(group) :: _world(group)]))
         shares = _gather_text(json.dumps({name: asdict(entry) for name, entry in mine.items()}), group)
         files = {name: FileEntry(**entry) for share in shares for name, entry in json.loads(share).items()}
-        _together("publish", lambda: _publish(partial, final, step, metadata, files) if lead else None, group)
+        steps = _publish_steps(partial, final, step, metadata, files)
+        # One collective for all of these: a rank that dies now must not keep the first one from the end of what is written already.
+        _together("publish", lambda: _in_turn(steps, lead=lead, on_phase=on_phase), group)
     except CheckpointError:
         # All ranks are past the failed phase, so nobody still writes here. What can't be removed now, the next commit removes.
         if lead:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    if lead:
-        _prune(root, committed=final, keep_last=keep_last)
+    _in_turn(_prune_steps(root, committed=final, keep_last=keep_last), lead=lead, on_phase=on_phase)
     return final
 
 
@@ -195,29 +221,71 @@ def _stage(partial: Path) -> None:
     partial.mkdir()
 
 
-def _publish(partial: Path, final: Path, step: int, metadata: Mapping[str, Any], files: Mapping[str, FileEntry]) -> None:
-    write_manifest(partial, step=step, metadata=metadata, files=files)
-    for name in files:
-        fsync(partial / name)
-    for folder in (partial, *(p for p in partial.rglob("*") if p.is_dir())):
-        fsync(folder)
-    if final.exists():
+def _in_turn(steps: Mapping[str, Callable[[], None]], *, lead: bool, on_phase: Callable[[str], None]) -> None:
+    """Phases that the first rank goes through alone, the others by name."""
+    for phase, act in steps.items():
+        on_phase(phase)
+        if lead:
+            act()
+
+
+def _publish_steps(
+    partial: Path, final: Path, step: int, metadata: Mapping[str, Any], files: Mapping[str, FileEntry]
+) -> dict[str, Callable[[], None]]:
+    def manifest() -> None:
+        write_manifest(partial, step=step, metadata=metadata, files=files)
+
+    def flush() -> None:
+        for name in files:
+            fsync(partial / name)
+        for folder in (partial, *(p for p in partial.rglob("*") if p.is_dir())):
+            fsync(folder)
+
+    def replace() -> None:
         # A folder can't be renamed over another, so the old one steps aside; ``find_resumable`` knows its name.
-        os.rename(final, final.with_name(partial.name.replace(".partial-", ".replaced-")))
-    os.rename(partial, final)
-    fsync(final.parent)
-    write_text(final.parent / LATEST_NAME, final.name + "\n")
+        if final.exists():
+            os.rename(final, final.with_name(partial.name.replace(".partial-", ".replaced-")))
+
+    def publish() -> None:
+        os.rename(partial, final)
+        fsync(final.parent)
+
+    def latest() -> None:
+        write_text(final.parent / LATEST_NAME, final.name + "\n")
+
+    return {"manifest": manifest, "flush": flush, "replace": replace, "publish": publish, "latest": latest}
 
 
-def _prune(root: Path, *, committed: Path, keep_last: int) -> None:
-    """Removes what the checkpoint just committed, which was hashed a moment ago, makes superfluous."""
-    older = [p for p in _committed(root) if step_of(p) < step_of(committed)]
-    replaced = [p for p in _committed(root) if step_of(p) == step_of(committed) and p != committed]
-    for folder in [*replaced, *older[keep_last - 1 :]]:
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:  # the new checkpoint stands; a full disk will show itself at the next commit
-            _log.warning("can't remove the old checkpoint %s (%s); remove it by hand", folder, error)
+def _prune_steps(root: Path, *, committed: Path, keep_last: int) -> dict[str, Callable[[], None]]:
+    """Removes what the checkpoint just committed, which was hashed a moment ago, makes superfluous.
+
+    A folder loses its name before its files: killed in between, it is a partial one, not a damaged checkpoint.
+    """
+    doomed: list[Path] = []
+
+    def prune() -> None:
+        older = [p for p in _committed(root) if step_of(p) < step_of(committed)]
+        replaced = [p for p in _committed(root) if step_of(p) == step_of(committed) and p != committed]
+        for folder in [*replaced, *older[keep_last - 1 :]]:
+            nameless = root / f"{step_name(step_of(folder))}.partial-{uuid.uuid4().hex[:8]}"
+            with _stays_on_failure(folder):
+                os.rename(folder, nameless)
+                doomed.append(nameless)
+
+    def remove() -> None:
+        for folder in doomed:
+            with _stays_on_failure(folder):
+                shutil.rmtree(folder)
+
+    return {"prune": prune, "remove": remove}
+
+
+@contextmanager
+def _stays_on_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # the new checkpoint stands; a full disk will show itself at the next commit
+        _log.warning("can't remove the old checkpoint %s (%s); remove it by hand", folder, error)
 
 
 def _together(phase: str, action: Callable[[], T], group: dist.ProcessGroup | None) -> T:

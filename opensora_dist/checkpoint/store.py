@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +172,17 @@ def _misfits(targets: Mapping[str, Tensor], metadata: Metadata) -> list[str]:
 
 
 @contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+@contextmanager
 def _dcp_errors(verb: str, folder: Path) -> Iterator[None]:
     """DCP's failure, which lists every failed rank, as one CheckpointError."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)  # one process is meant
+    # Filters of warnings are the whole process's, and a save may be a thread's: touched only where one process alone is meant.
+    with _one_process_is_meant() if not dist.is_initialized() else nullcontext():
         try:
             yield
         except CheckpointException as failure:

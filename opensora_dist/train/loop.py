@@ -15,6 +15,7 @@ from opensora_dist.core.logging import get_logger
 from opensora_dist.core.types import Thw
 from opensora_dist.data.loader import Loader, MicroBatch, StepData
 from opensora_dist.diffusion.base import Objective
+from opensora_dist.parallel.failures import is_lost_contact
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import Mesh
 from opensora_dist.parallel.sequence.base import Shard
@@ -23,12 +24,13 @@ from opensora_dist.resilience.signals import StopAgreement, StopFlag, clear_mark
 from opensora_dist.train.callbacks import Callback
 from opensora_dist.train.ema import Ema
 from opensora_dist.train.logbook import Logbook, StepNote
-from opensora_dist.train.saving import Saver, TrainerState
+from opensora_dist.train.saving import SaveOutcome, Saver, TrainerState
 from opensora_dist.train.schedule import learning_rate
 from opensora_dist.train.step import train_step
 from opensora_dist.train.validation import Validator
 
 _log = get_logger(__name__)
+_LEAVE_S, _SLOW_S = 30.0, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,8 @@ class Trainer:
         state: Where to start; step 0, or what a checkpoint held.
         make_loader: Opens the loader at a step.
         shards: This rank's part of samples of a latent shape.
-        agree: Fails, on all of them, where the ranks that share the samples of a micro-batch are about to do different things.
-            Collective over these ranks.
+        agree: Fails, on all of them, where the ranks that share the samples of a micro-batch are about to do different things;
+            returns it with substitutes for samples that one of them could not read. Collective over these ranks.
         cost: Tokens and FLOPs of one sample of a latent shape with a number of text tokens.
         validator: Draws videos; None draws none.
         callback: Called at the loop's edges.
@@ -66,7 +68,7 @@ class Trainer:
         state: TrainerState,
         make_loader: Callable[[int], Loader],
         shards: Callable[[Thw], Shard],
-        agree: Callable[[StepData, MicroBatch], None],
+        agree: Callable[[StepData, MicroBatch], MicroBatch],
         cost: Callable[[Thw, int], BatchCost],
         saver: Saver,
         validator: Validator | None,
@@ -96,6 +98,7 @@ class Trainer:
                     if self.state.step % self.config.run.log_every == 0:
                         self._log()
                     self._validate_if_due()
+                    self._note_save(self.saver.poll())
                     self._save_if_due()
                     if agreement.agree(flag.requested) and self.state.step < steps:
                         self._stop(flag.signal_name)
@@ -106,6 +109,9 @@ class Trainer:
                 # Inside the flag's block: a signal in the middle of the last save must not cost it.
                 if self.state.step == steps:
                     self.save(required=True)
+            except Exception as error:
+                self._leave(error)
+                raise
             finally:
                 self.callback.end()
         return self.state
@@ -156,6 +162,7 @@ class Trainer:
             data_wait_s=wait_s,
             epoch=data.epoch,
             digest=data.digest,
+            bad_samples=sum(micro.replaced for micro in data.micros),
             result=result,
         )
         self.logbook.add(note)
@@ -165,25 +172,45 @@ class Trainer:
     def save(self, *, required: bool) -> None:
         """Commits a checkpoint of this step, unless it has one. Collective.
 
-        A failed save is loud, and the run goes on to the next one, except where this was the last chance (``required``).
+        A save that fails is loud, and the run goes on to the next one, except where this was the last chance (``required``); only
+        there the write is waited for.
         """
+        self.callback.phase("save")
+        # Two saves are never under way at once. Every rank waits here, so that all know the same of the last one.
+        began = time.perf_counter()
+        self._note_save(self.saver.wait())
+        waited_s = time.perf_counter() - began
+        if waited_s > _SLOW_S and not required:
+            said = (
+                "training waited %.1f s for the last checkpoint to be written; raise checkpoint.every_steps, or use a faster disk"
+            )
+            _log.warning(said, waited_s)
         if self._saved_step == self.state.step:
             return
         self._flush()  # or the metrics of the steps up to here would be lost with a kill after this save
         self.callback.phase("save")
         self.callback.before_save(step=self.state.step)
-        state = replace(self.state, optimizer_steps=self.backend.optimizer_steps())
-        began = time.perf_counter()
-        try:
-            folder = self.saver.save(self.backend, self.ema, state)
-        except CheckpointError as error:
-            self.logbook.event("checkpoint_failed", step=self.state.step, error=str(error))
-            _log.error("%s", error)
-            if required:
-                raise
+        self.saver.begin(self.backend, self.ema, replace(self.state, optimizer_steps=self.backend.optimizer_steps()))
+        if required:
+            outcome = self.saver.wait()
+            self._note_save(outcome)
+            if outcome is not None and outcome.error is not None:
+                raise outcome.error
+
+    def _note_save(self, outcome: SaveOutcome | None) -> None:
+        """Says how a save ended. Not collective."""
+        if outcome is None:
             return
-        self._saved_step = self.state.step
-        self.logbook.event("checkpoint", step=self.state.step, path=folder.name, seconds=time.perf_counter() - began)
+        if outcome.path is not None:
+            self._saved_step = outcome.step
+            took = {"seconds": outcome.seconds, "stall_s": outcome.stall_s}
+            self.logbook.event("checkpoint", step=outcome.step, path=outcome.path.name, **took)
+            return
+        assert outcome.error is not None
+        self.logbook.event("checkpoint_failed", step=outcome.step, error=str(outcome.error))
+        _log.error("%s", outcome.error)
+        if not isinstance(outcome.error, CheckpointError):
+            raise outcome.error
 
     def _save_if_due(self) -> None:
         if self.state.step % self.config.checkpoint.every_steps == 0:
@@ -210,6 +237,11 @@ class Trainer:
         if self.mesh.is_main:
             write_marker(self.run_dir, step=self.state.step, signal_name=signal_name)
         _log.warning("stopped on request after step %d; start the same command again to go on", self.state.step)
+
+    def _leave(self, error: Exception) -> None:
+        """Gives a write that is under way the time to end, unless a rank is lost: it has the last steps, and ends with this process."""
+        if not is_lost_contact(error) and (outcome := self.saver.wait(limit_s=_LEAVE_S)) is not None and outcome.path is not None:
+            self.logbook.event("checkpoint", step=outcome.step, path=outcome.path.name, seconds=outcome.seconds)
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from opensora_dist.checkpoint.commit import Resumable, commit, find_resumable
+from opensora_dist.checkpoint.staging import Staging
 from opensora_dist.checkpoint.store import load_tensors, save_tensors
 from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.config.load import dump_yaml, load_config
@@ -14,6 +21,7 @@ from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.errors import CheckpointError
 from opensora_dist.core.io import hash_bytes, read_json, write_json, write_text
 from opensora_dist.core.layout import CHECKPOINTS_DIR, CONFIG_NAME
+from opensora_dist.parallel.failures import lost_contact_said
 from opensora_dist.parallel.mesh import Mesh
 from opensora_dist.parallel.zero.base import ZeroBackend
 from opensora_dist.train.ema import Ema
@@ -47,39 +55,112 @@ class TrainerState:
     dataset_hash: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class SaveOutcome:
+    """How a save ended. All ranks learn the same, not at the same moment.
+
+    Args:
+        step: Of the checkpoint.
+        path: The committed folder; None where it failed.
+        error: Why it failed. A ``CheckpointError`` is raised on all ranks alike; any other ends the run.
+        seconds: From the copy of the state to the commit.
+        stall_s: Seconds of these that this rank's training waited.
+    """
+
+    step: int
+    path: Path | None
+    error: Exception | None
+    seconds: float
+    stall_s: float
+
+
 class Saver:
     """Commits checkpoints of one run and finds the one to go on from.
+
+    With ``checkpoint.asynchronous`` a save copies the state to CPU memory and goes on; a thread of each rank writes the copy, over a
+    group of its own. The thread is no reason for a process not to end: whoever needs the checkpoint waits for it.
 
     Args:
         run_dir: The run directory.
         config: The resolved config.
         spec: What the data set is made of; saved so that a checkpoint can be sampled from without the data.
+        on_phase: Called on every rank at the start of each phase of a save, ``checkpoint.commit.SAVE_PHASES``; all but ``copy`` in the
+            thread, where there is one.
     """
 
-    def __init__(self, run_dir: Path, *, config: TrainConfig, spec: DatasetSpec, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        config: TrainConfig,
+        spec: DatasetSpec,
+        mesh: Mesh,
+        on_phase: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.root = Path(run_dir) / CHECKPOINTS_DIR
         self._config = config
         self._spec = spec
         self._mesh = mesh
+        self._on_phase = on_phase
+        self._staging = Staging()
+        self._write: _Write | None = None
 
-    def save(self, backend: ZeroBackend, ema: Ema, state: TrainerState) -> Path:
-        """Commits one checkpoint. Collective.
+    def begin(self, backend: ZeroBackend, ema: Ema, state: TrainerState) -> None:
+        """Starts a save; the last one's outcome must have been taken. Collective. Synchronous ones are over when this returns."""
+        assert self._write is None, "a save is under way"
+        began = time.perf_counter()
+        self._on_phase("copy")
+        tensors = backend.state_dict(ema=ema.shadow)
+        if self._config.checkpoint.asynchronous:
+            tensors = self._staging.copy(tensors)
+        timeout_s = self._config.parallel.timeout_s
+        self._write = _Write(
+            lambda: self._commit(tensors, state), step=state.step, began=began, mesh=self._mesh, timeout_s=timeout_s
+        )
+        if self._config.checkpoint.asynchronous:
+            self._write.start()
+        else:
+            self._write.run()
+        self._write.stall_s = time.perf_counter() - began
 
-        Raises:
-            CheckpointError: On every rank; older checkpoints are untouched.
-        """
+    def poll(self) -> SaveOutcome | None:
+        """The outcome of a save that is over, once; None otherwise. At its own moment on each rank: nothing collective may follow."""
+        return self.wait(limit_s=0.0)
+
+    def wait(self, *, limit_s: float | None = None) -> SaveOutcome | None:
+        """Waits for the save that is under way; its outcome, or None where there is none, or it is not over in time."""
+        write = self._write
+        if write is None:
+            return None
+        began = time.perf_counter()
+        over = write.over.wait(limit_s)
+        write.stall_s += time.perf_counter() - began
+        if not over:
+            return None
+        self._write = None
+        return SaveOutcome(step=write.step, path=write.path, error=write.error, seconds=write.seconds, stall_s=write.stall_s)
+
+    def _commit(self, tensors: dict[str, Tensor], state: TrainerState) -> Path:
         config_yaml = dump_yaml(self._config)
 
         def write(folder: Path) -> None:
-            save_tensors(backend.state_dict(ema=ema.shadow), folder / TENSORS_DIR, group=self._mesh.control)
+            save_tensors(tensors, folder / TENSORS_DIR, group=self._mesh.saving)
+            self._on_phase("describe")
             if self._mesh.is_main:
                 write_text(folder / CONFIG_NAME, config_yaml)
                 write_json(folder / DATASET_NAME, self._spec.model_dump(mode="json"))
                 write_json(folder / TRAINER_NAME, asdict(state))
 
+        zero = self._config.parallel.zero
         metadata: dict[str, Any] = {
             "config_hash": hash_bytes(config_yaml.encode()),
-            "layout": {"world": self._mesh.world, "zero_stage": self._config.parallel.zero.stage, "mesh": str(self._mesh)},
+            "layout": {
+                "world": self._mesh.world,
+                "backend": zero.backend,
+                "zero_stage": zero.stage,
+                "dtype": self._config.run.dtype,
+                "mesh": str(self._mesh),
+            },
         }
         return commit(
             self.root,
@@ -87,7 +168,8 @@ class Saver:
             write=write,
             metadata=metadata,
             keep_last=self._config.checkpoint.keep_last,
-            group=self._mesh.control,
+            group=self._mesh.saving,
+            on_phase=self._on_phase,
         )
 
     def find(self) -> Resumable:
@@ -114,6 +196,34 @@ class Saver:
         load_tensors(tensors, folder / TENSORS_DIR, group=self._mesh.control)
         backend.load_state_dict(tensors, ema=ema.shadow, steps=state.optimizer_steps)
         return state
+
+
+class _Write:
+    """One save on its way to the disk, in a thread or in the caller's."""
+
+    def __init__(self, commit: Callable[[], Path], *, step: int, began: float, mesh: Mesh, timeout_s: float) -> None:
+        self.step, self.stall_s, self.seconds = step, 0.0, 0.0
+        self.path: Path | None = None
+        self.error: Exception | None = None
+        self.over = threading.Event()
+        self._commit, self._began, self._device, self._timeout_s = commit, began, mesh.device, timeout_s
+
+    def start(self) -> None:
+        """In a thread that ends with the process, whatever it waits for."""
+        threading.Thread(target=self.run, name="checkpoint", daemon=True).start()
+
+    def run(self) -> None:
+        """Until the checkpoint is committed, or has failed."""
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # a thread starts on the first one
+            with torch.no_grad(), lost_contact_said(timeout_s=self._timeout_s):
+                self.path = self._commit()
+        except Exception as error:  # noqa: BLE001 - whoever takes the outcome raises it or says it
+            self.error = error
+        finally:
+            self.seconds = time.perf_counter() - self._began
+            self.over.set()
 
 
 def _differences(saved: TrainConfig, now: TrainConfig) -> list[str]:

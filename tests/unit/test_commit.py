@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from opensora_dist.checkpoint import commit as commit_module
-from opensora_dist.checkpoint.commit import LATEST_NAME, commit, find_resumable, resolve, step_name
+from opensora_dist.checkpoint.commit import LATEST_NAME, SAVE_PHASES, commit, find_resumable, resolve, step_name
 from opensora_dist.checkpoint.manifest import read_manifest, verify
 from opensora_dist.checkpoint.store import read_tensors, save_tensors
 from opensora_dist.core.errors import CheckpointError
@@ -21,12 +22,15 @@ class Killed(BaseException):
     """Stands for kill -9: nothing after it runs."""
 
 
-def _save(root: Path, step: int, *, value: float | None = None, keep_last: int = 3) -> Path:
+def _save(
+    root: Path, step: int, *, value: float | None = None, keep_last: int = 3, on_phase: Callable[[str], None] = lambda _: None
+) -> Path:
     def write(folder: Path) -> None:
         save_tensors({"w": torch.full((8,), float(step) if value is None else value)}, folder / "model")
         (folder / "trainer.json").write_text(json.dumps({"step": step}))
 
-    return commit(root, step=step, write=write, metadata={"config_hash": "c0", "layout": {"world": 1}}, keep_last=keep_last)
+    metadata = {"config_hash": "c0", "layout": {"world": 1}}
+    return commit(root, step=step, write=write, metadata=metadata, keep_last=keep_last, on_phase=on_phase)
 
 
 def _names(root: Path) -> list[str]:
@@ -88,22 +92,22 @@ def test_a_failure_in_any_phase_leaves_the_old_checkpoint_and_no_partial(tmp_pat
     assert _value(_save(tmp_path, 3)) == 3.0
 
 
+COMMIT_PHASES = [phase for phase in SAVE_PHASES if phase not in ("copy", "describe")]  # these are the caller's
 KILL_POINTS = [
     "_stage",
-    "write",
-    "list_files",
+    "save_tensors",
     "describe_files",
     "write_manifest",
     "fsync",
     "os.rename",
     "fsync of the root",
     "write_text",
-    "_prune",
+    "rmtree",
 ]
+KILLS = [(phase, "before") for phase in COMMIT_PHASES] + [(point, when) for point in KILL_POINTS for when in ("before", "after")]
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("point", KILL_POINTS)
+@pytest.mark.parametrize("point, when", KILLS)
 def test_killed_anywhere_something_whole_is_found_and_the_next_save_works(
     tmp_path: Path, monkeypatch, point: str, when: str
 ) -> None:
@@ -119,22 +123,31 @@ def test_killed_anywhere_something_whole_is_found_and_the_next_save_works(
 
         return call
 
-    if point == "write":
+    if point == "save_tensors":
         monkeypatch.setattr(f"{__name__}.save_tensors", deadly(save_tensors))
     elif point == "os.rename":
         monkeypatch.setattr(commit_module.os, "rename", deadly(commit_module.os.rename))
+    elif point == "rmtree":
+        monkeypatch.setattr(commit_module.shutil, "rmtree", deadly(commit_module.shutil.rmtree))
     elif point == "fsync of the root":  # the one after the rename
         monkeypatch.setattr(commit_module, "fsync", deadly(commit_module.fsync, only=tmp_path))
-    else:
+    elif point not in COMMIT_PHASES:
         monkeypatch.setattr(commit_module, point, deadly(getattr(commit_module, point)))
     with pytest.raises(Killed):
-        _save(tmp_path, 2)
+        _save(tmp_path, 2, keep_last=1, on_phase=deadly(lambda _: None, only=point))
     monkeypatch.undo()
     found = find_resumable(tmp_path)
     assert _value(found.path) in (1.0, 2.0)
     assert found.rejected == ()
+    assert all(verify(tmp_path / n) == [] for n in _names(tmp_path) if n.startswith("step-") and "partial" not in n)
     assert _value(_save(tmp_path, 3, keep_last=1)) == 3.0
     assert _names(tmp_path) == [LATEST_NAME, step_name(3)]
+
+
+def test_every_phase_is_announced_once_in_order(tmp_path: Path) -> None:
+    seen: list[str] = []
+    _save(tmp_path, 1, on_phase=seen.append)
+    assert seen == COMMIT_PHASES
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
