@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, TypeVar
+from threading import Event
+from typing import Any, Final, TypeVar
 
-from opensora_dist.config.faults import AtStep, Fault, InSave, parse_fault
+import torch
+from torch import Tensor, nn
+
+from opensora_dist.config.faults import AtStep, Fault, InSave, Slower, parse_fault
 from opensora_dist.config.train import FaultConfig
 from opensora_dist.core.io import write_json
 from opensora_dist.core.logging import get_logger
 
 FAULTS_DIR: Final = "faults"
+_IN_FORWARD: Final = ("kill_rank", "hang_rank", "nan_loss")
+_BIT: Final = 1 << 12
 _log = get_logger(__name__)
 _F = TypeVar("_F", bound=Fault)
 
@@ -35,6 +43,31 @@ class Faults:
         self.asked: dict[str, str] = {name: text for name, text in config.model_dump().items() if text is not None}
         parsed = {name: parse_fault(name, text) for name, text in self.asked.items()}
         self._faults = {name: fault for name, fault in parsed.items() if fault is not None and fault.rank == rank}
+        self._hook: Any = None
+
+    def arm(self, model: nn.Module, *, step: int) -> None:
+        """Before step ``step`` (from 1): a fault that is due in it happens after the model's next forward."""
+        due = [name for name in _IN_FORWARD if self._due(name, step=step) and self._first(name)]
+        if due:
+            self._hook = model.register_forward_hook(lambda _module, _args, output: self._strike(due, output))
+
+    def disarm(self, weights: Mapping[str, Tensor], *, step: int) -> None:
+        """After step ``step``: ``fault.flip_bit``.
+
+        Args:
+            weights: This rank's, live.
+        """
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if self._due("flip_bit", step=step) and self._first("flip_bit"):
+            _flip_bit(next(w for w in weights.values() if w.numel()))
+
+    def slow_down(self, module: nn.Module) -> None:
+        """``fault.slow_rank``: every forward of ``module`` takes as many times as long, in this start and in every later one."""
+        fault = self._get("slow_rank", Slower)
+        if fault is not None:
+            _Slowness(module, factor=fault.factor)
 
     def save_phase(self, name: str) -> None:
         """A save comes to its phase ``name``: ``fault.kill_in_save``."""
@@ -45,6 +78,13 @@ class Faults:
     def bad_sample(self, step: int) -> bool:
         """Whether the first sample of ``step`` (``StepData.step``, from 0) is to read as damaged: ``fault.bad_sample``."""
         return self._due("bad_sample", step=step + 1) and self._first("bad_sample")
+
+    def _strike(self, due: list[str], output: Tensor) -> Tensor:
+        if "kill_rank" in due:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "hang_rank" in due:
+            Event().wait()
+        return output * float("nan")
 
     def _due(self, name: str, *, step: int) -> bool:
         fault = self._get(name, AtStep)
@@ -63,3 +103,30 @@ class Faults:
         write_json(marker, {"fault": name, "asked": self.asked[name], "rank": self._rank})
         _log.warning("fault.%s=%s happens now, on rank %d", name, self.asked[name], self._rank)
         return True
+
+
+@torch.no_grad()
+def _flip_bit(weight: Tensor) -> None:
+    """One bit of the mantissa of the first element."""
+    bits = weight.view(torch.int32 if weight.element_size() == 4 else torch.int64)
+    bits[(0,) * bits.ndim] ^= _BIT
+
+
+class _Slowness:
+    """Hooks that make a module's forward take longer: it sleeps on a CPU; on a GPU, where a sleep would slow the host, it runs again."""
+
+    def __init__(self, module: nn.Module, *, factor: float) -> None:
+        self._factor, self._began = factor, 0.0
+        module.register_forward_pre_hook(self._before)
+        module.register_forward_hook(self._after)
+
+    def _before(self, _module: nn.Module, _args: Any) -> None:
+        self._began = time.perf_counter()
+
+    @torch.no_grad()
+    def _after(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if output.device.type == "cuda":
+            for _ in range(round(self._factor) - 1):
+                module.forward(*args)
+        else:
+            Event().wait((self._factor - 1) * (time.perf_counter() - self._began))

@@ -113,6 +113,6 @@ def tensor_hash(tensor: Tensor) -> Tensor:
     bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).flatten()
     odd = torch.arange(min(len(bits), _CHUNK), dtype=torch.int64, device=tensor.device).mul_(2).add_(1)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for i, piece in enumerate(bits.split(_CHUNK)):
+    for i, piece in enumerate(torch.split(bits, _CHUNK)):
         total += (piece.long() * (odd[: len(piece)] + 2 * _CHUNK * i)).sum()
     return total
