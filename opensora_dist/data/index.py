@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from pydantic import ValidationError
 from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.core.errors import DataError
 from opensora_dist.core.index import INDEX_NAME, IndexFile, ShardRow, read_index
+from opensora_dist.core.logging import get_logger
 from opensora_dist.core.types import Thw
 from opensora_dist.parallel import keys
 
+_log = get_logger(__name__)
 _DTYPES = ("float16", "float32")
 
 
@@ -74,9 +77,11 @@ class Index:
     buckets: dict[Thw, NDArray[np.int64]]
 
     @classmethod
-    def open(cls, folder: Path | str) -> Index:
+    def open(cls, folder: Path | str, *, max_lost: int = 0) -> Index:
         """Reads the index of ``folder`` and checks that the shards it names are there, whole by size, and hold what it says.
 
+        Args:
+            max_lost: Shards may be missing or of another size where no more samples than this lie in what is gone; they are warned of.
         Raises:
             DataError: No index, not one of ours, shards missing or of another size (all of them named), or samples that
                 contradict the index's own spec.
@@ -90,7 +95,7 @@ class Index:
                 f"{folder / INDEX_NAME}: its data set description does not fit this release ({error}); "
                 "run `opensora-dist data prepare` again"
             ) from error
-        _check_shards(folder, file)
+        _check_shards(folder, file, max_lost=max_lost)
         names = pa.array([s.name for s in file.shards])
         shard = pc.index_in(file.table.column("shard"), value_set=names).to_numpy().astype(np.float64)
         clip = _triples(file.table, "clip")
@@ -182,19 +187,36 @@ def _span(table: pa.Table, name: str, hashes: pa.ChunkedArray) -> Span:
     return Span(offset=offset, num_bytes=num_bytes, num_parts=num_parts, first=first, xxh3=hashes.to_numpy())
 
 
-def _check_shards(folder: Path, file: IndexFile) -> None:
+def _check_shards(folder: Path, file: IndexFile, *, max_lost: int) -> None:
     """Sizes only: hashing whole shards at start would read the data set twice. Every read is checked by its own hash."""
-    problems = [] if file.shards else ["none is listed"]
+    problems, there = [] if file.shards else ["none is listed"], {}
     for shard in file.shards:
         path = folder / shard.name
         if path.name != shard.name:
             problems.append(f"{shard.name!r}: not a plain file name")
         elif not path.is_file():
             problems.append(f"{shard.name}: missing")
-        elif path.stat().st_size != shard.num_bytes:
-            problems.append(f"{shard.name}: {path.stat().st_size:,} bytes, expected {shard.num_bytes:,}")
-    if problems:
+        else:
+            there[shard.name] = path.stat().st_size
+            if there[shard.name] != shard.num_bytes:
+                problems.append(f"{shard.name}: {there[shard.name]:,} bytes, expected {shard.num_bytes:,}")
+    if not problems:
+        return
+    lost = _lost(file.table, there)
+    said = f"{folder}: {len(problems)} of {len(file.shards)} shards are not as the index says: {'; '.join(problems)}"
+    if max_lost == 0 or lost > max_lost:
+        limit = f", more than resilience.max_bad_samples={max_lost}" if max_lost else ""
         raise DataError(
-            f"{folder}: {len(problems)} of {len(file.shards)} shards are not as the index says: {'; '.join(problems)}. "
-            "Copy them again from where the data set was made, or run `opensora-dist data prepare` again"
+            f"{said}. {lost:,} samples are lost with them{limit}. Copy them again from where the data set was made, or run "
+            "`opensora-dist data prepare` again"
         )
+    _log.warning("%s. %d samples are lost with them; others will take their places", said, lost)
+
+
+def _lost(table: pa.Table, there: Mapping[str, int]) -> int:
+    """Samples that end beyond what is there of their shard, in bytes."""
+    ends = np.maximum(
+        *((table.column(f"{name}_offset").to_numpy() + table.column(f"{name}_bytes").to_numpy()) for name in ("latents", "text"))
+    )
+    have = np.array([there.get(name, 0) for name in table.column("shard").to_pylist()])
+    return int((ends > have).sum())

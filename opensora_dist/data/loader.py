@@ -1,6 +1,9 @@
 """Batches of one rank, read ahead by threads, in order.
 
 Threads, not processes: reading, hashing and casting release the GIL, and a worker process would copy every batch twice.
+
+A sample that can't be read does not fail: it is marked, and ``StepData.substitute`` puts others in place of those that any of the
+ranks that share them has marked.
 """
 
 # B micro-batch, C latent channels, t h w latent frames, height, width of the region that this rank holds, Y text tokens, E text width
@@ -10,9 +13,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -21,7 +25,7 @@ from torch import Tensor
 from opensora_dist.core.types import Region, Share, Thw
 from opensora_dist.data.index import Index
 from opensora_dist.data.order import GlobalBatch, Order, micro_rows, position_weights
-from opensora_dist.data.reader import ShardReader
+from opensora_dist.data.reader import Damage, RawSample, ShardReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,9 @@ class MicroBatch:
         keys: Key of each sample.
         weight_B: float64, the loss weight of *each* latent position of the sample: weight x positions of whole samples sums to 1
             over the global batch.
+        places: Where in the global batch its samples are.
+        bad: What kept this rank from reading each sample, None where it is read; what stands for a bad one is finite. Empty: all read.
+        replaced: How many samples are not those of the plan; counted by one of the ranks that share them.
     """
 
     latents_BCthw: Tensor
@@ -48,16 +55,45 @@ class MicroBatch:
     samples: tuple[int, ...]
     keys: tuple[str, ...]
     weight_B: Tensor
+    places: tuple[int, ...] = ()
+    bad: tuple[Damage | None, ...] = ()
+    replaced: int = 0
+
+
+Substitute = Callable[[MicroBatch, Sequence[bool], int], MicroBatch]
+"""Puts substitutes in place of the samples marked; which ones depends on the attempt. Writes into the tensors it is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepData:
-    """One rank's part of a global batch; ``epoch`` and ``digest`` are those of the whole."""
+    """One rank's part of a global batch; ``epoch`` and ``digest`` are those of the whole, as it was planned.
+
+    Args:
+        substitute: For samples that can't be read, before the step that was got last from the loader is over.
+    """
 
     step: int
     epoch: int
     digest: str
     micros: list[MicroBatch]
+    substitute: Substitute
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadSample:
+    """A sample that this rank could not read, and what took its place.
+
+    Args:
+        step: The step it was planned for.
+        key: Of the sample.
+        damage: What is wrong with it.
+        substitute: Key of the sample that took its place (which may turn out bad in turn); None: its weight became zero.
+    """
+
+    step: int
+    key: str
+    damage: Damage
+    substitute: str | None
 
 
 class Loader:
@@ -75,9 +111,10 @@ class Loader:
         prefetch_batches: Micro-batches read ahead at most.
         dtype: float32 or float64, of latents and text.
         device: Where the tensors go.
+        damaged: Whether the first sample of this rank in a step is to read as damaged, for drills; asked once a step, ahead of it.
+        on_bad: Told of each sample that was replaced because this rank could not read it.
     Raises:
         ConfigError: The global batch does not divide into micro-batches, for batches of some shape.
-        DataError: From iterating: a sample can't be read as it was written.
     """
 
     def __init__(
@@ -94,6 +131,8 @@ class Loader:
         prefetch_batches: int,
         dtype: torch.dtype,
         device: torch.device,
+        damaged: Callable[[int], bool] = lambda _step: False,
+        on_bad: Callable[[BadSample], None] = lambda _bad: None,
     ) -> None:
         self._shares = {latent: share(latent) for latent in order.latents}
         for mine in self._shares.values():
@@ -105,7 +144,9 @@ class Loader:
         self._accum = accum
         self._steps = range(start_step, start_step + num_steps)
         self._loss_weight, self._prefetch_batches = loss_weight, prefetch_batches
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device, self._damaged = dtype, device, damaged
+        self._known: dict[int, Damage] = {}  # row -> what is wrong with it: it is not read a second time
+        self._on_bad = on_bad
         self._mean_C111, self._std_C111 = (
             torch.tensor(values, dtype=dtype).view(-1, 1, 1, 1) for values in (index.spec.latent_mean, index.spec.latent_std)
         )
@@ -115,7 +156,7 @@ class Loader:
         self._pending: deque[Future[MicroBatch]] = deque()
 
     def __iter__(self) -> Iterator[StepData]:
-        todo = ((self._order.batch(step), micro) for step in self._steps for micro in range(self._accum))
+        todo = ((step, self._order.batch(step), micro) for step in self._steps for micro in range(self._accum))
         try:
             for _ in range(self._prefetch_batches):
                 self._submit_next(todo)
@@ -128,7 +169,8 @@ class Loader:
                     self._submit_next(todo)
                     micros.append(self._to_device(micro))
                 self.last_wait_s = wait_s
-                yield StepData(step=step, epoch=batch.epoch, digest=batch.digest, micros=micros)
+                substitute = partial(self._substitute, step, batch)
+                yield StepData(step=step, epoch=batch.epoch, digest=batch.digest, micros=micros, substitute=substitute)
         finally:  # also where the consumer breaks off, or a read failed
             self.close()
 
@@ -145,30 +187,40 @@ class Loader:
         while self._readers:
             self._readers.pop().close()
 
-    def _submit_next(self, todo: Iterator[tuple[GlobalBatch, int]]) -> None:
+    def _submit_next(self, todo: Iterator[tuple[int, GlobalBatch, int]]) -> None:
         if (work := next(todo, None)) is not None:
             self._pending.append(self._pool.submit(self._load, *work))
 
-    def _load(self, batch: GlobalBatch, micro: int) -> MicroBatch:
+    def _load(self, step: int, batch: GlobalBatch, micro: int) -> MicroBatch:
         """Runs in a reader thread."""
-        if not hasattr(self._thread, "reader"):
-            self._thread.reader = ShardReader(self._index)
-            self._readers.append(self._thread.reader)
-        index, pin = self._index, self._device.type == "cuda"
-        data_rank, data_size, region = self._shares[batch.latent]
-        rows = micro_rows(batch.rows, data_rank=data_rank, data_size=data_size, accum=self._accum, micro=micro)
+        mine = self._shares[batch.latent]
+        places = micro_rows(
+            range(len(batch.rows)), data_rank=mine.data_rank, data_size=mine.data_size, accum=self._accum, micro=micro
+        )
+        rows = [batch.rows[place] for place in places]
+        if micro == 0 and self._damaged(step):
+            self._known[rows[0]] = Damage(shard=self._index.shard_path(rows[0]).name, reason="damaged by fault.bad_sample")
+        return self._assemble(batch, rows, places)
+
+    def _assemble(self, batch: GlobalBatch, rows: Sequence[int], places: Sequence[int]) -> MicroBatch:
+        """Samples in places of a global batch, in CPU memory. Runs in any thread."""
+        index, pin, region = self._index, self._device.type == "cuda", self._shares[batch.latent].region
         tokens = max(int(index.text_tokens[row]) for row in batch.rows)  # of the global batch: all ranks share a shape
         shape = (len(rows), index.spec.channels, *region.shape(batch.latent))
         latents = torch.empty(shape, dtype=self._dtype, pin_memory=pin)
         text = torch.zeros((len(rows), tokens, index.spec.text_width), dtype=self._dtype, pin_memory=pin)
         mask = torch.zeros((len(rows), tokens), dtype=torch.bool, pin_memory=pin)
-        for b, sample in enumerate(self._thread.reader.read(rows, frames=region.frames)):
+        samples = self._read(rows, region)
+        for b, sample in enumerate(samples):
+            if isinstance(sample, Damage):
+                _blank(latents[b], text[b], mask[b])
+                continue
             latents[b].copy_(torch.from_numpy(sample.latents[:, :, region.h0 : region.h1]).transpose(0, 1))
             text[b, : len(sample.text)].copy_(torch.from_numpy(sample.text))
             mask[b, : len(sample.text)] = True
         latents.sub_(self._mean_C111).div_(self._std_C111)
         positions = [index.latent_shape(row) for row in batch.rows]
-        weights = dict(zip(batch.rows, position_weights(self._loss_weight, [p.t * p.h * p.w for p in positions]), strict=True))
+        weights = position_weights(self._loss_weight, [p.t * p.h * p.w for p in positions])
         return MicroBatch(
             latents_BCthw=latents,
             latent=batch.latent,
@@ -177,8 +229,40 @@ class Loader:
             text_mask_BY=mask,
             samples=tuple(index.sample_id(row) for row in rows),
             keys=tuple(index.key[row] for row in rows),
-            weight_B=torch.tensor([weights[row] for row in rows], dtype=torch.float64, pin_memory=pin),
+            weight_B=torch.tensor([weights[place] for place in places], dtype=torch.float64, pin_memory=pin),
+            places=tuple(places),
+            bad=tuple(sample if isinstance(sample, Damage) else None for sample in samples),
         )
+
+    def _read(self, rows: Sequence[int], region: Region) -> list[RawSample | Damage]:
+        """Valid until this thread's next call."""
+        if not hasattr(self._thread, "reader"):
+            self._thread.reader = ShardReader(self._index)
+            self._readers.append(self._thread.reader)
+        wanted = [row for row in rows if row not in self._known]
+        found = dict(zip(wanted, self._thread.reader.try_read(wanted, frames=region.frames), strict=True))
+        self._known.update((row, sample) for row, sample in found.items() if isinstance(sample, Damage))
+        return [self._known[row] if row in self._known else found[row] for row in rows]
+
+    def _substitute(self, step: int, batch: GlobalBatch, micro: MicroBatch, bad: Sequence[bool], attempt: int) -> MicroBatch:
+        """As ``Substitute`` says. Runs in the consumer's thread: it is rare, and what other ranks found bad is known only there."""
+        wanted = {b: self._order.substitute(step, micro.places[b], attempt) for b in range(len(bad)) if bad[b]}
+        found = {b: row for b, row in wanted.items() if row is not None}
+        others = self._assemble(batch, list(found.values()), [micro.places[b] for b in found])
+        samples, keys, damage = list(micro.samples), list(micro.keys), list(micro.bad)
+        for b in wanted:
+            substitute = self._index.key[found[b]] if b in found else None
+            if (why := micro.bad[b]) is not None:
+                self._on_bad(BadSample(step=step, key=micro.keys[b], damage=why, substitute=substitute))
+            if b not in found:
+                _blank(micro.latents_BCthw[b], micro.text_BYE[b], micro.text_mask_BY[b])
+                micro.weight_B[b] = 0
+                damage[b] = None
+        for i, b in enumerate(found):
+            for name in ("latents_BCthw", "text_BYE", "text_mask_BY"):
+                getattr(micro, name)[b].copy_(getattr(others, name)[i])
+            samples[b], keys[b], damage[b] = others.samples[i], others.keys[i], others.bad[i]
+        return replace(micro, samples=tuple(samples), keys=tuple(keys), bad=tuple(damage))
 
     def _to_device(self, micro: MicroBatch) -> MicroBatch:
         """From pinned memory without waiting; the allocator keeps it until the copy is done."""
@@ -186,3 +270,11 @@ class Loader:
             return micro
         names = ("latents_BCthw", "text_BYE", "text_mask_BY", "weight_B")
         return replace(micro, **{n: getattr(micro, n).to(self._device, non_blocking=True) for n in names})
+
+
+def _blank(latents_Cthw: Tensor, text_YE: Tensor, text_mask_Y: Tensor) -> None:
+    """What stands where no sample is: finite, and with one token, since attention to none is not a number."""
+    latents_Cthw.zero_()
+    text_YE.zero_()
+    text_mask_Y.zero_()
+    text_mask_Y[0] = True

@@ -20,6 +20,9 @@ from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index
 from opensora_dist.parallel.keys import Keys
 
+MAX_ATTEMPTS = 8
+"""Substitutes that are tried for one sample before the step goes on without it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalBatch:
@@ -85,17 +88,37 @@ class Order:
         latent = self._index.latent_shape(rows[0])
         return GlobalBatch(rows=tuple(rows), bucket=self._index.clip_shape(rows[0]), latent=latent, epoch=epoch, digest=digest)
 
+    def substitute(self, step: int, place: int, attempt: int) -> int | None:
+        """The row that stands in for a sample that can't be read: a pure function, so that all ranks that share it take the same.
+
+        Of the same bucket, so that it costs and weighs the same; with no more text than the batch is padded to; not of this batch.
+        Rows are dealt out over places and attempts, so that no two of a step get the same one.
+
+        Args:
+            place: Where in the global batch.
+            attempt: How many substitutes for this place couldn't be read either.
+        Returns:
+            None where there is no further one.
+        """
+        batch, tokens = self.batch(step), self._index.text_tokens
+        rows = self._index.buckets[batch.bucket]
+        fits = rows[(tokens[rows] <= tokens[list(batch.rows)].max()) & ~np.isin(rows, batch.rows)]
+        number = attempt * self.global_batch + place
+        if attempt >= MAX_ATTEMPTS or number >= len(fits):
+            return None
+        return int(fits[self._permutation("substitutes", key=step, size=len(fits))[number]])
+
     def _make_plan(self, epoch: int) -> NDArray[np.int64]:
         """All batches of an epoch, [batches_per_epoch, global_batch] rows."""
         batches = []
         for bucket, rows in self._buckets:
-            shuffled = rows[self._permutation(f"order:{bucket}", epoch=epoch, size=len(rows))]
+            shuffled = rows[self._permutation(f"order:{bucket}", key=epoch, size=len(rows))]
             whole = len(rows) // self.global_batch * self.global_batch
             batches.append(shuffled[:whole].reshape(-1, self.global_batch))
-        return np.concatenate(batches)[self._permutation("order:batches", epoch=epoch, size=self.batches_per_epoch)]
+        return np.concatenate(batches)[self._permutation("order:batches", key=epoch, size=self.batches_per_epoch)]
 
-    def _permutation(self, purpose: str, *, epoch: int, size: int) -> NDArray[np.int64]:
-        draws = torch.empty(size, dtype=torch.int64).random_(generator=self._keys.generator(purpose, step=epoch))
+    def _permutation(self, purpose: str, *, key: int, size: int) -> NDArray[np.int64]:
+        draws = torch.empty(size, dtype=torch.int64).random_(generator=self._keys.generator(purpose, step=key))
         return np.argsort(draws.numpy(), kind="stable")
 
 

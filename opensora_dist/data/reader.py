@@ -20,12 +20,29 @@ from opensora_dist.data.index import Index, Span
 _MAX_OPEN_FILES = 64
 
 
+class _DamagedError(Exception):
+    """A sample is not what was written; never leaves this file."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RawSample:
     """One sample as stored: latents [t, C, h, w], of the frames asked for, and text [tokens, width], views into the reader's memory."""
 
     latents: NDArray[np.floating]
     text: NDArray[np.floating]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """Why a sample can't be read.
+
+    Args:
+        shard: The file it lies in, relative to the data set's folder.
+        reason: What is wrong where.
+    """
+
+    shard: str
+    reason: str
 
 
 class ShardReader:
@@ -41,12 +58,30 @@ class ShardReader:
         self._memory = np.empty(0, dtype=np.uint8)
 
     def read(self, rows: Sequence[int], *, frames: range | None = None) -> list[RawSample]:
-        """Reads and verifies samples. The result is valid until the next call.
+        """``try_read`` for callers who need every sample.
+
+        Raises:
+            DataError: Of the first sample that can't be read.
+        """
+        samples = []
+        for row, sample in zip(rows, self.try_read(rows, frames=frames), strict=True):
+            if isinstance(sample, Damage):
+                raise DataError(
+                    f"{self._index.shard_path(row)}: sample {self._index.key[row]!r}, {sample.reason}; copy the shard again from "
+                    "where the data set was made, or run `opensora-dist data prepare` again"
+                )
+            samples.append(sample)
+        return samples
+
+    def try_read(self, rows: Sequence[int], *, frames: range | None = None) -> list[RawSample | Damage]:
+        """Reads and verifies samples, each by itself: one that is damaged does not keep the others from being read.
+
+        A sample is damaged where its shard is missing, can't be read, ends early, or holds other bytes than were written.
 
         Args:
             frames: The latent frames to read, of every sample; nothing else of the latents is touched. None: all.
-        Raises:
-            DataError: A shard is missing, can't be read, ends early, or holds other bytes than were written.
+        Returns:
+            One per row, valid until the next call.
         """
         index = self._index
         wanted = [frames if frames is not None else range(index.latent_shape(row).t) for row in rows]
@@ -54,26 +89,31 @@ class ShardReader:
         total = sum(_aligned(n) + _aligned(index.text.num_bytes[row]) for row, n in zip(rows, lengths))
         if self._memory.nbytes < total:
             self._memory = np.empty(total, dtype=np.uint8)
-        samples, start = [], 0
-        for row, mine in zip(rows, wanted):
-            dtype = np.dtype(str(index.dtype[row]))
-            _, h, w = index.latent_shape(row)
-            latents = self._read_array(row, index.latents, mine, start, name="latents, frame {}")
-            start += _aligned(latents.nbytes)
-            text = self._read_array(row, index.text, range(1), start, name="text")
-            start += _aligned(text.nbytes)
-            samples.append(
-                RawSample(
-                    latents=latents.view(dtype).reshape(len(mine), index.spec.channels, h, w),
-                    text=text.view(dtype).reshape(int(index.text_tokens[row]), index.spec.text_width),
-                )
-            )
+        samples: list[RawSample | Damage] = []
+        start = 0
+        for row, mine, length in zip(rows, wanted, lengths):
+            try:
+                samples.append(self._read_sample(row, mine, start, start + _aligned(length)))
+            except _DamagedError as error:
+                samples.append(Damage(shard=index.shards[int(index.shard[row])].name, reason=str(error)))
+            start += _aligned(length) + _aligned(index.text.num_bytes[row])
         return samples
 
     def close(self) -> None:
         """Closes the files; a later read opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
+
+    def _read_sample(self, row: int, frames: range, latents_start: int, text_start: int) -> RawSample:
+        """Into the memory, from the two places given."""
+        index, dtype = self._index, np.dtype(str(self._index.dtype[row]))
+        _, h, w = index.latent_shape(row)
+        latents = self._read_array(row, index.latents, frames, latents_start, name="latents, frame {}")
+        text = self._read_array(row, index.text, range(1), text_start, name="text")
+        return RawSample(
+            latents=latents.view(dtype).reshape(len(frames), index.spec.channels, h, w),
+            text=text.view(dtype).reshape(int(index.text_tokens[row]), index.spec.text_width),
+        )
 
     def _read_array(self, row: int, span: Span, parts: range, start: int, *, name: str) -> NDArray[np.uint8]:
         """Reads consecutive parts of an array with one call, and checks each.
@@ -85,23 +125,21 @@ class ShardReader:
         size = _part_bytes(span, row)
         target = self._memory[start : start + len(parts) * size]
         memory, hashes = target.data, span.xxh3[span.first[row] + parts.start : span.first[row] + parts.stop].tolist()
-        wayout = "copy the shard again from where the data set was made, or run `opensora-dist data prepare` again"
 
         def where(part: int) -> str:
-            what = f"{name.format(part)} at offset {int(span.offset[row]) + part * size}"
-            return f"{self._index.shard_path(row)}: sample {self._index.key[row]!r}, {what}"
+            return f"{name.format(part)} at offset {int(span.offset[row]) + part * size}"
 
         try:
             done = _read_fully(self._file(row), memory, int(span.offset[row]) + parts.start * size)
         except OSError as error:
-            raise DataError(f"{where(parts.start)}: can't be read ({error}); check the disk, or {wayout}") from error
+            raise _DamagedError(f"{where(parts.start)}: can't be read ({error})") from error
         if done < target.nbytes:
             cut = parts[done // size]
-            raise DataError(f"{where(cut)}: the file ends after {done % size:,} of {size:,} bytes; {wayout}")
+            raise _DamagedError(f"{where(cut)}: the file ends after {done % size:,} of {size:,} bytes")
         for i, expected in enumerate(hashes):
             found = xxhash.xxh3_64_intdigest(memory[i * size : (i + 1) * size])
             if found != expected:
-                raise DataError(f"{where(parts[i])}: {size:,} bytes with xxh3 {found:016x}, expected {expected:016x}; {wayout}")
+                raise _DamagedError(f"{where(parts[i])}: {size:,} bytes with xxh3 {found:016x}, expected {expected:016x}")
         return target
 
     def _file(self, row: int) -> int:

@@ -88,7 +88,7 @@ def _dataset_problems(config: TrainConfig) -> list[Problem]:
     assert config.data.path is not None
     problems: list[Problem] = []
     try:
-        index = Index.open(expand(config.data.path))
+        index = Index.open(expand(config.data.path), max_lost=config.resilience.max_bad_samples)
         order = Order(index, keys=Keys(config.run.seed), global_batch=config.data.global_batch)
         model, _ = meta_model(config.model, config.objective, index.spec)
     except OpensoraError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import count
 
 from opensora_dist.config.load import Problem
 from opensora_dist.config.train import ModelConfig, SpConfig
@@ -44,12 +46,15 @@ class LatentShards:
         """Which samples of a batch, and which latents of each, are read here."""
         return self._sequences.share(self._model.token_grid(latent), patch=self._model.patch)
 
-    def agree(self, data: StepData, micro: MicroBatch) -> None:
+    def agree(self, data: StepData, micro: MicroBatch) -> MicroBatch:
         """Makes sure that the ranks that share these samples are about to do the same with them. Collective over them.
 
+        Returns:
+            The micro-batch; where one of these ranks could not read a sample, with what all of them take in its place.
         Raises:
-            CommunicationError: On all of them, where they are not.
+            CommunicationError: On all of them, where they are about to do different things.
         """
+        shard = self.shard(micro.latent)
         intent = Intent(
             step=data.step,
             digest=data.digest,
@@ -58,7 +63,18 @@ class LatentShards:
             part=Thw(*micro.latents_BCthw.shape[2:]),
             text_tokens=micro.text_BYE.shape[1],
             dtype=micro.latents_BCthw.dtype,
-            shard=self.shard(micro.latent),
+            shard=shard,
             patch=self._model.patch,
+            num_bad=sum(why is not None for why in micro.bad),
         )
-        self._agreement.check(intent)
+        if not self._agreement.check(intent):
+            return micro
+        sharing = len(shard.sizes)
+        for attempt in count():  # ends: an order has a last substitute, after which a sample counts for nothing
+            bad = self._agreement.bad_anywhere([why is not None for why in micro.bad], sharing=sharing)
+            if bad is None:
+                return micro
+            if attempt == 0 and self._agreement.answers(sharing=sharing):
+                micro = replace(micro, replaced=sum(bad))
+            micro = data.substitute(micro, bad, attempt)
+        raise AssertionError

@@ -52,6 +52,7 @@ from opensora_dist.train.ema import Ema
 from opensora_dist.train.generate import SamplingOptions
 from opensora_dist.train.logbook import Logbook, StepNote
 from opensora_dist.train.loop import BatchCost, Trainer
+from opensora_dist.train.quarantine import Quarantine
 from opensora_dist.train.saving import Saver, TrainerState
 from opensora_dist.train.validation import Validator
 
@@ -107,7 +108,7 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
             # Two runs writing one directory would ruin each other's checkpoints.
             said = f"run.dir={str(run_dir)!r} is in use by another process; wait for it, stop it, or choose another run.dir"
             stack.enter_context(exclusive_lock(run_dir / ".lock", busy=ConfigError(said)))
-        index = Index.open(expand(config.data.path or ""))
+        index = Index.open(expand(config.data.path or ""), max_lost=config.resilience.max_bad_samples)
         order = Order(index, keys=keys, global_batch=config.data.global_batch)
         model, objective = meta_model(config.model, config.objective, index.spec, dtype=dtype)
         for block in model.blocks:
@@ -149,6 +150,8 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
             config, mesh, run_dir=run_dir, index=index, objective=objective, keys=keys, shards=shards.shard
         )
 
+        quarantine = Quarantine(mesh=mesh, logbook=logbook, limit=config.resilience.max_bad_samples)
+
         def make_loader(step: int) -> Loader:
             return Loader(
                 index,
@@ -162,6 +165,7 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
                 prefetch_batches=config.data.prefetch_batches,
                 dtype=dtype,
                 device=mesh.device,
+                on_bad=quarantine.note,
             )
 
         if state.step < config.run.steps:
@@ -181,7 +185,7 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
                 saver=saver,
                 validator=validator,
                 logbook=logbook,
-                callback=Callbacks(guards(config)),
+                callback=Callbacks([quarantine, *guards(config)]),
             )
             state = trainer.run()
         else:
@@ -193,7 +197,9 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
         failures = torch.tensor(validator.failures if validator else 0)
         # Reached by every rank once its videos are written or given up: now they can be counted and shown.
         torch.distributed.all_reduce(failures, group=mesh.control)
-        logbook.event("end", step=state.step, samples=state.samples, validation_failures=int(failures))
+        logbook.event(
+            "end", step=state.step, samples=state.samples, validation_failures=int(failures), bad_samples=quarantine.num_bad
+        )
         logbook.show_videos(validator.take_finished() if validator else [])
     if mesh.is_main:
         _log.info("report: %s", write_report(run_dir))

@@ -38,7 +38,8 @@ class StepNote:
         step_s: Seconds from the last step's edge to this one's, without validation and saving.
         data_wait_s: Seconds of these that this rank waited for data.
         epoch: How often the data set was gone through before.
-        digest: Identity of the global batch.
+        digest: Identity of the global batch, as it was planned.
+        bad_samples: Samples of it that were replaced, of those that this rank answers for.
         result: What the step left on the device.
     """
 
@@ -52,6 +53,7 @@ class StepNote:
     data_wait_s: float
     epoch: int
     digest: str
+    bad_samples: int
     result: StepResult
 
 
@@ -63,7 +65,8 @@ class LoggedStep:
         loss: Of the global batch.
         grad_norm: Before clipping.
         skipped: No weight moved, since the norm was not finite.
-        digest: Identity of the global batch.
+        digest: Identity of the global batch, as it was planned.
+        bad_samples: Samples of it that could not be read and were replaced, over all ranks.
         bad_ranks: Ranks whose share of the loss is not finite.
     """
 
@@ -72,6 +75,7 @@ class LoggedStep:
     grad_norm: float
     skipped: bool
     digest: str
+    bad_samples: int
     bad_ranks: tuple[int, ...]
 
 
@@ -118,9 +122,9 @@ class Logbook:
         if not notes:
             return []
         device = torch.stack([torch.stack([n.result.loss, n.result.grad_norm, n.result.skipped]).double() for n in notes])
-        waits = torch.tensor([[n.data_wait_s] for n in notes], dtype=torch.float64)
+        host = torch.tensor([[n.data_wait_s, n.bad_samples] for n in notes], dtype=torch.float64)
         asked = time.perf_counter()
-        local = torch.cat([device.cpu(), waits], dim=1)
+        local = torch.cat([device.cpu(), host], dim=1)
         if self._mesh.device.type == "cuda":
             # The host ran ahead and waited for the device only now: the window's time is known, how it parts over steps is not.
             step_s = (sum(n.step_s for n in notes) + time.perf_counter() - asked) / len(notes)
@@ -138,10 +142,16 @@ class Logbook:
                 grad_norm=grad_norm,
                 skipped=bool(skipped),
                 digest=note.digest,
+                bad_samples=int(bad),
                 bad_ranks=tuple((~fine).nonzero().flatten().tolist()),
             )
-            for note, loss, (grad_norm, skipped), fine in zip(
-                notes, losses.sum(0).tolist(), local[:, 1:3].tolist(), finite.unbind(1), strict=True
+            for note, loss, (grad_norm, skipped), bad, fine in zip(
+                notes,
+                losses.sum(0).tolist(),
+                local[:, 1:3].tolist(),
+                table[:, :, 4].sum(0).tolist(),
+                finite.unbind(1),
+                strict=True,
             )
         ]
         self._write(notes, logged, waits_s=table[:, :, 3].amax(0).tolist())
@@ -199,7 +209,7 @@ class Logbook:
             mfu=note.flops / note.step_s / (peak * self._mesh.world) if peak else None,
             memory_bytes=memory_bytes(self._mesh.device),
             batch_digest=note.digest,
-            extra={"epoch": note.epoch, "skipped": logged.skipped},
+            extra={"epoch": note.epoch, "skipped": logged.skipped, "bad_samples": logged.bad_samples},
         )
 
 

@@ -78,7 +78,7 @@ def train_step(
     objective: Objective,
     keys: Keys,
     shards: Callable[[Thw], Shard],
-    agree: Callable[[MicroBatch], None],
+    agree: Callable[[MicroBatch], MicroBatch],
     lr: float,
     clip_norm: float,
 ) -> StepResult:
@@ -86,11 +86,12 @@ def train_step(
 
     Args:
         shards: This rank's part of samples of a latent shape.
-        agree: Called before each forward: fails where the ranks that share its samples hold other ones than this rank.
+        agree: Called before each forward: fails where the ranks that share its samples hold other ones than this rank; returns
+            what is to be run, which replaces the micro-batch in ``data``.
     """
     losses = []
     for i, micro in enumerate(data.micros):
-        agree(micro)
+        data.micros[i] = micro = agree(micro)
         shard = shards(micro.latent)
         with backend.forward_context(last_micro=i == len(data.micros) - 1):
             loss = micro_loss(backend.model, micro, objective=objective, keys=keys, step=data.step, shard=shard)

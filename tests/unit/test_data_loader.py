@@ -208,7 +208,7 @@ def test_reading_ahead_is_bounded(dataset, monkeypatch):
     index, _ = dataset
     loaded = []
     load = Loader._load
-    monkeypatch.setattr(Loader, "_load", lambda self, batch, micro: loaded.append(micro) or load(self, batch, micro))
+    monkeypatch.setattr(Loader, "_load", lambda self, *work: loaded.append(work) or load(self, *work))
     data = loader(index, num_steps=50, prefetch_batches=3)
     steps = iter(data)
     next(steps)
@@ -238,15 +238,39 @@ def test_threads_end_after_the_last_step(dataset):
     assert not reader_threads()
 
 
-def test_an_error_in_a_thread_reaches_the_consumer_at_its_step(dataset):
+def test_an_error_in_a_thread_reaches_the_consumer_at_its_step(dataset, monkeypatch):
+    index, _ = dataset
+    load = Loader._load
+
+    def broken(self, step, *work):
+        if step == 2:
+            raise MemoryError("no more")
+        return load(self, step, *work)
+
+    monkeypatch.setattr(Loader, "_load", broken)
+    seen = []
+    with pytest.raises(MemoryError, match="no more"):
+        seen.extend(step.step for step in loader(index, prefetch_batches=6))
+    assert seen == [0, 1]
+    assert not reader_threads()
+
+
+def test_a_sample_that_cant_be_read_is_marked_and_the_others_are_as_ever(dataset):
     index, _ = dataset
     order = Order(index, keys=Keys(0), global_batch=8)
+    whole = [step.micros[0] for step in loader(index, order=order)]
     row = order.batch(2).rows[5]
     flip_bit(index, row, int(index.latents.offset[row]))
-    seen = []
-    with pytest.raises(DataError, match=repr(index.key[row])):
-        seen.extend(step.step for step in loader(index, order=order, prefetch_batches=6))
-    assert seen == [0, 1]
+    for step, before in zip(loader(index, order=order, prefetch_batches=6), whole, strict=True):
+        (micro,) = step.micros
+        bad = [b for b, why in enumerate(micro.bad) if why is not None]
+        good = [b for b, key in enumerate(micro.keys) if key != index.key[row]]
+        assert bad == [b for b in range(8) if b not in good] and (bad or step.step != 2)
+        assert (micro.keys, micro.samples, micro.places) == (before.keys, before.samples, tuple(range(8)))
+        assert torch.equal(micro.weight_B, before.weight_B)
+        for name in ("latents_BCthw", "text_BYE", "text_mask_BY"):
+            now, then = getattr(micro, name), getattr(before, name)
+            assert torch.equal(now[good], then[good]) and torch.isfinite(now).all()
     assert not reader_threads()
 
 
@@ -262,9 +286,9 @@ def test_waiting_is_measured(dataset, monkeypatch):
     release = threading.Event()
     load = Loader._load
 
-    def blocked(self, batch, micro):
+    def blocked(self, *work):
         release.wait(10)
-        return load(self, batch, micro)
+        return load(self, *work)
 
     monkeypatch.setattr(Loader, "_load", blocked)
     threading.Timer(0.2, release.set).start()

@@ -84,9 +84,7 @@ def test_digests_tell_batches_apart(index):
 def test_plans_are_made_once_per_epoch(index, monkeypatch):
     o, calls = order(index), []
     permutation = o._permutation
-    monkeypatch.setattr(
-        o, "_permutation", lambda p, *, epoch, size: calls.append(epoch) or permutation(p, epoch=epoch, size=size)
-    )
+    monkeypatch.setattr(o, "_permutation", lambda p, *, key, size: calls.append(key) or permutation(p, key=key, size=size))
     for step in (8, 9, 7, 10, 8, 9):  # a reader that is ahead, a consumer that is behind
         o.batch(step)
     assert Counter(calls) == {0: 3, 1: 3}

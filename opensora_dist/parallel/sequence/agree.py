@@ -36,6 +36,7 @@ class Intent:
         dtype: Of the latents.
         shard: This rank's part of the tokens.
         patch: Latents of a token.
+        num_bad: Samples that this rank could not read. Ranks may differ in it, as in the part.
     """
 
     step: int
@@ -47,13 +48,14 @@ class Intent:
     dtype: torch.dtype
     shard: Shard
     patch: Thw
+    num_bad: int = 0
 
     def row(self) -> list[int]:
         """As numbers, in the order of ``_FIELDS``; read off the host's own values, so that no device is waited for."""
         scheme, grid = _SCHEMES.index(self.shard.scheme.name), self.shard.grid
         batch = [self.step, _hash(self.digest), _hash(repr(tuple(self.samples))), len(self.samples)]
         layout = [scheme, len(self.shard.sizes), int(self.shard.by_rows), *grid]
-        return [*batch, *self.latent, self.text_tokens, _DTYPES.index(self.dtype), *layout, *self.part]
+        return [*batch, *self.latent, self.text_tokens, _DTYPES.index(self.dtype), *layout, *self.part, self.num_bad]
 
 
 def _hash(text: str) -> int:
@@ -95,14 +97,16 @@ class Agreement:
         self._group = mesh.sp_control
         self._ranks: list[int] = dist.get_process_group_ranks(mesh.sp_control)
 
-    def check(self, intent: Intent) -> None:
-        """Compares what every rank of the group is about to do. Collective over them; nothing where a sample has one rank.
+    def check(self, intent: Intent) -> bool:
+        """Compares what every rank of the group is about to do. Collective over them; nothing is sent where a sample has one rank.
 
+        Returns:
+            Whether any of them has samples that it could not read; then all must call ``bad_anywhere``.
         Raises:
             CommunicationError: On every rank alike, with the values of each.
         """
         if len(self._ranks) == 1:
-            return
+            return intent.num_bad > 0
         mine = torch.tensor(intent.row(), dtype=torch.int64)
         table_PF = mine.new_empty((len(self._ranks), len(mine)))
         dist.all_gather(list(table_PF.unbind(0)), mine, group=self._group)
@@ -113,6 +117,29 @@ class Agreement:
                 f"ranks {self._ranks} share samples, and are about to do different things with them: {'; '.join(problems)}; "
                 "every rank must run the same code with the same config on the same data: compare them across machines"
             )
+        return any(row[-1] for row in table)
+
+    def bad_anywhere(self, bad: Sequence[bool], *, sharing: int) -> list[bool] | None:
+        """Which samples any rank that shares them could not read. Collective over the group, the same number of samples on all.
+
+        Args:
+            bad: Which this rank could not read.
+            sharing: Ranks that share these samples; the group may hold several such parties.
+        Returns:
+            None where the whole group has read everything.
+        """
+        mine = torch.tensor(list(bad), dtype=torch.uint8)
+        table_PB = mine.new_empty((len(self._ranks), len(mine)))
+        dist.all_gather(list(table_PB.unbind(0)), mine, group=self._group)
+        if not table_PB.any():
+            return None
+        party = dist.get_rank(self._group) // sharing * sharing
+        found: list[bool] = table_PB[party : party + sharing].bool().any(0).tolist()
+        return found
+
+    def answers(self, *, sharing: int) -> bool:
+        """Whether this rank is the one that speaks for the samples it shares, where something is said of each once."""
+        return dist.get_rank(self._group) % sharing == 0
 
     def _differences(self, table: list[list[int]]) -> list[str]:
         problems = []
