@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opensora_dist.core.errors import WeightsError
 from opensora_dist.models.base import VideoTransformer
 from opensora_dist.parallel.keys import Keys
+from opensora_dist.parallel.tensor.linear import copy_whole, packed_parts
 
 
 @torch.no_grad()
@@ -23,10 +23,11 @@ def init_weights(model: VideoTransformer, keys: Keys) -> None:
         model: After ``to_empty``.
         keys: The run's keys; the purpose of a draw is ``init:<name>``.
     """
+    packed = packed_parts(model)
     for name, tensor in model.state_dict().items():
         full = torch.empty(tensor.shape)
         model.init_parameter(name, full, keys.generator(f"init:{name}"))
-        _copy(tensor, full)
+        copy_whole(tensor, full, parts=packed.get(name, 1))
 
 
 @torch.no_grad()
@@ -36,19 +37,9 @@ def assign_weights(model: VideoTransformer, tensors: Mapping[str, Tensor]) -> No
     Raises:
         WeightsError: A name or shape that the model doesn't have.
     """
-    own = model.state_dict()
+    own, packed = model.state_dict(), packed_parts(model)
     for name, full in tensors.items():
         if name not in own or own[name].shape != full.shape:
             has = f"shape {tuple(own[name].shape)}" if name in own else "no such parameter"
             raise WeightsError(f"{name} of shape {tuple(full.shape)}: the model has {has}; read weights through models.importers")
-        _copy(own[name], full)
-
-
-def _copy(target: Tensor, full: Tensor) -> None:
-    assert not target.is_meta, "to_empty must come before values"
-    if isinstance(target, DTensor):
-        # src_data_rank=None: every rank holds the whole tensor already, so sharding it needs no communication.
-        shard = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
-        target.to_local().copy_(shard.to_local())
-    else:
-        target.copy_(full)
+        copy_whole(own[name], full, parts=packed.get(name, 1))

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from enum import StrEnum
 
 import torch
 import torch.distributed as dist
@@ -21,17 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from opensora_dist.config.train import SpConfig
 from opensora_dist.core.errors import ConfigError
+from opensora_dist.parallel.places import AxisName, Places
 from opensora_dist.parallel.sequence.base import Links
 from opensora_dist.parallel.sequence.exchange import Exchange
-
-
-class AxisName(StrEnum):
-    """Axes of the device mesh, outermost first."""
-
-    DP_REPLICATE = "dp_replicate"  # ranks that hold copies
-    DP_SHARD = "dp_shard"  # ranks that hold shards of one copy, and see different samples
-    RING = "ring"  # groups of ulysses ranks that share a sample
-    ULYSSES = "ulysses"  # ranks that share a sample, next to each other
 
 
 FSDP_AXIS = "fsdp"
@@ -43,24 +34,24 @@ class Mesh:
     """Where this rank stands.
 
     Args:
+        places: The sizes of the axes.
         device_mesh: Axes as ``AxisName``.
-        fsdp: What parameters are sharded over: dp_shard x ring x ulysses, flattened.
-        hsdp: dp_replicate x ``fsdp``, where there are replicas.
+        parameters: dp_replicate x fsdp (dp_shard x ring x ulysses, flattened) x tp: what parameters are laid out over.
+        copy: fsdp x tp, flattened: the ranks that hold one copy of all parameters together.
         device: What this rank computes on.
-        sp_size: Ranks that share a sample; consecutive ranks do.
-        links: For each number of ranks of ``sp_degrees`` above 1, those that share a sample with this one.
+        links: For each number of ranks of ``sp_degrees`` above 1, those that hold the other parts of this rank's samples.
         control: gloo group of all ranks, for small CPU messages (stop flags, agreement on a save) beside the training traffic.
         saving: gloo group of all ranks for the thread that writes checkpoints beside training.
-        sp_control: The same for the ranks that share a sample.
+        sp_control: The same for the ranks that share a sample, those that hold the same part of it included.
     """
 
+    places: Places
     device_mesh: DeviceMesh
-    fsdp: DeviceMesh
-    hsdp: DeviceMesh | None
+    parameters: DeviceMesh
+    copy: DeviceMesh
     device: torch.device
     rank: int
     world: int
-    sp_size: int
     links: dict[int, Links]
     control: dist.ProcessGroup
     saving: dist.ProcessGroup
@@ -71,10 +62,52 @@ class Mesh:
         """Whether this rank writes what is written once."""
         return self.rank == 0
 
+    @property
+    def sp_size(self) -> int:
+        """Ranks that hold parts of one sample."""
+        return self.places.ring * self.places.ulysses
+
+    @property
+    def tp_size(self) -> int:
+        """Ranks that hold the same tokens, and share the linears; consecutive ranks do."""
+        return self.places.tp
+
+    @property
+    def tp_rank(self) -> int:
+        """Among the ranks that hold the same tokens. What is to count once, the first of them counts."""
+        return self.rank % self.tp_size
+
+    @property
+    def token_rank(self) -> int:
+        """Which tokens this rank holds: of the parts of all samples, in order; parts of one sample are next to each other."""
+        return self.rank // self.tp_size
+
+    @property
+    def token_ranks(self) -> int:
+        """How many ranks hold different tokens."""
+        return self.world // self.tp_size
+
+    @property
+    def fsdp(self) -> DeviceMesh:
+        """What parameters are sharded over: dp_shard x ring x ulysses, flattened."""
+        return self.parameters[FSDP_AXIS]
+
+    @property
+    def hsdp(self) -> DeviceMesh | None:
+        """dp_replicate x ``fsdp``, where there are replicas."""
+        return self.parameters[AxisName.DP_REPLICATE, FSDP_AXIS] if self.places.dp_replicate > 1 else None
+
+    @property
+    def tp(self) -> DeviceMesh:
+        """The ranks that share the linears."""
+        return self.parameters[AxisName.TP]
+
+    def table(self) -> str:
+        """Who holds what, for people: ``Places.table``."""
+        return self.places.table()
+
     def __str__(self) -> str:
-        sizes = {name: self.device_mesh[name].size() for name in AxisName}
-        axes = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == AxisName.DP_SHARD)
-        return f"{self.world} rank{'s' if self.world > 1 else ''} on {self.device.type}: {axes}"
+        return f"{self.world} rank{'s' if self.world > 1 else ''} on {self.device.type}: {self.places}"
 
 
 def launched_world() -> int | None:
@@ -126,45 +159,53 @@ def process_group(device: torch.device, *, timeout_s: float) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def build_mesh(device: torch.device, *, dp_replicate: int, sp: SpConfig, timeout_s: float) -> Mesh:
+def places_of(*, world: int, dp_replicate: int, sp: SpConfig, tp: int) -> Places:
+    """How ``world`` ranks are laid out; dp_replicate x sp.degree x tp divides them (``config.rules.mesh_problems``)."""
+    ulysses = sp_ulysses(sp)
+    assert world % (dp_replicate * sp.degree * tp) == 0 and sp.degree % ulysses == 0, (world, dp_replicate, sp, tp)
+    dp_shard = world // (dp_replicate * sp.degree * tp)
+    return Places(dp_replicate=dp_replicate, dp_shard=dp_shard, ring=sp.degree // ulysses, ulysses=ulysses, tp=tp)
+
+
+def build_mesh(device: torch.device, *, dp_replicate: int, sp: SpConfig, tp: int = 1, timeout_s: float) -> Mesh:
     """The mesh of the initialised process group. Collective.
 
     Args:
-        dp_replicate: Groups of ranks holding copies; dp_replicate x sp.degree divides the world (checked with the config).
+        dp_replicate: Groups of ranks holding copies.
         sp: Who shares a sample.
+        tp: Ranks that share the linears of a block.
     """
-    world, rank = dist.get_world_size(), dist.get_rank()
-    ulysses, timeout = sp_ulysses(sp), timedelta(seconds=timeout_s)
-    assert world % (dp_replicate * sp.degree) == 0 and sp.degree % ulysses == 0, (world, dp_replicate, sp)
-    ranks = torch.arange(world).view(dp_replicate, -1, sp.degree // ulysses, ulysses)
+    world, rank, timeout = dist.get_world_size(), dist.get_rank(), timedelta(seconds=timeout_s)
+    places = places_of(world=world, dp_replicate=dp_replicate, sp=sp, tp=tp)
+    ranks = places.ranks
     axes = [_group(_lines(ranks, dim), timeout=timeout, name=str(axis)) for dim, axis in enumerate(AxisName)]
     device_mesh = DeviceMesh.from_group(axes, device.type, mesh=ranks, mesh_dim_names=tuple(str(axis) for axis in AxisName))
-    shards = ranks.flatten(1)
-    fsdp_group = _group(shards.tolist(), timeout=timeout, name=FSDP_AXIS)
-    hsdp = None
-    if dp_replicate > 1:
-        names = (str(AxisName.DP_REPLICATE), FSDP_AXIS)
-        hsdp = DeviceMesh.from_group([axes[0], fsdp_group], device.type, mesh=shards, mesh_dim_names=names)
+    replicate_group, _, ring, ulysses, tp_group = axes
+    shards = ranks.flatten(1, 3)
+    fsdp_group = _group(_lines(shards, 1), timeout=timeout, name=FSDP_AXIS)
+    copy_group = fsdp_group if tp == 1 else _group(shards.flatten(1).tolist(), timeout=timeout, name="copy")
     links = {}
     for degree in (n for n in sp_degrees(sp) if n > 1):
-        ring_group, ulysses_group = axes[2:]
-        blocks = torch.arange(world).view(-1, degree)
+        ring_group, ulysses_group = ring, ulysses
+        blocks = torch.arange(world).view(-1, 1, degree, tp)
         if degree < sp.degree:  # a shape that auto spreads over fewer ranks: each such block is one group of ulysses
-            ring_group, ulysses_group = (_group(_lines(blocks[:, None], dim), timeout=timeout, name="part") for dim in (1, 2))
-        sp_group = _group(blocks.tolist(), timeout=timeout, name="sp")
+            ring_group, ulysses_group = (_group(_lines(blocks, dim), timeout=timeout, name="part") for dim in (1, 2))
+        sp_group = _group(_lines(blocks, 2), timeout=timeout, name="sp")
         links[degree] = Links(sp=Exchange(sp_group), ring=Exchange(ring_group), ulysses=Exchange(ulysses_group))
+    names = (str(AxisName.DP_REPLICATE), FSDP_AXIS, str(AxisName.TP))
+    groups = [replicate_group, fsdp_group, tp_group]
     return Mesh(
+        places=places,
         device_mesh=device_mesh,
-        fsdp=DeviceMesh.from_group(fsdp_group, device.type, mesh_dim_names=(FSDP_AXIS,)),
-        hsdp=hsdp,
+        parameters=DeviceMesh.from_group(groups, device.type, mesh=shards, mesh_dim_names=names),
+        copy=DeviceMesh.from_group(copy_group, device.type, mesh_dim_names=("copy",)),
         device=device,
         rank=rank,
         world=world,
-        sp_size=sp.degree,
         links=links,
         control=_group([list(range(world))], timeout=timeout, name="control", backend=_host_backend()),
         saving=_group([list(range(world))], timeout=timeout, name="saving", backend=_host_backend()),
-        sp_control=_group(ranks.view(-1, sp.degree).tolist(), timeout=timeout, name="sp_control", backend=_host_backend()),
+        sp_control=_group(ranks.view(-1, sp.degree * tp).tolist(), timeout=timeout, name="sp_control", backend=_host_backend()),
     )
 
 

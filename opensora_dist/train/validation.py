@@ -66,12 +66,12 @@ class Validator:
         self._prompts, self._latent, self._spec, self._codec = list(prompts), latent, spec, codec
         self._objective, self._options, self._keys, self._mesh = objective, options, keys, mesh
         self._shard = shards(latent)
-        group, in_group = divmod(mesh.rank, len(self._shard.sizes))
-        share = -(-len(prompts) // (mesh.world // len(self._shard.sizes)))
+        group, in_group = divmod(mesh.token_rank, len(self._shard.sizes))
+        share = -(-len(prompts) // (mesh.token_ranks // len(self._shard.sizes)))
         # A group without a prompt draws the first one again: under ZeRO-3 every forward is a collective, so all ranks do as many.
         mine = list(range(len(prompts)))[group * share : (group + 1) * share]
         # All of a group have the whole videos in the end; the first writes them.
-        self._written = mine if in_group == 0 else []
+        self._written = mine if in_group == mesh.tp_rank == 0 else []
         self._drawn = mine or [0]
         self._texts = [texts[i] for i in self._drawn]
         self._noise_ids = [noise_ids(prompts)[i] for i in self._drawn]

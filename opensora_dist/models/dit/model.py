@@ -13,6 +13,7 @@ from opensora_dist.core.types import Axis, Region, Thw
 from opensora_dist.models.base import VideoTransformer
 from opensora_dist.models.layers import Block, modulate
 from opensora_dist.parallel.sequence.base import Shard
+from opensora_dist.parallel.tensor.linear import part_of
 
 
 class DiTBlock(Block):
@@ -37,7 +38,7 @@ class DiTBlock(Block):
             return tp.enter(modulate(self.norm1(x), shift_B11D=shift_B11D, scale_B11D=scale_B11D))
 
         return shard.branch(
-            self.attn,
+            part_of(self.attn),
             x_BtsD,
             Axis.JOINT,
             before=modulated,

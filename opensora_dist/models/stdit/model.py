@@ -14,6 +14,7 @@ from opensora_dist.core.types import Axis, Region, Thw
 from opensora_dist.models.base import ModelIo, VideoTransformer
 from opensora_dist.models.layers import Block, SelfAttention, modulate
 from opensora_dist.parallel.sequence.base import Shard
+from opensora_dist.parallel.tensor.linear import part_of
 
 
 class STDiTBlock(Block):
@@ -38,7 +39,7 @@ class STDiTBlock(Block):
 
         def space(x: Tensor) -> Tensor:
             return shard.branch(
-                self.attn,
+                part_of(self.attn),
                 x,
                 Axis.SPACE,
                 before=modulated,
@@ -53,7 +54,7 @@ class STDiTBlock(Block):
             return tp.enter(x if tpe_tD is None else x + tpe_tD[frames, None])
 
         return shard.branch(
-            self.attn_temp,
+            part_of(self.attn_temp),
             x_BtsD,
             Axis.TIME,
             first=space,

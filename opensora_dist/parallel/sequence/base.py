@@ -23,6 +23,33 @@ Before = Callable[[Tensor, slice], Tensor]
 Then = Callable[[Tensor, Tensor], Tensor]
 
 
+class Linear(Protocol):
+    """What one rank computes of a linear; all of it, where ranks don't share it."""
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in]."""
+        ...
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out]; None where it is added later, after a sum over ranks."""
+        ...
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """[..., in] to [..., out]."""
+        ...
+
+
+class BiasedLinear(Linear, Protocol):
+    """One that adds its bias itself."""
+
+    @property
+    def bias(self) -> Tensor:
+        """[out]."""
+        ...
+
+
 class Projections(Protocol):
     """What a scheme needs of a self-attention: its linears, with weights whole on every rank while a block runs.
 
@@ -30,10 +57,25 @@ class Projections(Protocol):
     other heads, these are fewer than the width, and ``proj`` has no bias.
     """
 
-    heads: int
-    head_dim: int
-    qkv: nn.Linear
-    proj: nn.Linear
+    @property
+    def heads(self) -> int:
+        """Those that this rank computes."""
+        ...
+
+    @property
+    def head_dim(self) -> int:
+        """Of each."""
+        ...
+
+    @property
+    def qkv(self) -> BiasedLinear:
+        """To the heads."""
+        ...
+
+    @property
+    def proj(self) -> Linear:
+        """Back to the width."""
+        ...
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -112,7 +112,8 @@ class Exchange:
         """The sum over ranks, in place. ``tensor`` is contiguous."""
 
         def start() -> dist.Work | None:
-            return dist.all_reduce(tensor, group=self.group, async_op=True)
+            work: dist.Work | None = dist.all_reduce(tensor, group=self.group, async_op=True)
+            return work
 
         return self._pending(tensor, start, what="all_reduce")
 

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from opensora_dist.parallel.sequence.base import BiasedLinear
 
 
 def heads_problems(name: str, *, size: int, heads: int, joint: bool) -> list[str]:
@@ -42,7 +44,7 @@ def rows_of_heads(parameter: Tensor, *, rank: int, size: int) -> Tensor:
     return parameter.view(3, size, -1, *parameter.shape[1:])[:, rank].flatten(0, 1)
 
 
-def split_q_kv(qkv: nn.Linear) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def split_q_kv(qkv: BiasedLinear) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(weight, bias) of the queries, and those of keys and values together; views, whose gradients come back in one piece."""
     width = len(qkv.weight) // 3
     (q_weight, kv_weight), (q_bias, kv_bias) = (torch.split(p, [width, 2 * width]) for p in (qkv.weight, qkv.bias))

@@ -39,7 +39,7 @@ class SequenceParallel:
         """Which samples of a batch, and which latents of each, are this rank's."""
         shard = self.shard(grid)
         degree = len(shard.sizes)
-        return Share(self._mesh.rank // degree, self._mesh.world // degree, shard.region.times(patch))
+        return Share(self._mesh.token_rank // degree, self._mesh.token_ranks // degree, shard.region.times(patch))
 
     def _make(self, grid: Thw, *, name: str, degree: int) -> Shard:
         if degree == 1:

@@ -118,7 +118,7 @@ class Ulysses(Scheme):
         Weights are cut once for all sequences, so that backward joins their gradients once.
         """
         sizes = [size for size in split_sizes(attn.heads // ranks, pieces) if size]
-        width = attn.qkv.in_features
+        width = attn.qkv.weight.shape[1]
         weights = torch.split(cast(attn.qkv.weight).view(3, ranks, attn.heads // ranks, -1, width), sizes, dim=2)
         biases = torch.split(cast(attn.qkv.bias).view(3, ranks, attn.heads // ranks, -1), sizes, dim=2)
         if not self._overlap:

@@ -1,8 +1,7 @@
 """Linears whose parameters are DTensors over the ranks of ``tp``, used as this rank's part of them.
 
-A column-wise linear gives each rank some outputs, a row-wise one takes some inputs from each. ``weight`` and ``bias`` read as this
-rank's part, so that whatever works with a linear's parameters (a sequence scheme does) works with the part; ``named_parameters`` and
-FSDP2 see the DTensors, and ``in_features`` and ``out_features`` are those of the whole.
+A column-wise linear gives each rank some outputs, a row-wise one takes some inputs from each. ``in_features`` and ``out_features``
+are those of the whole. A sequence scheme, which works with the parameters of an attention, is given this rank's part (``part_of``).
 
 Where one linear holds several things side by side (queries, keys and values), each rank needs its heads of every one. Rows are then
 held rank by rank, so that plain ``Shard(0)`` gives each rank its own; a checkpoint has them in the linear's own order
@@ -15,12 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from opensora_dist.parallel.places import AxisName
+from opensora_dist.parallel.sequence.base import Projections
 
 
 @dataclass(frozen=True)
@@ -43,48 +45,85 @@ Plan = Mapping[str, Columns | Rows]
 """How the linears of a module are shared, by name."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ColumnPart:
+    """This rank's outputs of a linear. Gradients of its parameters come back as those of the DTensors."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out / ranks]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPart:
+    """What this rank's inputs contribute to the outputs of a linear. No bias: one on every rank would be summed, too."""
+
+    weight: Tensor
+    bias: None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in / ranks] to [..., out]."""
+        return F.linear(x, self.weight)
+
+
 class ColumnLinear(nn.Linear):
-    """This rank's outputs of a linear."""
+    """A linear whose outputs are dealt out: gives this rank's."""
 
     def __init__(self, whole: nn.Linear, tp: DeviceMesh, *, parts: int) -> None:
-        _take(self, whole)
+        _start(self, whole)
         self.parts = parts
-        for name in ("weight", "bias"):
-            self._parameters[name] = _shard(whole.get_parameter(name), tp, dim=0)
+        self.weight = _shard(whole.weight, tp, dim=0)
+        self.bias = _shard(whole.bias, tp, dim=0)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """[out / ranks, in]."""
-        return _local(self._parameters["weight"])
+    def part(self) -> ColumnPart:
+        """Of this rank, while the parameters are gathered."""
+        return ColumnPart(weight=_local(self.weight), bias=_local(self.bias))
 
-    @property
-    def bias(self) -> Tensor:  # type: ignore[override]
-        """[out / ranks]."""
-        return _local(self._parameters["bias"])
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        return self.part(input)
 
 
 class RowLinear(nn.Linear):
-    """What this rank's inputs give to a linear's outputs, without the bias."""
+    """A linear whose inputs are dealt out: gives what this rank's contribute, without the bias."""
 
     def __init__(self, whole: nn.Linear, tp: DeviceMesh) -> None:
-        _take(self, whole)
-        self._parameters["weight"] = _shard(whole.weight, tp, dim=1)
-        self._parameters["bias"] = nn.Parameter(whole.get_parameter("bias").detach())
+        _start(self, whole)
+        self.weight = _shard(whole.weight, tp, dim=1)
+        self.bias = nn.Parameter(whole.bias.detach())
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """[out, in / ranks]."""
-        return _local(self._parameters["weight"])
-
-    @property
-    def bias(self) -> None:  # type: ignore[override]
-        """None here: a bias on every rank would be summed, too."""
-        return None
+    def part(self) -> RowPart:
+        """Of this rank, while the parameters are gathered."""
+        return RowPart(weight=_local(self.weight))
 
     @property
     def summed_bias(self) -> Tensor:
-        """[out], for after the sum; the same on every rank."""
-        return _local(self._parameters["bias"])
+        """For after the sum; the same on every rank."""
+        return self.bias
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        return self.part(input)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartProjections:
+    """One rank's heads of a self-attention: ``Projections`` for a sequence scheme."""
+
+    heads: int
+    head_dim: int
+    qkv: ColumnPart
+    proj: RowPart
+
+
+def part_of(attn: Projections) -> Projections:
+    """What a scheme is to work with: this rank's part of shared linears, or the linears as they are."""
+    if isinstance(attn.qkv, ColumnLinear) and isinstance(attn.proj, RowLinear):
+        return PartProjections(heads=attn.heads, head_dim=attn.head_dim, qkv=attn.qkv.part, proj=attn.proj.part)
+    return attn
 
 
 def share_linears(module: nn.Module, plan: Plan, tp: DeviceMesh) -> None:
@@ -124,9 +163,9 @@ def rows_in_order(held: Tensor, *, parts: int, ranks: int) -> Tensor:
 
 def tp_size(parameter: Tensor) -> int:
     """Ranks that share a parameter by tensor parallelism; 1 for one that is whole on each of them."""
-    if not isinstance(parameter, DTensor) or "tp" not in (parameter.device_mesh.mesh_dim_names or ()):
+    if not isinstance(parameter, DTensor) or AxisName.TP not in (parameter.device_mesh.mesh_dim_names or ()):
         return 1
-    return parameter.device_mesh["tp"].size()
+    return parameter.device_mesh[AxisName.TP].size()
 
 
 @torch.no_grad()
@@ -136,6 +175,7 @@ def copy_whole(target: Tensor, whole: Tensor, *, parts: int) -> None:
     Args:
         parts: As ``packed_parts`` has it; 1 for other parameters.
     """
+    assert not target.is_meta, "to_empty must come before values"
     if not isinstance(target, DTensor):
         target.copy_(whole)
         return
@@ -146,7 +186,7 @@ def copy_whole(target: Tensor, whole: Tensor, *, parts: int) -> None:
     target.to_local().copy_(shard.to_local())
 
 
-def _take(linear: nn.Linear, whole: nn.Linear) -> None:
+def _start(linear: nn.Linear, whole: nn.Linear) -> None:
     """What ``nn.Linear.__init__`` does, but for parameters of its own."""
     nn.Module.__init__(linear)
     linear.in_features, linear.out_features = whole.in_features, whole.out_features
@@ -156,7 +196,6 @@ def _shard(parameter: Tensor, tp: DeviceMesh, *, dim: int) -> nn.Parameter:
     return nn.Parameter(distribute_tensor(parameter.detach(), tp, [Shard(dim)], src_data_rank=None))
 
 
-def _local(parameter: Tensor | None) -> Tensor:
-    """This rank's part; its gradient comes back as that of the DTensor."""
-    assert parameter is not None
-    return cast(DTensor, parameter).to_local() if isinstance(parameter, DTensor) else parameter
+def _local(parameter: Tensor) -> Tensor:
+    assert isinstance(parameter, DTensor)
+    return parameter.to_local()

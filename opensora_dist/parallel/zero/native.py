@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from opensora_dist.config.train import OptimConfig, ParallelConfig, ZeroConfig
 from opensora_dist.parallel.mesh import Mesh
+from opensora_dist.parallel.tensor.linear import packed_parts, tp_size
+from opensora_dist.parallel.tensor.state import in_order, put_back
 from opensora_dist.parallel.zero.optimizer import adamw, start_moments
 
 _CPU = torch.device("cpu")
@@ -57,6 +59,7 @@ class NativeBackend:
         self._module = model
         self._params = dict(model.named_parameters())
         self._buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
+        self._packed = packed_parts(model)
         self._held = {name: _local(p.detach()) for name, p in self._params.items()}
         self.weights = self._held
         if self._offload == "optimizer":
@@ -137,11 +140,16 @@ class NativeBackend:
         return norm
 
     def _global_norm(self, grads: Mapping[str, Tensor]) -> Tensor:
-        """The norm over all ranks, each shard counted once."""
+        """The norm over all ranks, each shard counted once, and once what ranks of ``tp`` hold alike."""
         norms = torch._foreach_norm(list(grads.values()))
-        squares = torch.stack(norms).double().square().sum().to(self._mesh.device)
+        by_holders: dict[int, list[Tensor]] = {}
+        for name, norm in zip(grads, norms, strict=True):
+            by_holders.setdefault(self._mesh.tp_size // tp_size(self._params[name]), []).append(norm)
+        sums = [torch.stack(some).double().square().sum() / holders for holders, some in by_holders.items()]
+        squares = torch.stack(sums).sum().to(self._mesh.device)
         if self._stage > 0:
-            dist.all_reduce(squares, group=self._mesh.fsdp.get_group())
+            # A sum over tp also where all of it is held alike: so all ranks clip and skip alike, come what may.
+            dist.all_reduce(squares, group=self._mesh.copy.get_group())
         return squares.sqrt().to(norms[0].dtype)
 
     def step(self, *, lr: float) -> None:
@@ -161,7 +169,7 @@ class NativeBackend:
         return self._skipped
 
     def state_dict(self, *, ema: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Live tensors by canonical name; sharded ones are DTensors."""
+        """Live tensors by canonical name, but copies of what tensor parallelism holds in another order; DTensors where sharded."""
         state = {f"model.{name}": self._canonical(name, t) for name, t in self.weights.items()}
         state |= {f"model.{name}": b for name, b in self._buffers.items()}
         for name, weight in self.weights.items():
@@ -171,7 +179,12 @@ class NativeBackend:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, ema: Mapping[str, Tensor], steps: int) -> None:
-        """``state`` aliases what it came from, so that it is in place already."""
+        """Most of ``state`` aliases what it came from, so that it is in place already."""
+        for name, parts in self._packed.items():
+            weight = self.weights[name]
+            held = {"model": weight, "ema": ema[name]} | {m: self.optimizer.state[weight][m] for m in ("exp_avg", "exp_avg_sq")}
+            for kind, local in held.items():
+                put_back(local, state[f"{kind}.{name}"], like=self._params[name], parts=parts)
         for moments in self.optimizer.state.values():
             moments["step"].fill_(steps)
         if self.weights is not self._held:
@@ -184,11 +197,12 @@ class NativeBackend:
     def _canonical(self, name: str, local: Tensor) -> Tensor:
         """A tensor laid out as a weight, with its place in the whole."""
         param = self._params[name]
-        if not isinstance(param, DTensor):
-            return local
-        return DTensor.from_local(
-            local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
-        )
+        if name in self._packed:
+            return in_order(local, like=param, parts=self._packed[name], mesh=self._mesh)
+        # `from_local` would move what is offloaded to the mesh's device, and no longer be the live tensor.
+        if isinstance(param, DTensor):
+            return DTensor(local, param._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        return local
 
 
 def _local(tensor: Tensor) -> Tensor:
