@@ -5,6 +5,7 @@ Rules that need the data set (does the patch divide the latents?) are in ``recip
 
 from __future__ import annotations
 
+from opensora_dist.config.faults import fault_form, parse_fault
 from opensora_dist.config.load import Problem, expand
 from opensora_dist.config.prepare import PrepareConfig
 from opensora_dist.config.train import ModelConfig, SpConfig, TrainConfig
@@ -38,6 +39,7 @@ def train_problems(config: TrainConfig, *, world: int) -> list[Problem]:
         *_batch_problems(config, world=world),
         *_optim_problems(config),
         *_validation_problems(config),
+        *_fault_problems(config, world=world),
     ]
 
 
@@ -175,4 +177,20 @@ def _validation_problems(config: TrainConfig) -> list[Problem]:
     if validation.clip is not None and min(validation.clip) < 1:
         message = f"validation.clip={list(validation.clip)}: frames, height and width must each be 1 or more"
         problems.append(Problem(fields=("validation.clip",), message=message))
+    return problems
+
+
+def _fault_problems(config: TrainConfig, *, world: int) -> list[Problem]:
+    """Faults that mean nothing, or are of ranks that are not there. Phases of a save are checked in ``recipes.checks``."""
+    problems = []
+    for name, text in config.fault.model_dump().items():
+        if text is None:
+            continue
+        fault, field = parse_fault(name, text), f"fault.{name}"
+        if fault is None:
+            message = f"{field}={text!r} must be {fault_form(name)}; correct it, or drop it"
+            problems.append(Problem(fields=(field,), message=message))
+        elif fault.rank >= world:
+            message = f"{field}={text!r} names rank {fault.rank}, but there are {world}; use a rank from 0 to {world - 1}"
+            problems.append(Problem(fields=(field, "parallel.nproc"), message=message))
     return problems

@@ -1,4 +1,4 @@
-"""Ranks on this machine without torchrun: start them, pass signals on, end all when one fails, leave none behind."""
+"""Ranks on this machine without torchrun: start them, pass signals on, end all when one fails, start them again, leave none behind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -29,33 +29,58 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def run_ranks(args: Sequence[str], *, nproc: int, log_dir: Path) -> int:
+def run_ranks(
+    args: Sequence[str], *, nproc: int, log_dir: Path, max_restarts: int = 0, stuck: Callable[[], str | None] = lambda: None
+) -> int:
     """Runs ``python -m opensora_dist ARGS`` as ``nproc`` ranks and waits for all.
 
     Rank 0 writes to this terminal, the others to ``log_dir/rank-N.log``. SIGTERM, SIGINT and SIGUSR1 are passed to every rank. When a
     rank fails, the others have a second to fail by themselves, then get SIGTERM and, 20 s later, SIGKILL; of all that failed the end of
-    the log is shown.
+    the log is shown. Then all are started again, unless this process was asked to stop, or the config is bad (exit code 2).
 
+    Args:
+        max_restarts: How often at most.
+        stuck: Asked after the failure of a start: why another is of no use, or None.
     Returns:
         0 when every rank returned 0, else the first failing rank's exit code (1 where a signal ended it).
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    # The parent hosts the rendezvous store on a port the system picks, as torchrun's agent does: no port to guess, no race for it.
-    store = dist.TCPStore(  # type: ignore[attr-defined]  # not in torch's __all__
-        "127.0.0.1", 0, nproc, is_master=True, wait_for_workers=False
-    )
-    # Cores this process may use, which taskset, cpusets and Slurm make fewer than the machine has.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // nproc)
     ranks: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
 
     def forward(signum: int, _frame: FrameType | None) -> None:
+        asked.append(signum)
         for process in ranks:
             if process.poll() is None:
                 process.send_signal(signum)
 
     forwarded = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     previous = {s: signal.signal(s, forward) for s in forwarded}
+    try:
+        for restarts in range(max_restarts + 1):
+            ranks.clear()
+            code = _run_once(args, ranks, nproc=nproc, log_dir=log_dir, restarts=restarts)
+            if code in (0, 2) or asked or restarts == max_restarts:
+                break
+            if (why := stuck()) is not None:
+                _log.error("not started again: %s", why)
+                break
+            _log.warning("starting the ranks again, for the %d. of at most %d times", restarts + 1, max_restarts)
+        return code
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def _run_once(args: Sequence[str], ranks: list[subprocess.Popen[bytes]], *, nproc: int, log_dir: Path, restarts: int) -> int:
+    """One start of all ranks, and how it ended; ``ranks`` is filled for the handler of signals."""
+    # The parent hosts the rendezvous store on a port the system picks, as torchrun's agent does: no port to guess, no race for it.
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # not in torch's __all__
+        "127.0.0.1", 0, nproc, is_master=True, wait_for_workers=False
+    )
+    # Cores this process may use, which taskset, cpusets and Slurm make fewer than the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    command = [sys.executable, "-m", "opensora_dist", *args]
     try:
         for rank in range(nproc):
             env = {
@@ -67,32 +92,30 @@ def run_ranks(args: Sequence[str], *, nproc: int, log_dir: Path) -> int:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(store.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RESTART_COUNT": str(restarts),
                 "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0"),
-                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // nproc))),
                 "PYTHONUNBUFFERED": "1",
             }
-            command = [sys.executable, "-m", "opensora_dist", *args]
             if rank == 0:
                 ranks.append(subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_die_with_parent))
-            else:
-                # Appended to: neither a resumed run nor a second one, which will be refused, wipes what the first one said.
-                with open(_rank_log(log_dir, rank), "ab") as log:
-                    ranks.append(
-                        subprocess.Popen(
-                            command,
-                            env=env,
-                            stdout=log,
-                            stderr=subprocess.STDOUT,
-                            stdin=subprocess.DEVNULL,
-                            start_new_session=True,
-                            preexec_fn=_die_with_parent,
-                        )
+                continue
+            # Appended to: neither a resumed run nor a second one, which will be refused, wipes what the first one said.
+            with open(_rank_log(log_dir, rank), "ab") as log:
+                ranks.append(
+                    subprocess.Popen(
+                        command,
+                        env=env,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        stdin=subprocess.DEVNULL,
+                        start_new_session=True,
+                        preexec_fn=_die_with_parent,
                     )
+                )
         return _wait(ranks, log_dir=log_dir)
     finally:
         _end(ranks)
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 def _rank_log(log_dir: Path, rank: int) -> Path:

@@ -6,7 +6,9 @@ import os
 
 import torch
 
+from opensora_dist.checkpoint.commit import SAVE_PHASES
 from opensora_dist.codecs.registry import build_codec, check_text_encoder
+from opensora_dist.config.faults import InSave, parse_fault
 from opensora_dist.config.load import Problem, expand
 from opensora_dist.config.rules import train_problems
 from opensora_dist.config.train import TrainConfig
@@ -47,6 +49,7 @@ def training_problems(config: TrainConfig) -> list[Problem]:
         fields = ("validation.sampler", "validation.sampling_steps", "objective")
         problems += [Problem(fields=fields, message=f"validation.{p}") for p in error.problems]
     problems += _init_from_problems(config)
+    problems += _save_phase_problems(config)
     if config.parallel.sp.scheme == "auto" and config.parallel.sp.network is not None:
         try:
             read_network(expand(config.parallel.sp.network))
@@ -68,6 +71,16 @@ def rank_problems(config: TrainConfig) -> list[Problem]:
         return []
     message = f"parallel.nproc={nproc} exceeds the {gpus} GPU(s) of this machine; use at most {gpus}, or run.device=cpu"
     return [Problem(fields=("parallel.nproc", "run.device"), message=message)]
+
+
+def _save_phase_problems(config: TrainConfig) -> list[Problem]:
+    """A phase in which a rank is to be killed must be one that saves have."""
+    text = config.fault.kill_in_save
+    fault = parse_fault("kill_in_save", text) if text is not None else None
+    if not isinstance(fault, InSave) or fault.phase in SAVE_PHASES:
+        return []
+    message = f"fault.kill_in_save={text!r} names no phase of a save; use one of {', '.join(SAVE_PHASES)}"
+    return [Problem(fields=("fault.kill_in_save",), message=message)]
 
 
 def _init_from_problems(config: TrainConfig) -> list[Problem]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,8 @@ from opensora_dist.data.loader import StepData
 from opensora_dist.models.base import VideoTransformer
 from opensora_dist.models.layers import Block
 from opensora_dist.observe.events import EventLog
-from opensora_dist.parallel.mesh import AxisName, Mesh
+from opensora_dist.parallel.mesh import Mesh
+from opensora_dist.parallel.places import AxisName
 from opensora_dist.parallel.zero.base import ZeroBackend
 from opensora_dist.resilience.faults import Faults
 from opensora_dist.resilience.nonfinite import NonFiniteGuard
@@ -74,6 +75,17 @@ def guards(
             OnTime(_probed(model), StragglerReport(ratio=resilience.straggler_ratio, group=mesh.control), logbook=logbook)
         )
     return parts
+
+
+class OnStart(Callback):
+    """Calls something once the loop begins."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+
+    def start(self, *, step: int) -> None:
+        """The loop begins."""
+        self._call()
 
 
 class Injected(Callback):

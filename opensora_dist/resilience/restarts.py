@@ -6,6 +6,7 @@ same step and failed, a third would, too.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -29,44 +30,51 @@ def note_start(run_dir: Path, *, step: int) -> None:
     """Notes a start that goes on from ``step``. One rank calls it."""
     path = Path(run_dir) / RESTARTS_NAME
     with open(path, "a", encoding="utf-8") as handle:
-        handle.write(json.dumps({"restart": restart_count(), "step": step}) + "\n")
+        # A line of its own, whatever a kill left of the one before.
+        handle.write("\n" * (handle.tell() > 0) + json.dumps({"restart": restart_count(), "step": step}) + "\n")
     fsync(path)
 
 
-def starts_of_launch(run_dir: Path) -> list[int]:
-    """The steps that the starts of the last launch went on from, oldest first."""
-    path = Path(run_dir) / RESTARTS_NAME
-    steps: list[int] = []
-    for note in _notes(path) if path.exists() else []:
-        steps = [note["step"]] if note["restart"] == 0 else [*steps, note["step"]]
-    return steps
+class Progress:
+    """What the starts of a launch achieve, for the process that starts the ranks."""
 
+    def __init__(self, run_dir: Path) -> None:
+        self._path = Path(run_dir) / RESTARTS_NAME
+        self._seen = len(_notes(self._path))
+        self._steps: list[int | None] = []
 
-def no_progress(steps: list[int | None]) -> bool:
-    """Whether the last two of these failed starts achieved nothing: they went on from the same step, or came to none."""
-    return len(steps) > 1 and steps[-1] == steps[-2]
+    def stuck(self) -> str | None:
+        """After a failed start: why another is of no use, or None."""
+        notes = _notes(self._path)
+        self._steps.append(notes[-1]["step"] if len(notes) > self._seen else None)
+        self._seen = len(notes)
+        if len(self._steps) > 1 and self._steps[-1] == self._steps[-2]:
+            return _of_no_use(self._path.parent, step=self._steps[-1])
+        return None
 
 
 def refuse_without_progress(run_dir: Path) -> None:
-    """Ends a restart that two failed ones before it show to be of no use. Every rank calls it, before ``note_start``.
+    """Ends a restart by torchrun that two failed ones before it show to be of no use. Every rank calls it, before ``note_start``.
 
     torchrun would start the ranks again whatever their exit code, so the first rank of each machine asks its agent to end, by SIGTERM.
 
     Raises:
         TrainingError: It is of no use.
     """
-    steps: list[int | None] = [*starts_of_launch(run_dir)]
-    if restart_count() < 2 or not no_progress(steps):
+    restart, steps = restart_count(), dict[int, int]()
+    for note in _notes(Path(run_dir) / RESTARTS_NAME):
+        steps = {note["restart"]: note["step"]} if note["restart"] == 0 else {**steps, note["restart"]: note["step"]}
+    if "TORCHELASTIC_RUN_ID" not in os.environ or restart < 2 or steps.get(restart - 1) != steps.get(restart - 2):
         return
-    said = stuck(run_dir, step=steps[-1])
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") == "0":
+    said = _of_no_use(run_dir, step=steps.get(restart - 1))
+    if os.environ.get("LOCAL_RANK") == "0":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent passes it on, before this process has said why
         _log.error("%s; asking torchrun to end", said)
         os.kill(os.getppid(), signal.SIGTERM)
     raise TrainingError(said)
 
 
-def stuck(run_dir: Path, *, step: int | None) -> str:
+def _of_no_use(run_dir: Path, *, step: int | None) -> str:
     """What is said of a run that restarts don't help."""
     where = "before training began" if step is None else f"after going on from step {step}"
     return (
@@ -77,6 +85,9 @@ def stuck(run_dir: Path, *, step: int | None) -> str:
 
 
 def _notes(path: Path) -> list[Any]:
-    """All but a last line that a kill cut off."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """All but what a kill cut off."""
+    notes = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            notes.append(json.loads(line))
+    return notes

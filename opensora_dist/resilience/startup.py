@@ -1,0 +1,80 @@
+"""A request to stop that comes before the first step: nothing is lost, so the marker is written and the process ends at once.
+
+Python's handlers wait for the main thread, which may be waiting in C for other ranks. The wake-up descriptor is written to by the signal
+itself, and a thread reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from opensora_dist.core.logging import get_logger
+from opensora_dist.resilience.signals import write_marker
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_log = get_logger(__name__)
+
+
+class StopWhileStarting:
+    """Ends the process with code 0 on SIGTERM and SIGUSR1, until ``over``. Main thread only.
+
+    The marker it leaves names the step that the run would have gone on from. A signal to one rank of several ends that rank, and
+    the others fail as they lose contact; launchers send it to all.
+
+    Args:
+        run_dir: Where the marker goes.
+        saved_step: The step of the newest checkpoint, asked when the signal comes; 0 where there is none.
+    """
+
+    def __init__(self, run_dir: Path, *, saved_step: Callable[[], int]) -> None:
+        self._run_dir, self._saved_step = run_dir, saved_step
+        self._previous: dict[int, Any] = {}
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._thread = threading.Thread(target=self._run, name="stop-while-starting", daemon=True)
+
+    def __enter__(self) -> StopWhileStarting:
+        self._previous = {number: signal.signal(number, _nothing) for number in _SIGNALS}
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.over()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def over(self) -> None:
+        """The loop listens from here on; a second call does nothing."""
+        if self._thread.is_alive():
+            signal.set_wakeup_fd(-1)
+            os.write(self._write, b"\0")
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (number := os.read(self._read, 1)[0]) != 0:
+            if number in _SIGNALS:
+                self._stop(signal.Signals(number).name)
+
+    def _stop(self, name: str) -> None:
+        step = self._saved_step()
+        with contextlib.suppress(OSError):  # a full disk is no reason to stay
+            write_marker(self._run_dir, step=step, signal_name=name)
+        _log.warning("stopped by %s before the first step; start the same command again to go on from step %d", name, step)
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _nothing(_number: int, _frame: FrameType | None) -> None:
+    """A handler must be set for the descriptor to be written to."""
