@@ -17,7 +17,7 @@ from opensora_dist.config.load import dump_yaml, expand, load_config
 from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.errors import CheckpointError, ConfigError
 from opensora_dist.core.io import exclusive_lock, write_json, write_text
-from opensora_dist.core.layout import CONFIG_NAME, ENVIRONMENT_NAME, LOGS_DIR, METRICS_NAME
+from opensora_dist.core.layout import CHECKPOINTS_DIR, CONFIG_NAME, ENVIRONMENT_NAME, LOGS_DIR, METRICS_NAME
 from opensora_dist.core.logging import get_logger, setup_logging
 from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index
@@ -45,8 +45,11 @@ from opensora_dist.plan.hardware import peak_flops
 from opensora_dist.recipes.auto import auto_choice
 from opensora_dist.recipes.build import initialiser, meta_model
 from opensora_dist.recipes.checks import training_problems, validation_clip, world_of
-from opensora_dist.recipes.guards import guards
+from opensora_dist.recipes.guards import OnStart, guards
 from opensora_dist.recipes.shards import LatentShards
+from opensora_dist.resilience.faults import Faults
+from opensora_dist.resilience.restarts import Progress, note_start, refuse_without_progress
+from opensora_dist.resilience.startup import StopWhileStarting
 from opensora_dist.train.callbacks import Callbacks
 from opensora_dist.train.ema import Ema
 from opensora_dist.train.generate import SamplingOptions
@@ -72,14 +75,19 @@ def train(path: Path | None, *, overrides: Sequence[str] = ()) -> int:
     """
     config = check(path, overrides=overrides)
     nproc = world_of(config)
-    if launched_world() is None and nproc > 1:
+    run_dir, restarts = expand(config.run.dir), config.parallel.max_restarts
+    if launched_world() is None and (nproc > 1 or restarts):
         args = ["train", *([str(path)] if path else []), *overrides]
-        return run_ranks(args, nproc=nproc, log_dir=expand(config.run.dir) / LOGS_DIR)
+        log_dir = run_dir / LOGS_DIR
+        return run_ranks(args, nproc=nproc, log_dir=log_dir, max_restarts=restarts, stuck=Progress(run_dir).stuck)
+    refuse_without_progress(run_dir)
     device, parallel = resolve_device(config.run.device), config.parallel
-    with lost_contact_said(timeout_s=parallel.timeout_s), process_group(device, timeout_s=parallel.timeout_s):
+    timeout_s = parallel.timeout_s
+    starting = StopWhileStarting(run_dir, saved_step=lambda: _saved_step(run_dir))
+    with lost_contact_said(timeout_s=timeout_s), starting, process_group(device, timeout_s=timeout_s):
         mesh = build_mesh(device, dp_replicate=parallel.dp_replicate, sp=parallel.sp, timeout_s=parallel.timeout_s)
         setup_logging(rank=mesh.rank, world=mesh.world)
-        train_rank(config, mesh)
+        train_rank(config, mesh, on_start=starting.over)
     return 0
 
 
@@ -93,9 +101,16 @@ def check(path: Path | None, *, overrides: Sequence[str] = ()) -> TrainConfig:
     return load_config(TrainConfig, path, overrides=overrides, rules=training_problems)
 
 
-def train_rank(config: TrainConfig, mesh: Mesh) -> None:
+def _saved_step(run_dir: Path) -> int:
+    """Of the newest checkpoint, verified or not."""
+    return max((int(p.name.removeprefix("step-")) for p in (run_dir / CHECKPOINTS_DIR).glob("step-" + "[0-9]" * 8)), default=0)
+
+
+def train_rank(config: TrainConfig, mesh: Mesh, *, on_start: Callable[[], None] = lambda: None) -> None:
     """One rank's whole run: build or resume, train, report. Collective.
 
+    Args:
+        on_start: Called once the loop begins.
     Raises:
         CheckpointError: There is nothing to resume from that verifies, or the last save failed.
         DataError: The data set can't be read.
@@ -119,7 +134,8 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
         choosing = sp.scheme == "auto" and sp.degree > 1
         choice = auto_choice(config, mesh, model, text_tokens=index.spec.max_tokens) if choosing else None
         shards = LatentShards(mesh, SequenceParallel(mesh, sp, choose=choice), model)
-        saver = Saver(run_dir, config=config, spec=index.spec, mesh=mesh)
+        faults = Faults(config.fault, run_dir=run_dir, rank=mesh.rank)
+        saver = Saver(run_dir, config=config, spec=index.spec, mesh=mesh, on_phase=faults.save_phase)
         # Asked before the collective `find`: once past it, the main rank may already write metrics.
         used = (run_dir / METRICS_NAME).exists()
         found = saver.find()
@@ -139,6 +155,8 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
         ema = Ema(backend.weights, decay=config.optim.ema_decay)
         start = _start_state(config, saver, found, backend=backend, ema=ema, dataset_hash=index.dataset_hash)
         state = start.state
+        if mesh.is_main:
+            note_start(run_dir, step=state.step)
         logbook = _open_logbook(config, mesh, run_dir=run_dir, step=state.step, stack=stack, watch=_watch(choice, model))
         for name, fields in start.events:
             logbook.event(name, **fields)
@@ -165,10 +183,14 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
                 prefetch_batches=config.data.prefetch_batches,
                 dtype=dtype,
                 device=mesh.device,
+                damaged=faults.bad_sample,
                 on_bad=quarantine.note,
             )
 
         if state.step < config.run.steps:
+            watching = guards(
+                config, mesh=mesh, model=model, backend=backend, ema=ema, logbook=logbook, faults=faults, run_dir=run_dir
+            )
             trainer = Trainer(
                 config,
                 run_dir=run_dir,
@@ -185,7 +207,7 @@ def train_rank(config: TrainConfig, mesh: Mesh) -> None:
                 saver=saver,
                 validator=validator,
                 logbook=logbook,
-                callback=Callbacks([quarantine, *guards(config)]),
+                callback=Callbacks([OnStart(on_start), quarantine, *watching]),
             )
             state = trainer.run()
         else:
