@@ -35,5 +35,5 @@ class Staging:
         buffer.copy_(local, non_blocking=True)
         if isinstance(tensor, DTensor):
             # Not by from_local, which moves what it is given to the mesh's device.
-            return DTensor(buffer, tensor._spec, requires_grad=False)
+            return DTensor(buffer, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
         return buffer

@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from opensora_dist.checkpoint.commit import step_name
+from opensora_dist.checkpoint.commit import SAVE_PHASES, step_name
 from opensora_dist.cli.main import main
 from opensora_dist.models.layers import Block
 from opensora_dist.parallel.zero.native import NativeBackend
@@ -31,12 +31,16 @@ from opensora_dist.train import loop, saving
 
 @dataclass(frozen=True)
 class Fault:
-    """One rank gets a signal, in the middle of a step."""
+    """One rank gets a signal, or with ``rank=None`` each of them: in the middle of a step, or at a phase of that step's save."""
 
     place: str
     signal: int
-    rank: int = 1
+    rank: int | None = 1
     step: int = 2
+
+    def hits(self, rank: int) -> bool:
+        """Whether it is this rank's."""
+        return self.rank in (rank, None)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def run(args: Sequence[str], fault: Fault, *, world: int, logs: Path, limit_s: f
             process.kill()
             process.join()
     gone = {r: Ended(code=p.exitcode, said=(logs / f"{r}.log").read_text(), after_s=0.0) for r, p in enumerate(ranks)}
-    return {fault.rank: gone[fault.rank], **ended}
+    return gone | ended
 
 
 def _wait(ranks: Sequence[Any], *, fault: Fault, logs: Path, limit_s: float) -> dict[int, Ended]:
@@ -75,11 +79,13 @@ def _wait(ranks: Sequence[Any], *, fault: Fault, logs: Path, limit_s: float) -> 
     marker = logs / "fault"
     deadline = time.monotonic() + 120
     while not marker.exists():
-        assert time.monotonic() < deadline, "the fault's place was not reached: " + "".join(p.read_text() for p in logs.iterdir())
+        assert time.monotonic() < deadline and any(p.is_alive() for p in ranks), "the fault's place was not reached: " + "".join(
+            p.read_text() for p in logs.iterdir()
+        )
         time.sleep(0.02)
     began, ended = time.monotonic(), {}
     for rank, process in enumerate(ranks):
-        if rank != fault.rank:
+        if fault.rank is None or rank != fault.rank:
             process.join(max(0.0, began + limit_s - time.monotonic()))
             said = (logs / f"{rank}.log").read_text()
             ended[rank] = Ended(code=process.exitcode, said=said, after_s=time.monotonic() - began)
@@ -101,7 +107,7 @@ def _rank(rank: int, world: int, port: int, log: str, args: list[str], fault: Fa
         os.kill(os.getpid(), fault.signal)
 
     try:
-        with _PLACES[fault.place](fault, strike) if rank == fault.rank else _nothing():
+        with _place(fault)(fault, strike) if fault.hits(rank) else _nothing():
             code = main(["train", *args])
     except BaseException:  # noqa: BLE001 - the test that reads the log sees it
         traceback.print_exc()
@@ -186,4 +192,32 @@ def _in_save(fault: Fault, strike: Callable[[], None]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _at_phase(fault: Fault, strike: Callable[[], None]) -> Iterator[None]:
+    """At the start of a phase of the save after the fault's step."""
+    real = saving.Saver.__init__
+
+    def init(self: saving.Saver, *args: Any, on_phase: Callable[[str], None] = lambda _: None, **kwargs: Any) -> None:
+        done = [0]
+
+        def phase(name: str) -> None:
+            on_phase(name)
+            if name == fault.place and done[0] == fault.step + 1:
+                strike()
+
+        def begin(backend: Any, ema: Any, state: Any) -> None:
+            done[0] = state.step
+            saving.Saver.begin(self, backend, ema, state)
+
+        real(self, *args, on_phase=phase, **kwargs)
+        self.begin = begin  # type: ignore[method-assign]
+
+    with mock.patch.object(saving.Saver, "__init__", init):
+        yield
+
+
 _PLACES = {"forward": _in_forward, "backward": _in_backward, "clip": _in_clip, "save": _in_save}
+
+
+def _place(fault: Fault) -> Callable[..., Any]:
+    return _at_phase if fault.place in SAVE_PHASES else _PLACES[fault.place]
