@@ -27,6 +27,7 @@ from opensora_dist.models.base import ModelIo
 from opensora_dist.models.registry import MODELS, build_model
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import Mesh, build_mesh, sp_ulysses
+from opensora_dist.parallel.recompute import Recompute
 from opensora_dist.parallel.sequence.base import Shard
 from opensora_dist.parallel.sequence.layout import SequenceParallel, scheme_problems
 from opensora_dist.parallel.sequence.registry import SCHEMES
@@ -87,7 +88,7 @@ class Case:
 
     row: Row
     shape: str
-    recompute: bool
+    recompute: Recompute
     options: tuple[tuple[str, Any], ...]
 
     @property
@@ -109,7 +110,7 @@ def cases(row: Row) -> list[Case]:
     """The full grid of a row, what the rules forbid included."""
     return [
         Case(row, shape, recompute, options)
-        for shape, options, recompute in itertools.product(SHAPES, _options(row.scheme, row.size), (False, True))
+        for shape, options, recompute in itertools.product(SHAPES, _options(row.scheme, row.size), get_args(Recompute))
     ]
 
 
@@ -272,7 +273,7 @@ def one_process(name: str, shape: str, group: int) -> Result:
     """What each group's samples give where they are whole. Computed once per process."""
     model = _unchanged_model(name, shape)
     for block in model.blocks:
-        block.recompute = False
+        block.recompute = "none"
     return compute(model, make_inputs(SHAPES[shape], group=group), shard=None)
 
 
@@ -378,10 +379,10 @@ def trajectories(chosen: Sequence[Case]) -> list[dict[str, float]]:
 
 @cache
 def _one_process_trajectory(name: str, shape: str, groups: int) -> Trajectory:
-    return _train(name, shape, groups=list(range(groups)), shard=None, recompute=False)
+    return _train(name, shape, groups=list(range(groups)), shard=None, recompute="none")
 
 
-def _train(name: str, shape: str, *, groups: list[int], shard: Shard | None, recompute: bool) -> Trajectory:
+def _train(name: str, shape: str, *, groups: list[int], shard: Shard | None, recompute: Recompute) -> Trajectory:
     model, losses = make_model(name, SHAPES[shape]), []
     for block in model.blocks:
         block.recompute = recompute

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from opensora_dist.config.train import SpConfig
 from opensora_dist.core.types import Axis, Region, Thw
 from opensora_dist.parallel.mesh import Mesh, build_mesh
-from opensora_dist.parallel.recompute import Tape
+from opensora_dist.parallel.recompute import Recompute, Tape
 from opensora_dist.parallel.sequence.base import Shard
 from opensora_dist.parallel.sequence.exchange import Exchange, Pending
 from opensora_dist.parallel.sequence.layout import SequenceParallel
@@ -37,7 +37,7 @@ class Pair:
     scheme: str
     model: str
     grid: Thw
-    recompute: bool = False
+    recompute: Recompute = "none"
     overlap: bool = True
     chunks: int = 1
     ulysses: int | None = None
@@ -176,8 +176,8 @@ def living_tapes(pairs: Sequence[Pair]) -> list[int]:
         tapes: list[weakref.ref[Tape]] = []
         real = Tape.__init__
 
-        def noted(self, tapes=tapes, real=real):
-            real(self)
+        def noted(self, store=None, *, tapes=tapes, real=real):
+            real(self, store)
             tapes.append(weakref.ref(self))
 
         with mock.patch.object(Tape, "__init__", noted):

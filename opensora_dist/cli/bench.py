@@ -42,7 +42,7 @@ def _add_sequence(actions: Any) -> None:
     sequence.add_argument("--heads", type=int, default=8, metavar="N", help="default 8")
     sequence.add_argument("--text-tokens", type=int, default=120, metavar="Y", help="default 120")
     sequence.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32", help="default float32")
-    sequence.add_argument("--recompute", action="store_true", help="backward runs the block again")
+    sequence.add_argument("--recompute", choices=["none", "selective", "full"], default="none", help="what backward runs again")
     sequence.add_argument("--schemes", nargs="+", metavar="NAME", help="these only; deepspeed and yunchang are names, too")
     sequence.add_argument("--chunks", type=int, metavar="K", help="pieces of a pipeline (default: that of parallel.sp.chunks)")
     sequence.add_argument("--ulysses", type=int, metavar="U", help="inner axis of usp (default: the smallest above 1 that fits)")

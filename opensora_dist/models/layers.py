@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from opensora_dist.core.types import Axis, Thw
 from opensora_dist.ops.attention import attention
-from opensora_dist.parallel.offload import Offload
+from opensora_dist.parallel.offload import Around
 from opensora_dist.parallel.recompute import Recompute, Store, recompute, tiled
 from opensora_dist.parallel.sequence.base import Shard
 from opensora_dist.parallel.tensor.group import ALONE
@@ -44,7 +44,8 @@ def over_tokens(region: Callable[[Tensor], Tensor], x_BTSD: Tensor, *, tile_toke
         return region(x_BTSD)
     B, T, S, _ = x_BTSD.shape
     x_B1LD = x_BTSD.flatten(1, 2)[:, None]
-    return tiled(region, x_B1LD, dim=2, size=max(1, tile_tokens // B)).squeeze(1).unflatten(1, (T, S))
+    out_B1LD = tiled(region, x_B1LD, dim=2, size=max(1, tile_tokens // B))
+    return out_B1LD.view(B, T, S, out_B1LD.shape[-1])
 
 
 class Mlp(nn.Module):
@@ -114,7 +115,7 @@ class Block(nn.Module, ABC):
         super().__init__()
         self.recompute: Recompute = "none"
         """Which activations inside the block are computed again in backward rather than kept."""
-        self.offload: Offload | None = None
+        self.offload: Around | None = None
         """Takes what is kept to CPU memory until backward."""
         self.tile_tokens: int | None = None
         """Tokens that the MLP works on at once."""
@@ -179,7 +180,7 @@ class Block(nn.Module, ABC):
 
         if self.offload is None:
             return kept(None)
-        return self.offload.around(kept, stays=[*self.parameters(), t_B6D, text_BYD])
+        return self.offload(kept, stays=[*self.parameters(), t_B6D, text_BYD])
 
     def _run(
         self,
@@ -199,7 +200,9 @@ class Block(nn.Module, ABC):
         def cross_and_mlp(x: Tensor) -> Tensor:
             attended = self.cross_attn(tp.enter(x), kv_BNYK=kv_BNYK, text_mask_BY=text_mask_BY)
             x = x + tp.leave(attended, self.cross_attn.proj, tape=shard.tape)
-            hidden = self.mlp(tp.enter(modulate(self.norm2(x), shift_B11D=shift_mlp, scale_B11D=scale_mlp)))
+            x_mlp = tp.enter(modulate(self.norm2(x), shift_B11D=shift_mlp, scale_B11D=scale_mlp))
+            # What is sent is outside: a tile is run again in backward.
+            hidden = over_tokens(self.mlp, x_mlp, tile_tokens=self.tile_tokens)
             return x + gate_mlp * tp.leave(hidden, self.mlp.fc2, tape=shard.tape)
 
         return self.mix_tokens(

@@ -2,63 +2,147 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+
+T = TypeVar("T")
+Recompute = Literal["none", "selective", "full"]
+"""What is computed again in backward (``parallel.recompute``)."""
+
+# Those that autograd calls for `scaled_dot_product_attention`, each with what its backward needs: output, log-sum-exp, seeds.
+_ATTENTION = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in (
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_fused_attention_overrideable",
+    )
+    if hasattr(torch.ops.aten, name)
+)
+
+
+class Store(Protocol):
+    """Where what is kept waits for backward."""
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Puts a tensor away; gives what ``unpack`` finds it by."""
+        ...
+
+    def unpack(self, packed: Any) -> Any:
+        """The tensor, on its device; may be asked for again. What was never packed is given back."""
+        ...
 
 
 class Tape:
-    """What a region received in its first run, handed out again, in order, in every later run of it.
+    """What a region keeps of its first run, handed out again, in order, in every later run of it.
 
     It holds and hands out aliases without history: a node of autograd that knows the tape and returns a tensor becomes that tensor's
     ``grad_fn``, and a tape that held the tensor would then hold itself, through C++, where no garbage collector sees it.
+
+    Args:
+        store: Where it waits; None: where it is.
     """
 
-    def __init__(self) -> None:
-        self._kept: list[Tensor] = []
+    def __init__(self, store: Store | None = None) -> None:
+        self._kept: list[Any] = []
         self._next: int | None = None
+        self._store = store
 
     @property
     def replaying(self) -> bool:
         """Whether this is a later run: nothing may be sent then."""
         return self._next is not None
 
-    def keep(self, received: Tensor) -> Tensor:
-        """Notes a result of communication in the first run; not called in a later one."""
+    def keep(self, received: T) -> T:
+        """Notes a tensor (or a number) in the first run; not called in a later one. It may still be arriving, until the run ends."""
         assert not self.replaying
-        self._kept.append(received.detach())
+        self._kept.append(received.detach() if isinstance(received, Tensor) else received)
         return received
 
-    def replay(self) -> Tensor:
-        """The next result of the first run."""
+    def replay(self) -> Any:
+        """The next thing of the first run."""
         assert self._next is not None
         self._next += 1
-        return self._kept[self._next - 1].detach()
+        kept = self._kept[self._next - 1]
+        if self._store is not None:
+            kept = self._store.unpack(kept)
+        return kept.detach() if isinstance(kept, Tensor) else kept
 
     def rewind(self) -> None:
         """Later runs start here."""
+        if self._store is not None and not self.replaying:
+            self._kept = [self._store.pack(kept) if isinstance(kept, Tensor) else kept for kept in self._kept]
         self._next = 0
 
 
-def recompute(region: Callable[[Tensor, Tape | None], Tensor], x: Tensor) -> Tensor:
+class _KeepAttention(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch's, which has no types
+    """Puts on a tape what the attentions within give.
+
+    Only those that autograd calls: inside an autograd function of a scheme gradients are off, and that function keeps its own result.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tape = tape
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func.overloadpacket not in _ATTENTION or not torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        if self._tape.replaying:
+            return tuple(self._tape.replay() for _ in func._schema.returns)
+        return tuple(self._tape.keep(part) for part in func(*args, **(kwargs or {})))
+
+
+def recompute(
+    region: Callable[[Tensor, Tape | None], Tensor],
+    x: Tensor,
+    *,
+    how: Literal["selective", "full"] = "full",
+    store: Store | None = None,
+) -> Tensor:
     """``region(x, tape)``, storing only ``x`` and what the tape keeps; backward runs the region again.
 
     Args:
         region: A pure function whose every communication goes through the tape it is given. It may close over parameters. Where no
             gradient is asked for it runs once, and has no tape.
+        how: selective also keeps what attentions give, so that backward attends to nothing again.
+        store: Where what the tape keeps waits.
     """
     if not torch.is_grad_enabled():
         return region(x, None)
-    tape = Tape()
+    tape = Tape(store)
 
     def run(x: Tensor) -> Tensor:
         try:
-            return region(x, tape)
+            with _KeepAttention(tape) if how == "selective" else nullcontext():
+                return region(x, tape)
         finally:
             tape.rewind()  # also where checkpoint breaks a run off once it has what backward needs
 
     # No draw is made in a block, so there is no generator state to carry.
     out: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
     return out
+
+
+def tiled(region: Callable[..., Tensor], *xs: Tensor, dim: int, size: int) -> Tensor:
+    """``region(*xs)`` of a region that works on each place of ``dim`` by itself, ``size`` places at a time.
+
+    Backward runs each tile again, so that no more than one tile's inner tensors are ever there. May stand inside ``recompute``, and then
+    runs three times. Gradients of parameters are added up before anyone sees them, as checkpoint's form without reentry does.
+
+    Args:
+        region: A pure function; nothing in it communicates.
+        xs: Alike in ``dim``, along which the output is as long.
+        dim: Along which tiles are cut.
+        size: Places of a tile; the last may have fewer.
+    """
+    tiles = zip(*(torch.split(x, size, dim=dim) for x in xs))
+    return torch.cat([checkpoint(region, *tile, use_reentrant=False, preserve_rng_state=False) for tile in tiles], dim=dim)

@@ -27,6 +27,8 @@ def sample_cost(model: VideoTransformer, grid: Thw, *, text_tokens: int) -> Samp
     block = model.blocks[0]
     assert isinstance(block, Block)
     text = linear_flops(block.cross_attn.kv_linear, tokens=text_tokens)
+    all_of_it, linears = block.flops(grid, text_tokens=text_tokens), linear_flops(block, tokens=grid.volume)
+    scores = all_of_it - text - (linears - linear_flops(block.cross_attn.kv_linear, tokens=grid.volume))
     replicated = linear_flops(model.t_embedder, tokens=1) + linear_flops(model.t_block, tokens=1)
     replicated += linear_flops(model.y_embedder, tokens=text_tokens) + len(model.blocks) * text
     whole = Thw(grid.t * model.patch.t, grid.h * model.patch.h, grid.w * model.patch.w)
@@ -37,7 +39,8 @@ def sample_cost(model: VideoTransformer, grid: Thw, *, text_tokens: int) -> Samp
         blocks=len(model.blocks),
         flops=model.flops(whole, text_tokens=text_tokens),
         replicated_flops=replicated,
-        then_flops=block.flops(grid, text_tokens=text_tokens) - block.mix_flops(grid) - text,
+        then_flops=all_of_it - block.mix_flops(grid) - text,
+        scores_flops=len(model.blocks) * scores,
     )
 
 
@@ -56,7 +59,7 @@ def auto_choice(config: TrainConfig, mesh: Mesh, model: VideoTransformer, *, tex
         world=mesh.world,
         global_batch=config.data.global_batch,
         accum=parallel.grad_accum,
-        recompute=parallel.recompute == "full",
+        recompute=parallel.recompute,
         element_bytes=dtype.itemsize,
         cost=lambda grid: sample_cost(model, grid, text_tokens=text_tokens),
         networks=_networks(config, mesh, width=config.model.shape.width, dtype=dtype),

@@ -25,7 +25,7 @@ from opensora_dist.data.loader import Loader
 from opensora_dist.data.order import Order
 from opensora_dist.diffusion.base import Objective
 from opensora_dist.models.base import VideoTransformer
-from opensora_dist.models.layers import Block
+from opensora_dist.models.levers import set_levers
 from opensora_dist.observe.environment import describe_environment
 from opensora_dist.observe.events import EventLog
 from opensora_dist.observe.metrics import MetricLog
@@ -57,6 +57,7 @@ from opensora_dist.train.logbook import Logbook, StepNote
 from opensora_dist.train.loop import BatchCost, Trainer
 from opensora_dist.train.quarantine import Quarantine
 from opensora_dist.train.saving import Saver, TrainerState
+from opensora_dist.train.step import TiledLoss
 from opensora_dist.train.validation import Validator
 
 _log = get_logger(__name__)
@@ -126,9 +127,9 @@ def train_rank(config: TrainConfig, mesh: Mesh, *, on_start: Callable[[], None] 
         index = Index.open(expand(config.data.path or ""), max_lost=config.resilience.max_bad_samples)
         order = Order(index, keys=keys, global_batch=config.data.global_batch)
         model, objective = meta_model(config.model, config.objective, index.spec, dtype=dtype)
-        for block in model.blocks:
-            assert isinstance(block, Block)
-            block.recompute = config.parallel.recompute == "full"
+        set_levers(model, config.parallel, device=mesh.device)
+        if config.parallel.tile_tokens is not None:
+            objective = TiledLoss(of=objective, positions=config.parallel.tile_tokens * model.patch.volume)
         sp = config.parallel.sp
         # A group of one has no network to measure, and no choice.
         choosing = sp.scheme == "auto" and sp.degree > 1

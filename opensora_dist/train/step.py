@@ -15,8 +15,54 @@ from opensora_dist.data.loader import MicroBatch, StepData
 from opensora_dist.diffusion.base import Objective
 from opensora_dist.diffusion.draws import Draws, draw
 from opensora_dist.parallel.keys import Keys
+from opensora_dist.parallel.recompute import tiled
 from opensora_dist.parallel.sequence.base import Shard
 from opensora_dist.parallel.zero.base import ZeroBackend
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledLoss:
+    """An objective whose loss looks at some latent positions at a time, and again at those in backward.
+
+    Args:
+        of: The objective.
+        positions: Latent positions of a tile, those of all samples counted together.
+    """
+
+    of: Objective
+    positions: int
+
+    @property
+    def name(self) -> str:
+        return self.of.name
+
+    @property
+    def channel_multiplier(self) -> int:
+        return self.of.channel_multiplier
+
+    @property
+    def caption_dropout(self) -> float:
+        return self.of.caption_dropout
+
+    def draw_level(self, keys: Keys, *, sample: int, step: int, latent: Thw) -> float:
+        return self.of.draw_level(keys, sample=sample, step=step, latent=latent)
+
+    def corrupt(self, x0_BCTHW: Tensor, noise_BCTHW: Tensor, level_B: Tensor) -> Tensor:
+        return self.of.corrupt(x0_BCTHW, noise_BCTHW, level_B)
+
+    def timestep(self, level_B: Tensor) -> Tensor:
+        return self.of.timestep(level_B)
+
+    def loss(self, output_BCTHW: Tensor, *, x0: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
+        """The objective's, of each position by itself, [B, T, H, W]."""
+
+        def of_positions(*parts_BC11L: Tensor) -> Tensor:
+            output, x0, noise = parts_BC11L
+            return self.of.loss(output, x0=x0, noise=noise, level_B=level_B)[:, None]
+
+        wholes_BC11L = (tensor.flatten(2)[:, :, None, None] for tensor in (output_BCTHW, x0, noise))
+        loss_B111L = tiled(of_positions, *wholes_BC11L, dim=-1, size=max(1, self.positions // len(x0)))
+        return loss_B111L.view(len(x0), *x0.shape[2:])
 
 
 @dataclass(frozen=True, kw_only=True)

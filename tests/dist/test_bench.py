@@ -43,7 +43,7 @@ def _bench(case: SequenceCase, options: Options, trace: Path | None = None) -> l
     return bench_sequence(case, device=CPU, options=options, trace=trace and trace / f"trace-{torch.distributed.get_rank()}.json")
 
 
-@pytest.mark.parametrize("case", [TINY, dataclasses.replace(TINY, model="dit", recompute=True, batch=2)], ids=["stdit", "dit"])
+@pytest.mark.parametrize("case", [TINY, dataclasses.replace(TINY, model="dit", recompute="full", batch=2)], ids=["stdit", "dit"])
 def test_every_scheme_of_the_registry_has_a_row_with_the_bytes_of_its_formula(ranks, case):
     results = ranks.run(_bench, case, QUICK, world=2)[0]
     assert {r.scheme for r in results} == {*SCHEMES, *PACKAGES}

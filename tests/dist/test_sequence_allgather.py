@@ -19,7 +19,7 @@ MODELS = ("stdit", "dit")
 def test_allgather_gives_the_output_and_every_gradient_of_one_process(ranks, world):
     cases = [
         Pair("allgather", model, grid, recompute=recompute)
-        for model, grid, recompute in itertools.product(MODELS, GRIDS.values(), (False, True))
+        for model, grid, recompute in itertools.product(MODELS, GRIDS.values(), ("none", "full"))
     ]
     for found in ranks.run(errors, cases, world=world):
         assert len(found) == len(cases) and max(found.values()) <= TOLERANCE, found
@@ -29,7 +29,7 @@ def test_allgather_gives_the_output_and_every_gradient_of_one_process(ranks, wor
 def test_allgather_sends_the_bytes_of_its_formula(ranks, world, grid):
     cases = [
         Pair("allgather", model, GRIDS[grid], recompute=recompute)
-        for model, recompute in itertools.product(MODELS, (False, True))
+        for model, recompute in itertools.product(MODELS, ("none", "full"))
     ]
     by_rank = ranks.run(sent, cases, world=world)
     M = 2 * GRIDS[grid].volume * 24 * 8  # B T S D e
@@ -46,7 +46,7 @@ def test_bfloat16_travels_under_autocast_and_the_output_is_near_the_whole_models
 
 
 def test_a_recomputed_block_frees_what_it_received(ranks):
-    cases = [Pair("allgather", model, GRIDS["even"], recompute=True) for model in MODELS]
+    cases = [Pair("allgather", model, GRIDS["even"], recompute="full") for model in MODELS]
     assert ranks.run(living_tapes, cases, world=2) == [[0, 0]] * 2
 
 

@@ -20,7 +20,7 @@ GRIDS = (Thw(4, 2, 4), Thw(7, 3, 3), Thw(1, 5, 2), Thw(5, 1, 2))
 def test_dsp_in_runs_of_frames_and_places_is_the_model_of_one_process(ranks, world):
     pairs = [
         Pair("dsp", "stdit", grid, recompute=recompute, chunks=chunks)
-        for grid, recompute, chunks in itertools.product(GRIDS, (False, True), (1, 3))
+        for grid, recompute, chunks in itertools.product(GRIDS, ("none", "full"), (1, 3))
     ]
     for answer in ranks.run(errors, pairs, world=world):
         assert max(answer.values()) < TOLERANCE, answer
@@ -30,7 +30,7 @@ def test_dsp_in_runs_of_frames_and_places_is_the_model_of_one_process(ranks, wor
 def test_dsp_sends_what_its_formula_says_whole_or_in_runs(ranks, world):
     pairs = [
         Pair("dsp", "stdit", grid, recompute=recompute, overlap=overlap, chunks=chunks)
-        for grid, recompute, overlap, chunks in itertools.product(GRIDS, (False, True), (False, True), (1, 2))
+        for grid, recompute, overlap, chunks in itertools.product(GRIDS, ("none", "full"), (False, True), (1, 2))
     ]
     for answer in ranks.run(sent, pairs, world=world):
         for counted, formula in answer:
@@ -45,7 +45,7 @@ def test_dsp_in_bfloat16_sends_bfloat16_and_stays_as_close_as_one_process(ranks)
 
 
 def test_what_a_recomputed_block_received_is_freed_with_its_graph(ranks):
-    assert ranks.run(living_tapes, [Pair("dsp", "stdit", GRIDS[0], recompute=True)], world=2) == [[0], [0]]
+    assert ranks.run(living_tapes, [Pair("dsp", "stdit", GRIDS[0], recompute="full")], world=2) == [[0], [0]]
 
 
 def _products_in_flight(pair: Pair) -> list[int]:
@@ -61,7 +61,7 @@ def _products_in_flight(pair: Pair) -> list[int]:
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "full"])
 def test_matrix_products_run_beside_every_transfer_in_forward_and_backward(ranks, recompute, chunks):
     for counts in ranks.run(_products_in_flight, Pair("dsp", "stdit", GRIDS[0], recompute=recompute, chunks=chunks), world=2):
         # Two blocks, out and back, forward and backward; own QKV one way, own projection, cross-attention and MLP the other.

@@ -27,7 +27,7 @@ FORMS = ((False, 1), (True, 1), (True, 3))
 DW = ("gather", "keep")
 
 
-def _pairs(*, models=("stdit", "dit"), grids=GRIDS, recompute=(False, True), forms=FORMS, dw=DW):
+def _pairs(*, models=("stdit", "dit"), grids=GRIDS, recompute=("none", "full"), forms=FORMS, dw=DW):
     return [
         Pair("fastseq", model, grid, recompute=again, overlap=overlap, chunks=chunks, dw=form)
         for model, grid, again, (overlap, chunks), form in itertools.product(models, grids, recompute, forms, dw)
@@ -61,7 +61,7 @@ def test_with_even_parts_it_sends_mu_m_and_mu_m_over_p_each_way_and_mu_m_to_gath
 
 
 def test_under_autocast_bfloat16_travels_and_results_are_near_one_process(ranks):
-    pairs = _pairs(grids=GRIDS[1:3], recompute=(False,), forms=FORMS[1:], dw=DW[:1])
+    pairs = _pairs(grids=GRIDS[1:3], recompute=("none",), forms=FORMS[1:], dw=DW[:1])
     for found in ranks.run(half_precision, pairs, world=3):
         for dtypes, *differences in found:
             assert dtypes == {torch.bfloat16}
@@ -69,7 +69,7 @@ def test_under_autocast_bfloat16_travels_and_results_are_near_one_process(ranks)
 
 
 def test_what_a_recomputed_block_keeps_is_freed_with_its_graph(ranks):
-    pairs = _pairs(models=("stdit",), grids=GRIDS[:1], recompute=(True,), forms=FORMS[2:])
+    pairs = _pairs(models=("stdit",), grids=GRIDS[:1], recompute=("full",), forms=FORMS[2:])
     assert ranks.run(living_tapes, pairs, world=2) == [[0] * len(pairs)] * 2
 
 
@@ -265,7 +265,7 @@ def _in_flight(log):
 
 
 @pytest.mark.parametrize("dw, world", [("gather", 2), ("gather", 3), ("keep", 3)])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "full"])
 def test_products_run_beside_every_transfer_in_forward_and_backward(ranks, recompute, world, dw):
     pair = Pair("fastseq", "stdit", GRIDS[0], recompute=recompute, chunks=3, dw=dw)
     by_rank = ranks.run(_logs, pair, world=world)

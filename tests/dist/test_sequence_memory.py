@@ -51,8 +51,8 @@ def _held(pairs):
     for pair in pairs:
         model, tapes, outputs, real = pair.network(), [], [], Tape.__init__
 
-        def noted(self, tapes=tapes, real=real):
-            real(self)
+        def noted(self, store=None, *, tapes=tapes, real=real):
+            real(self, store)
             tapes.append(self)
 
         def begin(*_):
@@ -87,7 +87,7 @@ def _held(pairs):
 
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
 def test_under_recomputation_only_a_blocks_inputs_and_its_tape_live_until_backward(ranks, scheme):
-    pairs = _pairs(scheme, recompute=True)
+    pairs = [pair for recompute in ("selective", "full") for pair in _pairs(scheme, recompute=recompute)]
     for found in ranks.run(_held, pairs, world=3):
         for pair, (held, allowed) in zip(pairs, found, strict=True):
             assert held <= allowed + SLACK_BYTES, (pair, held, allowed)
@@ -117,6 +117,6 @@ def _twice(pairs):
 
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
 def test_backward_twice_gives_every_gradient_twice(ranks, scheme):
-    pairs = [pair for recompute in (False, True) for pair in _pairs(scheme, recompute=recompute)]
+    pairs = [pair for recompute in ("none", "selective", "full") for pair in _pairs(scheme, recompute=recompute)]
     for found in ranks.run(_twice, pairs, world=3):
         assert len(found) == len(pairs) and max(found) <= TOLERANCE, dict(zip(pairs, found))

@@ -23,7 +23,7 @@ SETTINGS = [("ring", 2, None), ("ring", 3, None), ("ring", 4, None), ("usp", 4, 
 NAMES = "scheme, size, ulysses"
 
 
-def _pairs(scheme, ulysses, *, shapes=SHAPES, overlap=(True, False), recompute=(False, True)):
+def _pairs(scheme, ulysses, *, shapes=SHAPES, overlap=(True, False), recompute=("none", "full")):
     """What the rules allow."""
     return [
         Pair(scheme, model, ulysses=ulysses, overlap=hides, recompute=again, **shape)
@@ -53,7 +53,7 @@ def errors_with_lse_of_zeros(pairs):
 
 @pytest.mark.parametrize(NAMES, [("ring", 2, None), ("usp", 4, 2)])
 def test_a_backend_that_gives_no_lse_does_not_pass_this_comparison(ranks, scheme, size, ulysses):
-    pairs = _pairs(scheme, ulysses, shapes=SHAPES[1:2], overlap=(True,), recompute=(False,))
+    pairs = _pairs(scheme, ulysses, shapes=SHAPES[1:2], overlap=(True,), recompute=("none",))
     for found in ranks.run(errors_with_lse_of_zeros, pairs, world=size):
         assert min(found.values()) > 1e-4
 
@@ -76,7 +76,7 @@ def output_without_grad(pair):
 
 
 def test_sampling_sees_the_same_output(ranks):
-    assert max(ranks.run(output_without_grad, Pair("ring", "stdit", UNEVEN, recompute=True), world=3)) <= TOLERANCE
+    assert max(ranks.run(output_without_grad, Pair("ring", "stdit", UNEVEN, recompute="full"), world=3)) <= TOLERANCE
 
 
 # --- bytes
@@ -86,8 +86,8 @@ def test_sampling_sees_the_same_output(ranks):
 @pytest.mark.parametrize(NAMES, SETTINGS)
 def test_a_rank_sends_the_bytes_of_the_formula(ranks, scheme, size, ulysses, autocast):
     """With overlap and without, with recomputation and without: the same; what is added up travels in fp32 where data are bf16."""
-    every = (True,) if autocast else (True, False)
-    pairs = _pairs(scheme, ulysses, shapes=SHAPES[:2], overlap=every, recompute=every)
+    overlap, recompute = ((True,), ("full",)) if autocast else ((True, False), ("none", "full"))
+    pairs = _pairs(scheme, ulysses, shapes=SHAPES[:2], overlap=overlap, recompute=recompute)
     for found in ranks.run(partial(sent, autocast=autocast), pairs, world=size):
         for pair, (counted, formula) in zip(pairs, found, strict=True):
             assert counted == formula, pair
@@ -135,7 +135,7 @@ def _squares(result, truth, *, part, grads):
 @pytest.mark.parametrize(NAMES, SETTINGS)
 def test_under_autocast_the_model_is_as_exact_as_in_one_process(ranks, scheme, size, ulysses):
     """Most of this error is the linears': what sums are held in shows in test_sequence_rotation.py."""
-    pairs = _pairs(scheme, ulysses, shapes=SHAPES[1:2], overlap=(True,), recompute=(False,))
+    pairs = _pairs(scheme, ulysses, shapes=SHAPES[1:2], overlap=(True,), recompute=("none",))
     by_rank = ranks.run(half_precision_errors, pairs, world=size)
     for pair, *found in zip(pairs, *by_rank, strict=True):
         alone = found[0][1]
@@ -150,7 +150,7 @@ def test_under_autocast_the_model_is_as_exact_as_in_one_process(ranks, scheme, s
 
 @pytest.mark.parametrize(NAMES, [("ring", 2, None), ("usp", 4, 2)])
 def test_a_recomputed_block_frees_what_it_kept(ranks, scheme, size, ulysses):
-    pairs = _pairs(scheme, ulysses, shapes=SHAPES[1:2], recompute=(True,))
+    pairs = _pairs(scheme, ulysses, shapes=SHAPES[1:2], recompute=("full",))
     assert ranks.run(living_tapes, pairs, world=size) == [[0] * len(pairs)] * size
 
 

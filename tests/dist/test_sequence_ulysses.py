@@ -34,7 +34,7 @@ FORMS = [(False, 1), (True, 1), (True, 3)]
 def test_ulysses_gives_the_output_and_every_gradient_of_one_process(ranks, world):
     # Recomputation in every other case: as forms are odd in number, each comes both ways.
     cases = [
-        Pair("ulysses", model, grid, recompute=i % 2 == 1, overlap=overlap, chunks=chunks)
+        Pair("ulysses", model, grid, recompute=("none", "full")[i % 2], overlap=overlap, chunks=chunks)
         for i, (model, grid, (overlap, chunks)) in enumerate(itertools.product(("stdit", "dit"), GRIDS.values(), FORMS))
     ]
     for found in ranks.run(errors, cases, world=world):
@@ -46,7 +46,7 @@ def test_ulysses_gives_the_output_and_every_gradient_of_one_process(ranks, world
 def test_every_form_of_ulysses_sends_the_bytes_of_its_formula(ranks, model, world, grid):
     cases = [
         Pair("ulysses", model, GRIDS[grid], recompute=recompute, overlap=overlap, chunks=chunks)
-        for recompute, (overlap, chunks) in itertools.product((False, True), FORMS)
+        for recompute, (overlap, chunks) in itertools.product(("none", "full"), FORMS)
     ]
     by_rank = ranks.run(sent, cases, world=world)
     for found in by_rank:
@@ -69,7 +69,9 @@ def test_bfloat16_travels_under_autocast_and_the_output_is_near_the_whole_models
 
 
 def test_a_recomputed_block_frees_what_it_received(ranks):
-    cases = [Pair("ulysses", "stdit", GRIDS["even"], recompute=True, overlap=overlap, chunks=chunks) for overlap, chunks in FORMS]
+    cases = [
+        Pair("ulysses", "stdit", GRIDS["even"], recompute="full", overlap=overlap, chunks=chunks) for overlap, chunks in FORMS
+    ]
     assert ranks.run(living_tapes, cases, world=2) == [[0] * len(cases)] * 2
 
 

@@ -26,10 +26,12 @@ from opensora_dist.data.index import Index
 from opensora_dist.data.loader import Loader
 from opensora_dist.data.order import Order
 from opensora_dist.diffusion.draws import draw
+from opensora_dist.models.tensor import share_blocks
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import build_mesh
 from opensora_dist.parallel.sequence.layout import SequenceParallel
 from opensora_dist.parallel.sequence.registry import SCHEMES
+from opensora_dist.parallel.tensor.linear import copy_whole, packed_parts, rows_in_order, tp_size
 from opensora_dist.parallel.zero.native import NativeBackend
 from opensora_dist.recipes.build import meta_model
 from opensora_dist.recipes.shards import LatentShards
@@ -52,6 +54,7 @@ class Layout:
     dp_replicate: int = 1
     sp: int = 1
     scheme: str = "dsp"
+    tp: int = 1
     recompute: str = "none"
     offload: str = "none"
     models: tuple[str, ...] = ("stdit", "dit")
@@ -59,9 +62,10 @@ class Layout:
 
     def __str__(self):
         shared = f"-sp{self.sp}-{self.scheme}" if self.sp > 1 else ""
+        shared += f"-tp{self.tp}" if self.tp > 1 else ""
         again = "-recompute" if self.recompute != "none" else ""
         off = f"-offload_{self.offload}" if self.offload != "none" else ""
-        return f"dp{self.world // self.sp}{shared}-zero{self.stage}-accum{self.accum}-replicate{self.dp_replicate}{again}{off}"
+        return f"dp{self.world // self.sp // self.tp}{shared}-zero{self.stage}-accum{self.accum}-replicate{self.dp_replicate}{again}{off}"
 
     @property
     def config(self):
@@ -70,6 +74,7 @@ class Layout:
             dp_replicate=self.dp_replicate,
             grad_accum=self.accum,
             sp=SpConfig(degree=self.sp, scheme=self.scheme, ulysses=ulysses),
+            tp=self.tp,
             recompute=self.recompute,
             zero=ZeroConfig(stage=self.stage, offload=self.offload),
         )
@@ -114,6 +119,18 @@ LAYOUTS = [
     *(Layout(2, 3, sp=2, scheme=name) for name in ("fastseq", "ring")),
     *(Layout(4, 3, sp=2, scheme=name, recompute="full", slow=name not in ("ring", "fastseq")) for name in SHARED),
     *(Layout(4, 2, sp=4, scheme=name, slow=True) for name in SHARED),
+    Layout(2, 2, tp=2, accum=2),
+    Layout(2, 3, tp=2, recompute="full"),
+    Layout(2, 3, tp=2, offload="all", slow=True),
+    Layout(2, 1, tp=2, offload="optimizer", slow=True),
+    Layout(4, 1, tp=2, accum=2, slow=True),
+    Layout(4, 2, tp=2, slow=True),
+    Layout(4, 3, tp=2),
+    Layout(4, 2, tp=2, dp_replicate=2, slow=True),
+    Layout(4, 3, tp=4, slow=True),
+    _dsp(4, 2, tp=2, sp=2),
+    _dsp(4, 3, tp=2, sp=2, recompute="full"),
+    *(Layout(4, 3, tp=2, sp=2, scheme=name, recompute="full", slow=name not in ("ulysses", "ring")) for name in SHARED),
 ]
 MODELS = {"stdit": RectifiedFlowConfig(caption_dropout=0.3), "dit": IddpmConfig(caption_dropout=0.3)}
 
@@ -126,8 +143,12 @@ class _Spy(NativeBackend):
         self.grads = []
 
     def clip(self, max_norm):
-        self.grads.append({name: _full(p.grad).clone() for name, p in self._params.items()})
+        self.grads.append({name: self._whole_grad(name, p) for name, p in self._params.items()})
         return super().clip(max_norm)
+
+    def _whole_grad(self, name, param):
+        whole = _full(param.grad).clone()
+        return rows_in_order(whole, parts=self._packed[name], ranks=tp_size(param)) if name in self._packed else whole
 
 
 def _full(tensor):
@@ -136,25 +157,21 @@ def _full(tensor):
 
 def _randomise(model):
     """Every parameter, those that start at zero included: zeros hide wrong gradients."""
+    packed = packed_parts(model)
     for name, tensor in model.state_dict().items():
         full = torch.empty(tensor.shape, dtype=torch.float64).normal_(std=0.1, generator=Keys(7).generator(f"test:{name}"))
-        if isinstance(tensor, DTensor):
-            from torch.distributed.tensor import distribute_tensor
-
-            shard = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
-            tensor.to_local().copy_(shard.to_local())
-        else:
-            tensor.copy_(full)
+        copy_whole(tensor, full, parts=packed.get(name, 1))
 
 
 def _trajectory(folder: str, name: str, layout: Layout):
     parallel = layout.config
-    mesh = build_mesh(torch.device("cpu"), dp_replicate=parallel.dp_replicate, sp=parallel.sp, timeout_s=60)
+    mesh = build_mesh(torch.device("cpu"), dp_replicate=parallel.dp_replicate, sp=parallel.sp, tp=parallel.tp, timeout_s=60)
     keys, index = Keys(3), Index.open(Path(folder))
     config = ModelConfig(name=name, depth=2, width=24, heads=4, patch=(1, 1, 2))
     model, objective = meta_model(config, MODELS[name], index.spec, dtype=torch.float64)
     for block in model.blocks:
-        block.recompute = parallel.recompute == "full"
+        block.recompute = parallel.recompute
+    share_blocks(model, mesh)
     shards = LatentShards(mesh, SequenceParallel(mesh, parallel.sp), model)
     backend = _Spy(
         model,
@@ -192,7 +209,7 @@ def _trajectory(folder: str, name: str, layout: Layout):
             clip_norm=0.5,
         )
         ema.update(step=data.step)
-        loss = result.loss.clone()
+        loss = result.loss * (mesh.tp_rank == 0)
         dist.all_reduce(loss)
         losses.append(loss.item())
         norms.append(result.grad_norm.item())
@@ -214,7 +231,8 @@ def _trajectory(folder: str, name: str, layout: Layout):
                 levels.setdefault((data.step, key), set()).add((draws.level_B[i].item(), draws.drop_caption_B[i].item()))
     state = {name: _full(t).detach().clone() for name, t in backend.state_dict(ema=ema.shadow).items()}
     params, averaged = (
-        {name.removeprefix(f"{kind}."): t for name, t in state.items() if name.startswith(f"{kind}.")} for kind in ("model", "ema")
+        {name.removeprefix(f"{kind}."): t for name, t in state.items() if name.startswith(f"{kind}.")}
+        for kind in ("model", "ema")
     )
     return {
         "losses": losses,
@@ -254,7 +272,7 @@ CASES = [
 def test_layout_matches_one_process_to_1e_10_in_float64(ranks, folder, one_process, name, layout):
     found = ranks.run(_trajectory, folder, name, layout, world=layout.world)
     wanted = one_process[name]
-    drawn = [(key, noise) for answer in found for key, noise in answer["drawn"].items()]
+    drawn = [(key, noise) for answer in found[:: layout.tp] for key, noise in answer["drawn"].items()]
     assert len(drawn) == len(wanted["drawn"]), "a latent is drawn by no rank, or by two"
     assert all(torch.equal(noise, wanted["drawn"][key]) for key, noise in drawn), "noise depends on the layout"
     levels = {key: set().union(*(a["levels"].get(key, set()) for a in found)) for key in wanted["levels"]}

@@ -40,7 +40,7 @@ def cost(grid, *, name="stdit", text_tokens=120, **model):
 
 def choice(sp, *, network=H800, world=8, global_batch=8, name="stdit", accum=1, **model):
     return AutoChoice(
-        sp=sp, world=world, global_batch=global_batch, accum=accum, recompute=False, element_bytes=2,
+        sp=sp, world=world, global_batch=global_batch, accum=accum, recompute="none", element_bytes=2,
         cost=lambda grid: cost(grid, name=name, **model), networks=dict.fromkeys([1, 2, 4, 8], network),
     )  # fmt: skip
 

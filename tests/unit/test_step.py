@@ -16,7 +16,7 @@ from opensora_dist.data.loader import MicroBatch, StepData
 from opensora_dist.diffusion.registry import build_objective
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.sequence.local import whole
-from opensora_dist.train.step import micro_loss, train_step
+from opensora_dist.train.step import TiledLoss, micro_loss, train_step
 
 LATENT = Thw(5, 4, 3)
 CHANNELS = 2
@@ -80,6 +80,21 @@ def test_the_losses_and_gradients_of_all_regions_sum_to_those_of_the_whole(confi
 
 def _step(micros):
     return StepData(step=0, epoch=0, digest="", micros=micros, substitute=lambda *_: pytest.fail("nothing is bad"))
+
+
+@pytest.mark.parametrize("positions", [1, 7, 1000])
+@pytest.mark.parametrize("config", [IddpmConfig(), RectifiedFlowConfig()], ids=lambda c: c.name)
+def test_a_loss_over_tiles_of_positions_is_the_same_sum_with_the_same_gradient(config, positions):
+    objective = build_objective(config, spatial_factor=8)
+    model, found = _Pointwise(CHANNELS * objective.channel_multiplier), []
+    for of in (objective, TiledLoss(of=objective, positions=positions)):
+        model.zero_grad()
+        loss = micro_loss(model, _micro(Region(0, 4, 0, 3)), objective=of, keys=Keys(3), step=4, shard=None)
+        loss.backward()
+        found.append((loss.item(), model.mix.grad.clone()))
+    (wanted, wanted_gradient), (tiled, gradient) = found
+    assert tiled == pytest.approx(wanted, rel=1e-12) and wanted > 0
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-12, atol=1e-14)
 
 
 def _backend(model, *, backward):

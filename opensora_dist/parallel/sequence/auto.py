@@ -12,6 +12,7 @@ from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.logging import get_logger
 from opensora_dist.core.types import Thw
 from opensora_dist.parallel.mesh import sp_degrees
+from opensora_dist.parallel.recompute import Recompute
 from opensora_dist.parallel.sequence.layout import scheme_problems
 from opensora_dist.parallel.sequence.network import Network
 from opensora_dist.parallel.sequence.predict import Prediction, SampleCost, Workload, predict
@@ -42,7 +43,7 @@ class AutoChoice:
     world: int
     global_batch: int
     accum: int
-    recompute: bool
+    recompute: Recompute
     element_bytes: int
     cost: Callable[[Thw], SampleCost]
     networks: Mapping[int, Network]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from opensora_dist.config.train import SpConfig
 from opensora_dist.core.types import Axis, Thw
+from opensora_dist.parallel.recompute import Recompute
 from opensora_dist.parallel.sequence.base import Links, Shard, split_sizes
 from opensora_dist.parallel.sequence.exchange import Exchange
 from opensora_dist.parallel.sequence.layout import cut
@@ -33,6 +34,7 @@ class SampleCost:
         flops: The whole model's.
         replicated_flops: Of these, what every rank does whatever its part: text and timestep.
         then_flops: Of these, in one block, the work on each token by itself that follows its last attention.
+        scores_flops: Of these, in all blocks, the scores and sums of attentions.
     """
 
     width: int
@@ -42,6 +44,7 @@ class SampleCost:
     flops: int
     replicated_flops: int
     then_flops: int
+    scores_flops: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ class Workload:
         cost: Of one sample.
         element_bytes: Of what travels.
         accum: Micro-batches of a step.
-        recompute: Whether backward runs the blocks again.
+        recompute: What backward runs again.
     """
 
     grid: Thw
@@ -62,7 +65,7 @@ class Workload:
     cost: SampleCost
     element_bytes: int
     accum: int = 1
-    recompute: bool = False
+    recompute: Recompute = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +231,9 @@ def predict(work: Workload, scheme: str, degree: int, network: Network, *, sp: S
     """
     cost, grid = work.cost, work.grid
     runs = work.accum * work.batch
-    passes = 4 if work.recompute else 3  # backward is twice the forward, and runs it once more where nothing was stored
+    # Backward is twice the forward, and runs once more what was not stored.
+    again = {"none": 0.0, "selective": 1 - cost.scores_flops / cost.flops, "full": 1.0}[work.recompute]
+    passes = 3 + again
     by_rows, sizes = cut(grid, size=degree)
     share = sizes[0] / sum(sizes)
     per_rank = (cost.flops - cost.replicated_flops) * share + cost.replicated_flops

@@ -18,6 +18,7 @@ from opensora_dist.models.base import ModelIo
 from opensora_dist.models.layers import Block
 from opensora_dist.models.registry import build_model
 from opensora_dist.parallel.keys import Keys
+from opensora_dist.parallel.recompute import Recompute
 from opensora_dist.parallel.sequence.base import Shard, Traffic
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -31,7 +32,7 @@ class SequenceCase:
     Args:
         grid: Tokens of a sample.
         dtype: Of the computation; bfloat16 runs under autocast with a float32 residual stream, as training does.
-        recompute: Backward runs the block again, without communicating again.
+        recompute: What backward runs again, without communicating again.
     """
 
     model: Literal["stdit", "dit"] = "stdit"
@@ -41,7 +42,7 @@ class SequenceCase:
     heads: int = 8
     text_tokens: int = 120
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    recompute: bool = False
+    recompute: Recompute = "none"
 
     def __post_init__(self) -> None:
         problems = [

@@ -53,7 +53,7 @@ _CAPTION = (
 
 def title(case: SequenceCase, *, world: int) -> str:
     """The case in a line."""
-    how = ", recompute" if case.recompute else ""
+    how = f", recompute {case.recompute}" if case.recompute != "none" else ""
     return (
         f"One {case.model} block over {world} rank{'s' if world > 1 else ''}: batch {case.batch}, {case.grid} tokens, width {case.width}, "
         f"{case.heads} heads, {case.text_tokens} text tokens, {case.dtype}{how}"
