@@ -5,6 +5,8 @@ Rules that need the data set (does the patch divide the latents?) are in ``recip
 
 from __future__ import annotations
 
+import importlib.util
+
 from opensora_dist.config.faults import fault_form, parse_fault
 from opensora_dist.config.load import Problem, expand
 from opensora_dist.config.prepare import PrepareConfig
@@ -40,6 +42,7 @@ def train_problems(config: TrainConfig, *, world: int) -> list[Problem]:
         *_optim_problems(config),
         *_validation_problems(config),
         *_fault_problems(config, world=world),
+        *_colossalai_problems(config),
     ]
 
 
@@ -194,3 +197,60 @@ def _fault_problems(config: TrainConfig, *, world: int) -> list[Problem]:
             message = f"{field}={text!r} names rank {fault.rank}, but there are {world}; use a rank from 0 to {world - 1}"
             problems.append(Problem(fields=(field, "parallel.nproc"), message=message))
     return problems
+
+
+def _colossalai_problems(config: TrainConfig) -> list[Problem]:
+    """What Colossal-AI's plugins can't do, or what of it isn't wired."""
+    zero, parallel, dtype = config.parallel.zero, config.parallel, config.run.dtype
+    if zero.backend != "colossalai":
+        return []
+    problems = []
+
+    def refuse(*fields: str, because: str, instead: str) -> None:
+        values = {name: _value(config, name) for name in fields}
+        said = " and ".join(f"{name}={value}" for name, value in values.items())
+        message = f"{said} with parallel.zero.backend=colossalai: {because}; use {instead}, or parallel.zero.backend=native"
+        problems.append(Problem(fields=(*fields, "parallel.zero.backend"), message=message))
+
+    if importlib.util.find_spec("colossalai") is None:
+        message = (
+            "parallel.zero.backend=colossalai needs the package colossalai, which isn't installed; it takes an environment of its own "
+            "(requirements/colossalai.txt, docs/colossalai.md), or use parallel.zero.backend=native"
+        )
+        problems.append(Problem(fields=("parallel.zero.backend",), message=message))
+    if zero.stage == 0:
+        refuse("parallel.zero.stage", because="it shards from stage 1 on", instead="stage 1, 2 or 3")
+    if dtype == "float64":
+        refuse("run.dtype", because="the weights it steps are float32", instead="float32 or bfloat16")
+    if zero.stage == 3 and dtype == "float32":
+        refuse(
+            "parallel.zero.stage",
+            "run.dtype",
+            because="its stage 3 computes in bfloat16",
+            instead="run.dtype=bfloat16 or stage 2",
+        )
+    if zero.stage == 3 and parallel.sp.degree > 1:
+        because = "schemes reach for weights that its stage 3 may have freed"
+        refuse("parallel.zero.stage", "parallel.sp.degree", because=because, instead="stage 2")
+    if zero.stage < 3 and zero.offload == "all":
+        because = "parameters leave the GPU in stage 3 only"
+        refuse("parallel.zero.offload", "parallel.zero.stage", because=because, instead="offload=optimizer or stage 3")
+    if parallel.dp_replicate > 1:
+        refuse("parallel.dp_replicate", because="it shards over all ranks", instead="dp_replicate=1")
+    if parallel.tp > 1:
+        refuse("parallel.tp", because="it shards whole parameters", instead="tp=1")
+    if zero.nvme_path is not None:
+        message = (
+            f"parallel.zero.nvme_path={zero.nvme_path!r} with parallel.zero.backend=colossalai, which offloads to CPU memory alone; "
+            "drop it, or use parallel.zero.backend=deepspeed"
+        )
+        problems.append(Problem(fields=("parallel.zero.nvme_path", "parallel.zero.backend"), message=message))
+    return problems
+
+
+def _value(config: TrainConfig, path: str) -> object:
+    """A field by its dotted name."""
+    value: object = config
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value

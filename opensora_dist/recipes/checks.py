@@ -42,6 +42,12 @@ def training_problems(config: TrainConfig) -> list[Problem]:
     else:
         world = world_of(config)
         problems += rank_problems(config)
+        if config.parallel.zero.backend == "colossalai" and resolve_device(config.run.device).type == "cpu":
+            message = (
+                f"parallel.zero.backend=colossalai with run.device={config.run.device}, which is the CPU here: its plugins run on CUDA "
+                "devices only; use parallel.zero.backend=native"
+            )
+            problems.append(Problem(fields=("parallel.zero.backend", "run.device"), message=message))
     problems += train_problems(config, world=world)
     try:
         check_sampling(config.objective, sampler=config.validation.sampler, steps=config.validation.sampling_steps)
