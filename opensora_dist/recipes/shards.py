@@ -69,7 +69,7 @@ class LatentShards:
         )
         if not self._agreement.check(intent):
             return micro
-        sharing = len(shard.sizes)
+        sharing = self._agreement.sharing(shard)
         for attempt in count():  # ends: an order has a last substitute, after which a sample counts for nothing
             bad = self._agreement.bad_anywhere([why is not None for why in micro.bad], sharing=sharing)
             if bad is None:

@@ -25,6 +25,7 @@ from opensora_dist.data.loader import Loader
 from opensora_dist.data.order import Order
 from opensora_dist.diffusion.base import Objective
 from opensora_dist.models.base import VideoTransformer
+from opensora_dist.models.tensor import share_blocks
 from opensora_dist.models.levers import set_levers
 from opensora_dist.observe.environment import describe_environment
 from opensora_dist.observe.events import EventLog
@@ -86,7 +87,9 @@ def train(path: Path | None, *, overrides: Sequence[str] = ()) -> int:
     timeout_s = parallel.timeout_s
     starting = StopWhileStarting(run_dir, saved_step=lambda: _saved_step(run_dir))
     with lost_contact_said(timeout_s=timeout_s), starting, process_group(device, timeout_s=timeout_s):
-        mesh = build_mesh(device, dp_replicate=parallel.dp_replicate, sp=parallel.sp, timeout_s=parallel.timeout_s)
+        mesh = build_mesh(
+            device, dp_replicate=parallel.dp_replicate, sp=parallel.sp, tp=parallel.tp, timeout_s=parallel.timeout_s
+        )
         setup_logging(rank=mesh.rank, world=mesh.world)
         train_rank(config, mesh, on_start=starting.over)
     return 0
@@ -127,6 +130,7 @@ def train_rank(config: TrainConfig, mesh: Mesh, *, on_start: Callable[[], None] 
         index = Index.open(expand(config.data.path or ""), max_lost=config.resilience.max_bad_samples)
         order = Order(index, keys=keys, global_batch=config.data.global_batch)
         model, objective = meta_model(config.model, config.objective, index.spec, dtype=dtype)
+        share_blocks(model, mesh)
         set_levers(model, config.parallel, device=mesh.device)
         if config.parallel.tile_tokens is not None:
             objective = TiledLoss(of=objective, positions=config.parallel.tile_tokens * model.patch.volume)
@@ -245,6 +249,7 @@ def _note_start(
         "start",
         step=step,
         mesh=str(mesh),
+        mesh_table=mesh.table().splitlines(),
         parameters=backend.num_parameters,
         samples=samples,
         dropped=order.dropped,
@@ -253,6 +258,8 @@ def _note_start(
     for reason, count in order.dropped.items():
         _log.info("data.global_batch=%d leaves out %d samples per epoch (%s)", config.data.global_batch, count, reason)
     _log.info("%s with %s parameters on %s", config.model.name, f"{backend.num_parameters:,}", mesh)
+    if mesh.world > 1:
+        _log.info("the mesh:\n%s", mesh.table())
     if mesh.sp_size > 1:
         for latent, how in shapes.items():
             _log.info("latents of %s: %s", latent, how)

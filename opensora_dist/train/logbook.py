@@ -147,7 +147,7 @@ class Logbook:
             )
             for note, loss, (grad_norm, skipped), bad, fine in zip(
                 notes,
-                losses.sum(0).tolist(),
+                losses[:: self._mesh.tp_size].sum(0).tolist(),  # ranks of tp have the same tokens
                 local[:, 1:3].tolist(),
                 table[:, :, 4].sum(0).tolist(),
                 finite.unbind(1),

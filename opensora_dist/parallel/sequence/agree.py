@@ -94,7 +94,7 @@ class Agreement:
     """The check, for the ranks that share samples with this one."""
 
     def __init__(self, mesh: Mesh) -> None:
-        self._group = mesh.sp_control
+        self._group, self._tp = mesh.sp_control, mesh.tp_size
         self._ranks: list[int] = dist.get_process_group_ranks(mesh.sp_control)
 
     def check(self, intent: Intent) -> bool:
@@ -118,6 +118,10 @@ class Agreement:
                 "every rank must run the same code with the same config on the same data: compare them across machines"
             )
         return any(row[-1] for row in table)
+
+    def sharing(self, shard: Shard) -> int:
+        """Ranks that share the samples of a shard, those that hold the same part included."""
+        return len(shard.sizes) * self._tp
 
     def bad_anywhere(self, bad: Sequence[bool], *, sharing: int) -> list[bool] | None:
         """Which samples any rank that shares them could not read. Collective over the group, the same number of samples on all.
@@ -147,7 +151,7 @@ class Agreement:
         for field, (name, show) in enumerate(_FIELDS.items()):
             values = [row[field] for row in table]
             # A shape may be spread over fewer ranks than the group has: then only these have the same samples.
-            block = degree if name == "samples" else len(values)
+            block = degree * self._tp if name == "samples" else len(values)
             if any(value != values[i // block * block] for i, value in enumerate(values)):
                 problems.append(self._side_by_side(name, [show(value) for value in values]))
         return problems
@@ -155,7 +159,8 @@ class Agreement:
     def _wrong_parts(self, table: list[list[int]], intent: Intent) -> list[str]:
         """Ranks whose latents don't have the shape of their part, once it is known that all mean to cut alike."""
         shard, parts = intent.shard, [Thw(*row[_PART]) for row in table]
-        wanted = [shard.region_of(i % len(shard.sizes)).times(intent.patch).shape(intent.latent) for i in range(len(parts))]
+        regions = [shard.region_of(i // self._tp % len(shard.sizes)) for i in range(len(parts))]
+        wanted = [region.times(intent.patch).shape(intent.latent) for region in regions]
         if parts == wanted:
             return []
         said = [f"{part}" if part == fit else f"{part}, where {fit} is its part" for part, fit in zip(parts, wanted, strict=True)]
