@@ -187,8 +187,7 @@ def resolve(path: Path) -> Path:
         lines = [f"{r.path.name}: {problem}" for r in found.rejected for problem in r.problems]
         raise CheckpointError(f"{root}: no checkpoint verifies; restore one from a copy, or train again:\n" + _indent(lines))
     if found.path is None:
-        unfinished = any(_PARTIAL.fullmatch(p.name) for p in root.iterdir())
-        why = "only one whose saving was cut off" if unfinished else "none was saved yet"
+        why = "only one whose saving was cut off" if unfinished_saves(root) else "none was saved yet"
         raise CheckpointError(f"{root}: no checkpoint ({why}); give a run that reached checkpoint.every_steps or its last step")
     for r in found.rejected:
         _log.warning("%s does not verify (%s); using %s", r.path, "; ".join(r.problems), found.path.name)
@@ -197,7 +196,7 @@ def resolve(path: Path) -> Path:
 
 def _find(root: Path) -> Resumable:
     rejected: list[Rejected] = []
-    for folder in _committed(root):
+    for folder in list_checkpoints(root):
         problems = verify(folder)
         if not problems:
             return Resumable(path=folder, rejected=tuple(rejected))
@@ -205,12 +204,17 @@ def _find(root: Path) -> Resumable:
     return Resumable(path=None, rejected=tuple(rejected))
 
 
-def _committed(root: Path) -> list[Path]:
-    """Step folders, newest first; of one step, the one in place before the one it replaced."""
+def list_checkpoints(root: Path) -> list[Path]:
+    """Step folders, verified or not, newest first; of one step, the one in place before the one it replaced."""
     if not root.is_dir():
         return []
     folders = [p for p in root.iterdir() if p.is_dir() and _COMMITTED.fullmatch(p.name)]
     return sorted(folders, key=lambda p: (-step_of(p), p.name))
+
+
+def unfinished_saves(root: Path) -> int:
+    """How many saves left a partial folder."""
+    return sum(bool(_PARTIAL.fullmatch(p.name)) for p in Path(root).iterdir())
 
 
 def _stage(partial: Path) -> None:
@@ -264,8 +268,8 @@ def _prune_steps(root: Path, *, committed: Path, keep_last: int) -> dict[str, Ca
     doomed: list[Path] = []
 
     def prune() -> None:
-        older = [p for p in _committed(root) if step_of(p) < step_of(committed)]
-        replaced = [p for p in _committed(root) if step_of(p) == step_of(committed) and p != committed]
+        older = [p for p in list_checkpoints(root) if step_of(p) < step_of(committed)]
+        replaced = [p for p in list_checkpoints(root) if step_of(p) == step_of(committed) and p != committed]
         for folder in [*replaced, *older[keep_last - 1 :]]:
             nameless = root / f"{step_name(step_of(folder))}.partial-{uuid.uuid4().hex[:8]}"
             with _stays_on_failure(folder):
