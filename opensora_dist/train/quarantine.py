@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from opensora_dist.core.errors import DataError
 from opensora_dist.core.logging import get_logger
@@ -50,38 +51,39 @@ class Quarantine(Callback):
         """
         if not any(step.bad_samples for step in steps):
             return
-        mine, self._mine = [asdict(bad) for bad in self._mine], []
-        told: set[tuple[int, str]] = set()
-        for rank, text in enumerate(gather_text(json.dumps(mine), group=self._mesh.control)):
+        mine, self._mine = json.dumps([asdict(bad) for bad in self._mine]), []
+        told: dict[tuple[int, str], dict[str, Any]] = {}
+        for rank, text in enumerate(gather_text(mine, group=self._mesh.control)):
             for bad in json.loads(text):
-                step, key, shard, reason = bad["step"] + 1, bad["key"], bad["damage"]["shard"], bad["damage"]["reason"]
-                if (step, key) in told:  # by another of the ranks that share it
-                    continue
-                told.add((step, key))
-                substitute = bad["substitute"]
-                if key not in self._bad and self._mesh.is_main:
-                    instead = f"{substitute!r} takes its place" if substitute else "nothing fits its place, which weighs nothing"
-                    _log.warning(
-                        "%s: sample %r can't be read on rank %d: %s; in step %d %s", shard, key, rank, reason, step, instead
-                    )
-                self._bad.setdefault(key, f"{shard}: sample {key!r}, {reason}")
-                where = {"shard": shard, "reason": reason, "rank": rank}
-                self._logbook.event("sample_quarantined", step=step, key=key, substitute=substitute, **where)
+                told.setdefault((bad["step"], bad["key"]), bad | {"rank": rank})  # several ranks that share it may have seen it
+        for bad in sorted(told.values(), key=lambda bad: bad["step"]):
+            self._tell(bad)
         self._replacements += sum(step.bad_samples for step in steps)
         if len(self._bad) > self._limit:
             raise DataError(self._too_many())
 
+    def _tell(self, bad: Mapping[str, Any]) -> None:
+        """One sample in one step; the reader hears of each sample once."""
+        step, key, substitute, rank = bad["step"] + 1, bad["key"], bad["substitute"], bad["rank"]
+        shard, reason = bad["damage"]["shard"], bad["damage"]["reason"]
+        if key not in self._bad and self._mesh.is_main:
+            instead = f"{substitute!r} takes its place" if substitute else "nothing fits its place, which weighs nothing"
+            _log.warning("%s: sample %r can't be read on rank %d: %s; in step %d %s", shard, key, rank, reason, step, instead)
+        self._bad.setdefault(key, f"{shard}: sample {key!r}, {reason}")
+        where = {"shard": shard, "reason": reason, "rank": rank}
+        self._logbook.event("sample_quarantined", step=step, key=key, substitute=substitute, **where)
+
     def end(self) -> None:
         """Says how many there were."""
         if self._bad and self._mesh.is_main:
-            said = "%d samples could not be read, and were replaced %d times; events.jsonl names each (sample_quarantined)"
+            said = "samples that could not be read: %d, replaced %d times; events.jsonl names each (sample_quarantined)"
             _log.warning(said, len(self._bad), self._replacements)
 
     def _too_many(self) -> str:
         first = list(self._bad.values())[:_NAMED]
         more = f"\n  and {len(self._bad) - len(first)} more" if len(self._bad) > len(first) else ""
         return (
-            f"{len(self._bad)} samples can't be read, more than resilience.max_bad_samples={self._limit}; check the disk, copy these "
+            f"samples that can't be read: {len(self._bad)}, more than resilience.max_bad_samples={self._limit}; check the disk, copy these "
             "shards again from where the data set was made, run `opensora-dist data prepare` again, or raise the limit:\n"
             + "\n".join(f"  {line}" for line in first)
             + more
