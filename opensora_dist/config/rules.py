@@ -5,12 +5,14 @@ Rules that need the data set (does the patch divide the latents?) are in ``recip
 
 from __future__ import annotations
 
+from math import gcd, prod
+
 import importlib.util
 
 from opensora_dist.config.faults import fault_form, parse_fault
 from opensora_dist.config.load import Problem, expand
 from opensora_dist.config.prepare import PrepareConfig
-from opensora_dist.config.train import ModelConfig, SpConfig, TrainConfig
+from opensora_dist.config.train import ModelConfig, ParallelConfig, SpConfig, TrainConfig
 
 
 def prepare_problems(config: PrepareConfig) -> list[Problem]:
@@ -36,7 +38,7 @@ def train_problems(config: TrainConfig, *, world: int) -> list[Problem]:
     """What can't be in a training run of ``world`` ranks."""
     return [
         *_model_problems(config.model),
-        *_layout_problems(config, world=world),
+        *mesh_problems(config.parallel, config.model, world=world),
         *_sp_problems(config.parallel.sp),
         *_batch_problems(config, world=world),
         *_optim_problems(config),
@@ -72,28 +74,98 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _layout_problems(config: TrainConfig, *, world: int) -> list[Problem]:
-    """Whether the ranks can be laid out as replicas x shards x ranks that share a sample."""
-    problems = []
-    parallel = config.parallel
-    replicas, degree = parallel.dp_replicate, parallel.sp.degree
-    for name, value in (("dp_replicate", replicas), ("sp.degree", degree)):
-        if world % value:
-            message = f"parallel.{name}={value} must divide the {world} ranks; use one of {divisors(world)}"
-            problems.append(Problem(fields=(f"parallel.{name}", "parallel.nproc"), message=message))
-    if not problems and world % (replicas * degree):
-        message = (
-            f"parallel.dp_replicate={replicas} x parallel.sp.degree={degree} = {replicas * degree} must divide the {world} ranks; "
-            f"with this degree use dp_replicate from {divisors(world // degree)}, or with these replicas a degree from "
-            f"{divisors(world // replicas)}"
+def mesh_problems(parallel: ParallelConfig, model: ModelConfig, *, world: int) -> list[Problem]:
+    """Why ``world`` ranks can't be laid out as dp_replicate x dp_shard x ring x ulysses x tp: every reason, each with a way out.
+
+    Rules of a sequence scheme that need a sample, or heads alone, are the scheme's own.
+    """
+    return [*_division_problems(parallel, world=world), *_stage_problems(parallel), *_tp_problems(parallel, model)]
+
+
+def _division_problems(parallel: ParallelConfig, *, world: int) -> list[Problem]:
+    sizes = {"dp_replicate": parallel.dp_replicate, "sp.degree": parallel.sp.degree, "tp": parallel.tp}
+    problems = [
+        Problem(
+            fields=(f"parallel.{name}", "parallel.nproc"),
+            message=f"parallel.{name}={size} must divide the {world} ranks; use one of {divisors(world)}",
         )
-        problems.append(Problem(fields=("parallel.dp_replicate", "parallel.sp.degree", "parallel.nproc"), message=message))
-    if replicas > 1 and parallel.zero.stage == 0:
+        for name, size in sizes.items()
+        if world % size
+    ]
+    product = prod(sizes.values())
+    if not problems and world % product:
+        used = {name: size for name, size in sizes.items() if size > 1}
+        ways = [
+            f"parallel.{name} from {divisors(world // (product // size))}"
+            for name, size in used.items()
+            if world % (product // size) == 0
+        ] or [f"{product} ranks, or smaller ones"]
         message = (
-            f"parallel.dp_replicate={replicas} with parallel.zero.stage=0: stage 0 replicates on all ranks already; "
+            f"{' x '.join(f'parallel.{name}={size}' for name, size in used.items())} = {product} must divide the {world} ranks; "
+            f"with the others as they are use {', or '.join(ways)}"
+        )
+        problems.append(Problem(fields=(*(f"parallel.{name}" for name in used), "parallel.nproc"), message=message))
+    return problems
+
+
+def _stage_problems(parallel: ParallelConfig) -> list[Problem]:
+    """Stage 0 has one kind of ranks: those that hold copies."""
+    problems = []
+    if parallel.zero.stage != 0:
+        return []
+    if parallel.dp_replicate > 1:
+        message = (
+            f"parallel.dp_replicate={parallel.dp_replicate} with parallel.zero.stage=0: stage 0 replicates on all ranks already; "
             "use dp_replicate=1, or stage 2 or 3"
         )
         problems.append(Problem(fields=("parallel.dp_replicate", "parallel.zero.stage"), message=message))
+    if parallel.tp > 1:
+        message = (
+            f"parallel.tp={parallel.tp} with parallel.zero.stage=0: stage 0 keeps copies of whole parameters, and ranks of tp have "
+            "parts of them; use parallel.zero.stage=1, 2 or 3, or parallel.tp=1"
+        )
+        problems.append(Problem(fields=("parallel.tp", "parallel.zero.stage"), message=message))
+    return problems
+
+
+def _tp_problems(parallel: ParallelConfig, model: ModelConfig) -> list[Problem]:
+    """What ranks of ``tp`` can't share."""
+    tp, sp, problems = parallel.tp, parallel.sp, list[Problem]()
+    if tp == 1:
+        return []
+    _, width, heads = model.shape
+    hidden = int(width * model.mlp_ratio)
+    if heads % tp:
+        message = f"parallel.tp={tp} must divide model.heads={heads}, which it deals out; use one of {divisors(heads)}"
+        problems.append(Problem(fields=("parallel.tp", "model.heads", "model.size"), message=message))
+    if hidden % tp:
+        message = (
+            f"parallel.tp={tp} must divide the MLP's hidden width, {hidden} = model.width {width} x model.mlp_ratio "
+            f"{model.mlp_ratio:g}; use one of {divisors(gcd(hidden, heads))}, or another model.mlp_ratio"
+        )
+        problems.append(Problem(fields=("parallel.tp", "model.width", "model.mlp_ratio", "model.size"), message=message))
+    if parallel.zero.backend != "native":
+        message = (
+            f"parallel.tp={tp} with parallel.zero.backend={parallel.zero.backend}, which knows no DTensors; "
+            "use parallel.zero.backend=native, or parallel.tp=1"
+        )
+        problems.append(Problem(fields=("parallel.tp", "parallel.zero.backend"), message=message))
+    if sp.scheme == "auto" and sp.degree > 1:
+        message = (
+            f"parallel.tp={tp} with parallel.sp.scheme=auto, whose prediction knows nothing of tp; "
+            "name a scheme (bench sequence compares them), or use parallel.tp=1"
+        )
+        problems.append(Problem(fields=("parallel.tp", "parallel.sp.scheme"), message=message))
+    dealt = {"usp": sp.ulysses or sp.degree, "ulysses": sp.degree, "fastseq": sp.degree, "allgather": sp.degree}.get(sp.scheme, 1)
+    if heads % tp == 0 and (heads // tp) % dealt:
+        what = "ulysses" if sp.scheme == "usp" else "degree"
+        message = (
+            f"parallel.sp.{what}={dealt} must divide the {heads // tp} of model.heads={heads} that parallel.tp={tp} leaves a rank, "
+            f"for parallel.sp.scheme={sp.scheme}, which deals them out; use parallel.sp.{what} from {divisors(heads // tp)}, "
+            f"or parallel.sp.scheme={'ring' if model.name == 'dit' else 'dsp or ring'}, which has no such rule"
+        )
+        fields = ("parallel.tp", f"parallel.sp.{what}", "parallel.sp.scheme", "model.heads", "model.size")
+        problems.append(Problem(fields=fields, message=message))
     return problems
 
 
@@ -144,16 +216,18 @@ def _batch_problems(config: TrainConfig, *, world: int) -> list[Problem]:
         problems.append(Problem(fields=("data.path",), message=message))
     # Where auto may spread a sample over fewer ranks, more of them see different samples.
     degree = parallel.sp.min_degree or parallel.sp.degree if parallel.sp.scheme == "auto" else parallel.sp.degree
-    data_ranks = world // degree
+    sharing = degree * parallel.tp
+    data_ranks = world // sharing
     pieces = data_ranks * parallel.grad_accum
-    if world % degree == 0 and data.global_batch % pieces:
+    if world % sharing == 0 and data.global_batch % pieces:
         up = (data.global_batch // pieces + 1) * pieces
-        of = f" (= {world} ranks / {degree} that share a sample)" if degree > 1 else ""
+        of = f" (= {world} ranks / {sharing} that share a sample)" if sharing > 1 else ""
         message = (
             f"data.global_batch={data.global_batch} must be a multiple of data ranks{of} x parallel.grad_accum = {data_ranks} x "
             f"{parallel.grad_accum} = {pieces}; use {up}" + (f" or {up - pieces}" if up > pieces else "")
         )
-        fields = ("data.global_batch", "parallel.grad_accum", "parallel.nproc", "parallel.sp.degree", "parallel.sp.min_degree")
+        sizes = ("parallel.sp.degree", "parallel.sp.min_degree", "parallel.tp")
+        fields = ("data.global_batch", "parallel.grad_accum", "parallel.nproc", *sizes)
         problems.append(Problem(fields=fields, message=message))
     return problems
 
