@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -339,4 +340,8 @@ def import_deepspeed(device: torch.device) -> ModuleType:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # a single process has no launcher to set it
     deepspeed = importlib.import_module("deepspeed")
+    # An operator for inference, which it would compile at the first start on a CPU.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It calls torch by names that torch 2.13 renames; once for each call would be many.
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     return deepspeed
