@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from opensora_dist.checkpoint.manifest import MANIFEST_NAME, FileEntry, describe_files, list_files, verify, write_manifest
@@ -30,6 +29,7 @@ from opensora_dist.core.errors import CheckpointError
 from opensora_dist.core.io import fsync, write_text
 from opensora_dist.core.layout import CHECKPOINTS_DIR
 from opensora_dist.core.logging import get_logger
+from opensora_dist.parallel.gather import gather_text
 
 LATEST_NAME = "latest"
 
@@ -117,7 +117,7 @@ def commit(
     """
     root = Path(root)
     final = root / step_name(step)
-    commit_id = _gather_text(uuid.uuid4().hex[:8], group)[0]
+    commit_id = gather_text(uuid.uuid4().hex[:8], group=group)[0]
     partial = root / f"{final.name}.partial-{commit_id}"
     lead = _rank(group) == 0
 
@@ -130,9 +130,9 @@ def commit(
         together("stage", lambda: _stage(partial) if lead else None)
         together("write", lambda: write(partial))
         listing = together("list", lambda: list_files(partial) if lead else [])
-        names: list[str] = json.loads(_gather_text(json.dumps(listing), group)[0])
+        names: list[str] = json.loads(gather_text(json.dumps(listing), group=group)[0])
         mine = together("hash", lambda: describe_files(partial, names[_rank(group) :: _world(group)]))
-        shares = _gather_text(json.dumps({name: asdict(entry) for name, entry in mine.items()}), group)
+        shares = gather_text(json.dumps({name: asdict(entry) for name, entry in mine.items()}), group=group)
         files = {name: FileEntry(**entry) for share in shares for name, entry in json.loads(share).items()}
         steps = _publish_steps(partial, final, step, metadata, files)
         # One collective for all of these: a rank that dies now must not keep the first one from the end of what is written already.
@@ -159,7 +159,7 @@ def find_resumable(root: Path, *, group: dist.ProcessGroup | None = None) -> Res
         said = [found.path.name if found.path else None, [[r.path.name, r.problems] for r in found.rejected]]
     else:
         said = []
-    name, rejected = json.loads(_gather_text(json.dumps(said), group)[0])
+    name, rejected = json.loads(gather_text(json.dumps(said), group=group)[0])
     return Resumable(
         path=root / name if name else None,
         rejected=tuple(Rejected(path=root / folder, problems=tuple(problems)) for folder, problems in rejected),
@@ -302,7 +302,7 @@ def _together(phase: str, action: Callable[[], T], group: dist.ProcessGroup | No
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must learn of it; it is raised below
         cause = error
         failure = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-    failures = _gather_text(failure, group)
+    failures = gather_text(failure, group=group)
     if any(failures):
         said = dict.fromkeys(f for f in failures if f)
         lines = [f"rank {', '.join(str(r) for r, g in enumerate(failures) if g == f)}: {f}" for f in said]
@@ -310,20 +310,6 @@ def _together(phase: str, action: Callable[[], T], group: dist.ProcessGroup | No
             f"checkpoint failed in phase '{phase}'; older checkpoints are untouched:\n" + _indent(lines)
         ) from cause
     return result  # type: ignore[return-value]  # no failure anywhere, so ``action`` returned
-
-
-def _gather_text(text: str, group: dist.ProcessGroup | None) -> list[str]:
-    """Every rank's text, by rank. As bytes in tensors: ``all_gather_object`` would pickle."""
-    if not dist.is_initialized():
-        return [text]
-    world = _world(group)
-    data = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)  # frombuffer refuses an empty buffer
-    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
-    dist.all_gather(lengths, torch.tensor([len(data)]), group=group)
-    width = max(int(n) for n in lengths)
-    rows = [torch.zeros(width, dtype=torch.uint8) for _ in range(world)]
-    dist.all_gather(rows, torch.nn.functional.pad(data, (0, width - len(data))), group=group)
-    return [row[: int(n) - 1].numpy().tobytes().decode() for row, n in zip(rows, lengths)]
 
 
 def _rank(group: dist.ProcessGroup | None) -> int:

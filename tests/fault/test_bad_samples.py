@@ -26,6 +26,7 @@ from opensora_dist.train import loop
 LONG, STILL = (3, 32, 48), (1, 48, 32)
 STEPS = 12
 RUN = (f"run.steps={STEPS}", "run.dtype=float64", "checkpoint.every_steps=6", "optim.betas=[0.9,0.95]")
+TP = ("parallel.tp=2",)
 DSP = ("parallel.sp.degree=2", "parallel.sp.scheme=dsp")
 
 
@@ -152,6 +153,21 @@ def test_two_ranks_take_the_same_substitutes_as_one_process(ranks, damaged, one_
         ]
         assert frame and set(frame) == {1}, "rank 0 has no part of what is damaged"
     promise(promises.BAD_SAMPLE).measured(f"{'sp' if shared else 'dp'} 2, stage {stage}: the losses of one process to 1e-10")
+
+
+@pytest.mark.parametrize("shared", [(), DSP, TP], ids=["dp2", "sp2", "tp2"])
+def test_what_one_rank_alone_cant_read_is_replaced_on_all_that_share_it(ranks, whole, tmp_path, shared):
+    args = overrides(whole, tmp_path, *RUN, *shared, "fault.bad_sample=1@step3", "parallel.zero.stage=2")
+    ranks.run(train_here, args, _watched, str(tmp_path / "keys"), world=2)
+    bad, trained = events(tmp_path, "sample_quarantined"), [read_json(f"{tmp_path / 'keys'}-{rank}.json") for rank in (0, 1)]
+    assert (bad[0]["step"], bad[0]["rank"]) == (3, 1) and "fault.bad_sample" in bad[0]["reason"]
+    assert len({e["key"] for e in bad}) == 1 and {e["rank"] for e in bad} == {1}
+    assert {m["step"]: m["bad_samples"] for m in metrics(tmp_path)} == {
+        s: sum(e["step"] == s for e in bad) for s in range(1, STEPS + 1)
+    }
+    if shared:
+        assert trained[0] == trained[1]
+    assert trained[1]["2"][0] == bad[0]["substitute"] != bad[0]["key"]
 
 
 def test_a_resume_on_damaged_data_is_bitwise_the_run_that_went_on(ranks, damaged, tmp_path):
