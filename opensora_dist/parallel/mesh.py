@@ -147,7 +147,10 @@ def process_group(device: torch.device, *, timeout_s: float) -> Iterator[None]:
         store = dist.HashStore()  # type: ignore[attr-defined]  # not in torch's __all__
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        met, rank, world = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+        # torchrun keeps its store when it starts ranks again, with the addresses that the last ones left in it.
+        fresh = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", met)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=fresh, rank=rank, world_size=world, timeout=timeout)
     done = False
     try:
         yield

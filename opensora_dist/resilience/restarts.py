@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from opensora_dist.core.errors import TrainingError
-from opensora_dist.core.io import fsync
+from opensora_dist.core.io import write_text
 from opensora_dist.core.logging import get_logger
 
 RESTARTS_NAME: Final = "restarts.jsonl"
@@ -29,10 +29,8 @@ def restart_count() -> int:
 def note_start(run_dir: Path, *, step: int) -> None:
     """Notes a start that goes on from ``step``. One rank calls it."""
     path = Path(run_dir) / RESTARTS_NAME
-    with open(path, "a", encoding="utf-8") as handle:
-        # A line of its own, whatever a kill left of the one before.
-        handle.write("\n" * (handle.tell() > 0) + json.dumps({"restart": restart_count(), "step": step}) + "\n")
-    fsync(path)
+    notes = [*_notes(path), {"restart": restart_count(), "step": step}]
+    write_text(path, "".join(json.dumps(note) + "\n" for note in notes))
 
 
 class Progress:
