@@ -5,14 +5,14 @@ Rules that need the data set (does the patch divide the latents?) are in ``recip
 
 from __future__ import annotations
 
-from math import gcd, prod
-
 import importlib.util
+from math import gcd, prod
 
 from opensora_dist.config.faults import fault_form, parse_fault
 from opensora_dist.config.load import Problem, expand
 from opensora_dist.config.prepare import PrepareConfig
 from opensora_dist.config.train import ModelConfig, ParallelConfig, SpConfig, TrainConfig
+from opensora_dist.core.extras import missing_extra
 
 
 def prepare_problems(config: PrepareConfig) -> list[Problem]:
@@ -44,6 +44,8 @@ def train_problems(config: TrainConfig, *, world: int) -> list[Problem]:
         *_optim_problems(config),
         *_validation_problems(config),
         *_fault_problems(config, world=world),
+        *_native_problems(config),
+        *_deepspeed_problems(config),
         *_colossalai_problems(config),
     ]
 
@@ -281,10 +283,7 @@ def _colossalai_problems(config: TrainConfig) -> list[Problem]:
     problems = []
 
     def refuse(*fields: str, because: str, instead: str) -> None:
-        values = {name: _value(config, name) for name in fields}
-        said = " and ".join(f"{name}={value}" for name, value in values.items())
-        message = f"{said} with parallel.zero.backend=colossalai: {because}; use {instead}, or parallel.zero.backend=native"
-        problems.append(Problem(fields=(*fields, "parallel.zero.backend"), message=message))
+        problems.append(_refused(config, *fields, because=because, instead=instead))
 
     if importlib.util.find_spec("colossalai") is None:
         message = (
@@ -320,6 +319,57 @@ def _colossalai_problems(config: TrainConfig) -> list[Problem]:
         )
         problems.append(Problem(fields=("parallel.zero.nvme_path", "parallel.zero.backend"), message=message))
     return problems
+
+
+def _deepspeed_problems(config: TrainConfig) -> list[Problem]:
+    """What DeepSpeed can't do, or what of it isn't wired."""
+    zero, parallel = config.parallel.zero, config.parallel
+    if zero.backend != "deepspeed":
+        return []
+    problems = []
+
+    def refuse(*fields: str, because: str, instead: str) -> None:
+        problems.append(_refused(config, *fields, because=because, instead=instead))
+
+    missing = missing_extra("deepspeed", extra="deepspeed", wanted_by="parallel.zero.backend=deepspeed")
+    if missing is not None:
+        problems.append(Problem(fields=("parallel.zero.backend",), message=f"{missing}, or use parallel.zero.backend=native"))
+    if config.run.dtype == "float64":
+        refuse("run.dtype", because="the weights it steps are float32", instead="float32 or bfloat16")
+    if parallel.dp_replicate > 1:
+        refuse("parallel.dp_replicate", because="it shards over all ranks", instead="dp_replicate=1")
+    if zero.offload != "none" and zero.stage == 0:
+        because = "stage 0 is plain AdamW, where the parameters are"
+        refuse("parallel.zero.offload", "parallel.zero.stage", because=because, instead="stage 1, 2 or 3")
+    elif zero.offload == "all" and zero.stage < 3:
+        because = "parameters leave the GPU in stage 3 only"
+        refuse("parallel.zero.offload", "parallel.zero.stage", because=because, instead="offload=optimizer or stage 3")
+    if zero.nvme_path is not None and zero.offload != "all":
+        because = "it is parameters that go to files"
+        refuse("parallel.zero.nvme_path", "parallel.zero.offload", because=because, instead="offload=all, or no nvme_path")
+    if zero.nvme_path is not None and not expand(zero.nvme_path).is_dir():
+        refuse("parallel.zero.nvme_path", because="it is not a folder", instead="a folder on a local disk")
+    return problems
+
+
+def _native_problems(config: TrainConfig) -> list[Problem]:
+    """What PyTorch's own ZeRO can't do."""
+    zero = config.parallel.zero
+    if zero.backend != "native" or zero.nvme_path is None:
+        return []
+    message = (
+        f"parallel.zero.nvme_path={zero.nvme_path!r} with parallel.zero.backend=native, which offloads to CPU memory alone; drop it, or "
+        "use parallel.zero.backend=deepspeed"
+    )
+    return [Problem(fields=("parallel.zero.nvme_path", "parallel.zero.backend"), message=message)]
+
+
+def _refused(config: TrainConfig, *fields: str, because: str, instead: str) -> Problem:
+    """Values that a backend of another package can't have."""
+    backend = config.parallel.zero.backend
+    said = " and ".join(f"{name}={_value(config, name)}" for name in fields)
+    message = f"{said} with parallel.zero.backend={backend}: {because}; use {instead}, or parallel.zero.backend=native"
+    return Problem(fields=(*fields, "parallel.zero.backend"), message=message)
 
 
 def _value(config: TrainConfig, path: str) -> object:
