@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
@@ -23,6 +24,7 @@ from opensora_dist.observe.trackers import track_problems
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import default_nproc, launched_world, resolve_device
 from opensora_dist.parallel.sequence.network import read_network
+from opensora_dist.parallel.zero.deepspeed import import_deepspeed
 from opensora_dist.recipes.build import meta_model
 from opensora_dist.recipes.shards import share_problems
 
@@ -49,6 +51,7 @@ def training_problems(config: TrainConfig) -> list[Problem]:
             )
             problems.append(Problem(fields=("parallel.zero.backend", "run.device"), message=message))
     problems += train_problems(config, world=world)
+    problems += _nvme_problems(config)
     try:
         check_sampling(config.objective, sampler=config.validation.sampler, steps=config.validation.sampling_steps)
     except ConfigError as error:
@@ -87,6 +90,21 @@ def _save_phase_problems(config: TrainConfig) -> list[Problem]:
         return []
     message = f"fault.kill_in_save={text!r} names no phase of a save; use one of {', '.join(SAVE_PHASES)}"
     return [Problem(fields=("fault.kill_in_save",), message=message)]
+
+
+def _nvme_problems(config: TrainConfig) -> list[Problem]:
+    """DeepSpeed's asynchronous reads and writes are compiled against a library of the system's."""
+    zero = config.parallel.zero
+    if zero.backend != "deepspeed" or zero.nvme_path is None or importlib.util.find_spec("deepspeed") is None:
+        return []
+    deepspeed = import_deepspeed(torch.device("cpu") if config.run.device == "cpu" else resolve_device(config.run.device))
+    if deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False):
+        return []
+    message = (
+        f"parallel.zero.nvme_path={zero.nvme_path!r} needs libaio and its headers, which DeepSpeed finds none of; install them "
+        "(apt-get install libaio-dev), or drop it for offload to CPU memory"
+    )
+    return [Problem(fields=("parallel.zero.nvme_path",), message=message)]
 
 
 def _init_from_problems(config: TrainConfig) -> list[Problem]:

@@ -18,9 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from opensora_dist.config.load import expand
 from opensora_dist.config.train import OptimConfig, ParallelConfig
 from opensora_dist.core.extras import require_extra
-from opensora_dist.parallel.mesh import AxisName, Mesh
+from opensora_dist.parallel.mesh import Mesh
+from opensora_dist.parallel.places import AxisName
 from opensora_dist.parallel.zero.fragments import Fragments, Span
 from opensora_dist.parallel.zero.optimizer import adamw, start_moments
 
@@ -29,7 +31,7 @@ _BUCKET_ELEMENTS = 50_000_000  # 200 MB of float32; DeepSpeed's own default take
 
 
 def deepspeed_config(
-    parallel: ParallelConfig, *, num_parameters: int, largest_unit: int, compute_dtype: torch.dtype
+    parallel: ParallelConfig, model: nn.Module, *, units: Sequence[nn.Module], world: int, compute_dtype: torch.dtype
 ) -> dict[str, Any]:
     """What DeepSpeed is told. Its schedule, clipping value, accumulation count and reports stay off: these are the loop's.
 
@@ -37,25 +39,38 @@ def deepspeed_config(
     and the timestep too, and a timestep of 999 has no bf16.
 
     Args:
-        num_parameters: Of the whole model.
-        largest_unit: Parameters of the largest block, what stage 3 gathers at once.
+        model: Before it is sharded.
+        units: The blocks that stage 3 gathers whole.
+        world: Ranks that shard the model.
     """
     zero = parallel.zero
-    bucket = min(_BUCKET_ELEMENTS, num_parameters)
+    sizes = [p.numel() for p in model.parameters()]
+    bucket = min(_BUCKET_ELEMENTS, sum(sizes))
     section: dict[str, Any] = {
         "stage": zero.stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket + bucket % 2,
-        "stage3_prefetch_bucket_size": zero.prefetch * largest_unit,
+        "stage3_prefetch_bucket_size": zero.prefetch * max(sum(p.numel() for p in unit.parameters()) for unit in units),
         # Every block is gathered for its own use and freed after it, however small.
         "stage3_param_persistence_threshold": 0,
         "stage3_max_reuse_distance": 0,
         "memory_efficient_linear": False,  # it would replace torch's linear for the whole process
     }
+    in_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if zero.offload != "none":
-        section["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if zero.offload == "all":
-        section["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        section["offload_optimizer"] = in_cpu
+    if zero.nvme_path is not None:
+        # Parameters alone: the average and checkpoints read master weights and moments where they are.
+        section["offload_param"] = {
+            **in_cpu,
+            "device": "nvme",
+            "nvme_path": str(expand(zero.nvme_path)),
+            "buffer_size": -(-max(sizes) // world),
+            # What is read at once: a block and those ahead of it, and as many parameters outside of blocks.
+            "buffer_count": (2 + zero.prefetch) * max(len(list(unit.parameters())) for unit in units),
+        }
+    elif zero.offload == "all":
+        section["offload_param"] = in_cpu
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # the loop says which micro-batch is the last
@@ -95,12 +110,7 @@ class DeepSpeedBackend:
         shapes = {name: p.shape for name, p in model.named_parameters()}
         deepspeed = import_deepspeed(mesh.device)
         groups = _Groups(mesh)
-        config = deepspeed_config(
-            parallel,
-            num_parameters=self.num_parameters,
-            largest_unit=max(sum(p.numel() for p in unit.parameters()) for unit in units),
-            compute_dtype=compute_dtype,
-        )
+        config = deepspeed_config(parallel, model, units=units, world=mesh.world, compute_dtype=compute_dtype)
         # Stage 3 moves one parameter at a time to the device, where it is cut; until then host memory holds the whole model.
         model.to_empty(device=_CPU if self._stage == 3 else mesh.device)
         init(model)
@@ -281,7 +291,7 @@ class _Place:
     def part(self, flat: Tensor) -> Tensor:
         """The share of this parameter, of a tensor laid out as ``flat``."""
         whole = flat.detach()
-        return whole if self.offset is None else whole[self.offset : self.offset + self.span.stop - self.span.start]
+        return whole if self.offset is None else whole[self.offset : self.offset + self.span.size]
 
 
 class _Groups:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +20,18 @@ class Span:
     start: int
     stop: int
 
+    @property
+    def size(self) -> int:
+        """How many."""
+        return self.stop - self.start
+
     def __and__(self, other: Span) -> Span:
         start = max(self.start, other.start)
         return Span(start=start, stop=max(start, min(self.stop, other.stop)))
 
 
 class Fragments:
-    """Moves what each rank holds of each parameter into DTensors sharded by rows, and back. One all-to-all for each dtype and device.
+    """Moves what each rank holds of each parameter into DTensors sharded by rows, and back, in one all-to-all.
 
     Args:
         spans: What this rank holds, by canonical name, the same names on every rank.
@@ -41,12 +46,12 @@ class Fragments:
         dist.all_gather_object(gathered, dict(spans), group=self._group)
         self._held = gathered
         for name, shape in shapes.items():
-            held = sum(spans[name].stop - spans[name].start for spans in gathered)
+            held = sum(spans[name].size for spans in gathered)
             assert held == math.prod(shape), f"{name}: {held} elements are held, of {tuple(shape)}"
         self._rows = [{name: _rows(shape, rank, self._size) for name, shape in shapes.items()} for rank in range(self._size)]
 
     def to_rows(self, fragments: Mapping[str, Tensor]) -> dict[str, DTensor]:
-        """Copies of this rank's fragments' owners' rows: whole tensors, sharded on dim 0 as DTensor does. Collective."""
+        """Whole tensors, sharded on dim 0 as DTensor does it; copies, no larger than the fragments. Collective."""
         flat = self._move(fragments, self._held, self._rows)
         rows = {}
         for name, part in flat.items():
@@ -64,36 +69,34 @@ class Fragments:
 
     def _move(self, parts: Mapping[str, Tensor], held: list[dict[str, Span]], wanted: list[dict[str, Span]]) -> dict[str, Tensor]:
         """From what ranks hold to what they want of each parameter, all in one exchange."""
-        some = next(iter(parts.values()))
+        mine = wanted[self._rank]
         send = [self._cut(parts, held[self._rank], wanted[to]) for to in range(self._size)]
-        buffer = torch.cat([piece for pieces in send for piece in pieces.values()]) if send else some.new_empty(0)
-        came = [{name: held[source][name] & wanted[self._rank][name] for name in self._shapes} for source in range(self._size)]
-        sizes = [sum(span.stop - span.start for span in spans.values()) for spans in came]
+        came = [(name, held[source][name] & mine[name]) for source in range(self._size) for name in self._shapes]
+        each = len(self._shapes)
+        sizes = [sum(span.size for _, span in came[i : i + each]) for i in range(0, len(came), each)]
+        buffer = torch.cat([piece for pieces in send for piece in pieces])
         received = buffer.new_empty(sum(sizes))
         dist.all_to_all_single(
             received,
             buffer,
             output_split_sizes=sizes,
-            input_split_sizes=[sum(p.numel() for p in pieces.values()) for pieces in send],
+            input_split_sizes=[sum(piece.numel() for piece in pieces) for pieces in send],
             group=self._group,
         )
-        whole = {name: received.new_empty(span.stop - span.start) for name, span in wanted[self._rank].items()}
-        for (name, span), piece in zip(_flat_items(came), received.split([s.stop - s.start for _, s in _flat_items(came)])):
-            first = wanted[self._rank][name].start
-            whole[name][span.start - first : span.stop - first] = piece
+        whole = {name: received.new_empty(span.size) for name, span in mine.items()}
+        at = 0
+        for name, span in came:
+            whole[name][span.start - mine[name].start : span.stop - mine[name].start] = received[at : at + span.size]
+            at += span.size
         return whole
 
-    def _cut(self, parts: Mapping[str, Tensor], held: Mapping[str, Span], wanted: Mapping[str, Span]) -> dict[str, Tensor]:
-        cut = {}
+    def _cut(self, parts: Mapping[str, Tensor], held: Mapping[str, Span], wanted: Mapping[str, Span]) -> list[Tensor]:
+        """The pieces of this rank's parts that another wants, one of each parameter, perhaps empty."""
+        cut = []
         for name in self._shapes:
             span = held[name] & wanted[name]
-            cut[name] = parts[name].flatten()[span.start - held[name].start : span.stop - held[name].start]
+            cut.append(parts[name].flatten()[span.start - held[name].start : span.stop - held[name].start])
         return cut
-
-
-def _flat_items(spans: list[dict[str, Span]]) -> Iterator[tuple[str, Span]]:
-    for of_rank in spans:
-        yield from of_rank.items()
 
 
 def _rows(shape: torch.Size, rank: int, size: int) -> Span:
