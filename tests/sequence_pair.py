@@ -17,8 +17,9 @@ from sequence_cases import Result, Shape, compute, cut, difference, latent, make
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opensora_dist.config.train import SpConfig
+from opensora_dist.config.train import ParallelConfig, SpConfig
 from opensora_dist.core.types import Axis, Region, Thw
+from opensora_dist.models.levers import set_levers
 from opensora_dist.parallel.mesh import Mesh, build_mesh
 from opensora_dist.parallel.recompute import Recompute, Tape
 from opensora_dist.parallel.sequence.base import Shard
@@ -38,6 +39,8 @@ class Pair:
     model: str
     grid: Thw
     recompute: Recompute = "none"
+    offload: bool = False
+    tile_tokens: int | None = None
     overlap: bool = True
     chunks: int = 1
     ulysses: int | None = None
@@ -72,8 +75,8 @@ class Pair:
 
     def network(self) -> nn.Module:
         model = make_model(self.model, self.shape)
-        for block in model.blocks:
-            block.recompute = self.recompute
+        levers = ParallelConfig(recompute=self.recompute, offload_activations=self.offload, tile_tokens=self.tile_tokens)
+        set_levers(model, levers, device=torch.device("cpu"), min_offload_bytes=0)
         return model
 
 

@@ -49,7 +49,7 @@ class Offload:
         """In CPU memory now."""
         self.moved_bytes = 0
         """Moved to CPU memory so far."""
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._latest: weakref.ref[_Stretch] | None = None
 
     def around(self, run: Callable[[Store | None], Tensor], *, stays: Iterable[Tensor]) -> Tensor:
@@ -67,7 +67,7 @@ class Offload:
             out = run(stretch)
         stretch.end()
         if out.requires_grad:
-            out.register_hook(lambda _grad: stretch.begin_backward())
+            out.register_hook(lambda _grad: stretch.begin_backward())  # type: ignore[no-untyped-call]
         return out
 
     def beside(self, run: Callable[[Store | None], Tensor], *, stays: Iterable[Tensor]) -> Tensor:
@@ -78,7 +78,7 @@ class Offload:
         out = run(None)
         previous = self._latest
         if out.requires_grad and previous is not None:
-            out.register_hook(lambda _grad: _fetch(previous))
+            out.register_hook(lambda _grad: _fetch(previous))  # type: ignore[no-untyped-call]
         return out
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ class _Kept:
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 class _Stretch:
@@ -173,7 +173,7 @@ class _Stretch:
         if parked is None:
             parked = _Parked(self._offload, torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage))
             # The weak reference keeps the storage's address from being given to another.
-            self._moved[key] = StorageWeakRef(storage), weakref.ref(parked)
+            self._moved[key] = StorageWeakRef(storage), weakref.ref(parked)  # type: ignore[no-untyped-call]
             self._parked.append(weakref.ref(parked))
         return _Kept(parked, self, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
 

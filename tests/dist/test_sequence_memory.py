@@ -21,11 +21,11 @@ SLACK_BYTES = 64
 """Less than one token of the residual stream takes."""
 
 
-def _pairs(scheme, **options):
+def _pairs(scheme, *, overlap=(True, False), **options):
     models = ("stdit",) if scheme == "dsp" else ("stdit", "dit")
     return [
-        Pair(scheme, model, grid, overlap=overlap, chunks=2, **options)
-        for model, grid, overlap in itertools.product(models, GRIDS, (True, False))
+        Pair(scheme, model, grid, overlap=hides, chunks=2, **options)
+        for model, grid, hides in itertools.product(models, GRIDS, overlap)
     ]
 
 
@@ -87,7 +87,7 @@ def _held(pairs):
 
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
 def test_under_recomputation_only_a_blocks_inputs_and_its_tape_live_until_backward(ranks, scheme):
-    pairs = [pair for recompute in ("selective", "full") for pair in _pairs(scheme, recompute=recompute)]
+    pairs = [*_pairs(scheme, recompute="full"), *_pairs(scheme, overlap=(True,), recompute="selective")]
     for found in ranks.run(_held, pairs, world=3):
         for pair, (held, allowed) in zip(pairs, found, strict=True):
             assert held <= allowed + SLACK_BYTES, (pair, held, allowed)
@@ -117,6 +117,7 @@ def _twice(pairs):
 
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
 def test_backward_twice_gives_every_gradient_twice(ranks, scheme):
-    pairs = [pair for recompute in ("none", "selective", "full") for pair in _pairs(scheme, recompute=recompute)]
+    pairs = [pair for recompute in ("none", "full") for pair in _pairs(scheme, recompute=recompute)]
+    pairs += _pairs(scheme, overlap=(True,), recompute="selective", offload=True, tile_tokens=7)
     for found in ranks.run(_twice, pairs, world=3):
         assert len(found) == len(pairs) and max(found) <= TOLERANCE, dict(zip(pairs, found))
