@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from opensora_dist.core.errors import CheckpointError
-from opensora_dist.core.io import hash_file, read_json, write_json
+from opensora_dist.core.io import hash_bytes, hash_file, read_json, write_json
 
 MANIFEST_NAME = "MANIFEST.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_OWN_HASH = "xxh3"
 
 # Law 8: tensors are safetensors, everything else is text. A file of another kind is a mistake of ours, found while saving.
 ALLOWED_SUFFIXES = (".safetensors", ".json", ".yaml")
@@ -74,8 +75,14 @@ def write_manifest(folder: Path, *, step: int, metadata: Mapping[str, Any], file
     """Writes ``MANIFEST.json`` atomically; it is the last file of a checkpoint."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = Manifest(step=step, created=created, metadata=dict(metadata), files=dict(files))
-    write_json(Path(folder) / MANIFEST_NAME, asdict(manifest))
+    content = asdict(manifest)
+    write_json(Path(folder) / MANIFEST_NAME, content | {_OWN_HASH: _hash(content)})
     return manifest
+
+
+def _hash(content: dict[str, Any]) -> str:
+    """Of what the manifest says, whatever the spaces between."""
+    return hash_bytes(json.dumps(content, sort_keys=True).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -96,6 +103,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{path}: schema version {version}, this release reads {SCHEMA_VERSION}; use the release that wrote it"
         )
+    if raw.pop(_OWN_HASH, None) != _hash(raw):
+        raise CheckpointError(f"{path}: damaged (its own hash is another); use another checkpoint")
     try:
         raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
         return Manifest(**raw)

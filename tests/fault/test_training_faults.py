@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import time
+from itertools import cycle, product
 from pathlib import Path
 
+import promises
 import pytest
 import torch
 from cli_process import cli, running
@@ -79,6 +82,64 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before_and_said(
     assert [e["step"] for e in events(tmp_path, "resume")] == [4]
     assert curve(tmp_path) == whole
     assert_same_tensors(tensors(tmp_path), newest)
+
+
+KINDS = {
+    "tensors": "tensors/shard-00002-model-00001-of-00001.safetensors",
+    "manifest": "MANIFEST.json",
+    "trainer state": "trainer.json",
+    "config": "config.yaml",
+    "data set": "dataset.json",
+}
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "bit flip": _flip,
+    "truncation": lambda file: file.write_bytes(file.read_bytes()[:-7]),
+    "missing": lambda file: file.unlink(),
+    "extra": lambda file: shutil.copy(file, file.with_name(f"more-{file.name}")),
+}
+# Each kind and each damage at least once.
+QUICK = [*zip(KINDS, cycle(DAMAGES)), ("tensors", "truncation"), ("tensors", "missing")]
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, data, tmp_path_factory):
+    """A run with checkpoints of steps 2 and 3."""
+    folder = tmp_path_factory.mktemp("saved")
+    ranks.run(train_here, overrides(data, folder, "run.steps=3", *TWICE), world=2)
+    return folder
+
+
+TWICE = ("checkpoint.every_steps=2", "parallel.zero.stage=3", "run.log_every=1")
+
+
+@pytest.mark.parametrize(
+    "kind, damage",
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in product(KINDS, DAMAGES)],
+)
+def test_damage_to_any_kind_of_file_is_found_before_loading_and_the_previous_checkpoint_is_used_and_said(
+    ranks, data, saved, tmp_path, kind, damage, promise
+):
+    run_dir = tmp_path / "run"
+    shutil.copytree(saved, run_dir)
+    file = run_dir / "checkpoints" / "step-00000003" / KINDS[kind]
+    DAMAGES[damage](file)
+    ranks.run(train_here, overrides(data, run_dir, "run.steps=3", *TWICE), world=2)
+    (rejected,) = events(run_dir, "checkpoint_rejected")
+    assert rejected["path"] == "step-00000003"
+    named = file.name if damage != "extra" else f"more-{file.name}"
+    assert any(named in problem for problem in rejected["problems"]), rejected
+    assert [e["step"] for e in events(run_dir, "resume")] == [2]
+    assert curve(run_dir) == curve(saved)
+    assert_same_tensors(tensors(run_dir), tensors(saved))
+    promise(promises.DAMAGE).measured(f"{damage} of {kind}: found, the one before used")
 
 
 def test_where_every_checkpoint_is_damaged_the_run_does_not_start_over(ranks, data, tmp_path):

@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_whole_folder_verifies_and_the_manifest_says_what_it_was_told(folder: Path) -> None:
     assert verify(folder) == []
     manifest = read_manifest(folder)
-    assert (manifest.step, manifest.schema_version) == (12, 1)
+    assert (manifest.step, manifest.schema_version) == (12, 2)
     assert manifest.metadata == {"config_hash": "ab", "layout": {"world": 2}}
     assert set(manifest.files) == {"model/a.safetensors", "state.json"}
     assert manifest.files["model/a.safetensors"].num_bytes == 200
@@ -41,6 +41,18 @@ def test_one_flipped_bit_is_found(folder: Path) -> None:
     file.write_bytes(data)
     (problem,) = verify(folder)
     assert "model/a.safetensors: content hash" in problem
+
+
+def test_one_flipped_bit_in_the_manifest_itself_is_found_wherever_it_is(folder: Path) -> None:
+    path = folder / MANIFEST_NAME
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        data = bytearray(whole)
+        data[place] ^= 1 << place % 8
+        path.write_bytes(data)
+        assert verify(folder), (place, whole[place : place + 1], data[place : place + 1])
+    path.write_bytes(whole)
+    assert verify(folder) == []
 
 
 def test_truncation_missing_and_extra_files_are_all_reported(folder: Path) -> None:
@@ -60,9 +72,9 @@ def test_truncation_missing_and_extra_files_are_all_reported(folder: Path) -> No
         (None, "missing"),
         ("{", "damaged"),
         ("[]", "schema version None"),
-        ('{"schema_version": 2}', "schema version 2, this release reads 1"),
-        ('{"schema_version": 1}', "damaged"),
-        ('{"schema_version": 1, "files": {"a": {"size": 1}}}', "damaged"),
+        ('{"schema_version": 1}', "schema version 1, this release reads 2"),
+        ('{"schema_version": 2}', "damaged"),
+        ('{"schema_version": 2, "files": {"a": {"size": 1}}, "xxh3": "0"}', "damaged"),
     ],
 )
 def test_a_bad_manifest_is_a_problem_not_a_crash(folder: Path, content: str | None, said: str) -> None:
