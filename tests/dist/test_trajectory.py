@@ -27,6 +27,7 @@ from opensora_dist.data.loader import Loader
 from opensora_dist.data.order import Order
 from opensora_dist.diffusion.draws import draw
 from opensora_dist.models.tensor import share_blocks
+from opensora_dist.models.levers import set_levers
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import build_mesh
 from opensora_dist.parallel.sequence.layout import SequenceParallel
@@ -36,7 +37,7 @@ from opensora_dist.parallel.zero.native import NativeBackend
 from opensora_dist.recipes.build import meta_model
 from opensora_dist.recipes.shards import LatentShards
 from opensora_dist.train.ema import Ema
-from opensora_dist.train.step import train_step
+from opensora_dist.train.step import TiledLoss, train_step
 
 STEPS = 10
 GLOBAL_BATCH = 4
@@ -57,13 +58,17 @@ class Layout:
     tp: int = 1
     recompute: str = "none"
     offload: str = "none"
+    activations: bool = False
+    tile: int | None = None
     models: tuple[str, ...] = ("stdit", "dit")
     slow: bool = False
 
     def __str__(self):
         shared = f"-sp{self.sp}-{self.scheme}" if self.sp > 1 else ""
         shared += f"-tp{self.tp}" if self.tp > 1 else ""
-        again = "-recompute" if self.recompute != "none" else ""
+        again = {"none": "", "selective": "-selective", "full": "-recompute"}[self.recompute]
+        again += "-offload_activations" if self.activations else ""
+        again += "-tiles" if self.tile else ""
         off = f"-offload_{self.offload}" if self.offload != "none" else ""
         return f"dp{self.world // self.sp // self.tp}{shared}-zero{self.stage}-accum{self.accum}-replicate{self.dp_replicate}{again}{off}"
 
@@ -76,6 +81,8 @@ class Layout:
             sp=SpConfig(degree=self.sp, scheme=self.scheme, ulysses=ulysses),
             tp=self.tp,
             recompute=self.recompute,
+            offload_activations=self.activations,
+            tile_tokens=self.tile,
             zero=ZeroConfig(stage=self.stage, offload=self.offload),
         )
 
@@ -104,6 +111,9 @@ LAYOUTS = [
     Layout(2, 3, accum=2, offload="all"),
     Layout(2, 3, accum=2),
     Layout(2, 3, recompute="full", slow=True),
+    Layout(2, 0, recompute="selective", tile=16),
+    Layout(2, 2, accum=2, activations=True, tile=16, slow=True),
+    Layout(2, 3, recompute="selective", activations=True, tile=16),
     Layout(4, 3, dp_replicate=2),
     _dsp(2, 0, sp=2),
     _dsp(2, 3, sp=2, accum=2, recompute="full"),
@@ -111,6 +121,7 @@ LAYOUTS = [
     _dsp(4, 0, sp=2, slow=True),
     _dsp(4, 2, sp=2, slow=True),
     _dsp(4, 3, sp=2, recompute="full"),
+    _dsp(4, 3, sp=2, recompute="full", activations=True, tile=16),
     _dsp(4, 1, dp_replicate=2, sp=2, accum=2, slow=True),
     _dsp(4, 2, dp_replicate=2, sp=2, accum=2),
     _dsp(4, 3, dp_replicate=2, sp=2),
@@ -121,6 +132,7 @@ LAYOUTS = [
     *(Layout(4, 2, sp=4, scheme=name, slow=True) for name in SHARED),
     Layout(2, 2, tp=2, accum=2),
     Layout(2, 3, tp=2, recompute="full"),
+    Layout(2, 3, tp=2, recompute="selective", activations=True, tile=16),
     Layout(2, 3, tp=2, offload="all", slow=True),
     Layout(2, 1, tp=2, offload="optimizer", slow=True),
     Layout(4, 1, tp=2, accum=2, slow=True),
@@ -169,8 +181,9 @@ def _trajectory(folder: str, name: str, layout: Layout):
     keys, index = Keys(3), Index.open(Path(folder))
     config = ModelConfig(name=name, depth=2, width=24, heads=4, patch=(1, 1, 2))
     model, objective = meta_model(config, MODELS[name], index.spec, dtype=torch.float64)
-    for block in model.blocks:
-        block.recompute = parallel.recompute
+    set_levers(model, parallel, device=mesh.device, min_offload_bytes=0)
+    if layout.tile is not None:
+        objective = TiledLoss(of=objective, positions=layout.tile)
     share_blocks(model, mesh)
     shards = LatentShards(mesh, SequenceParallel(mesh, parallel.sp), model)
     backend = _Spy(
