@@ -26,8 +26,8 @@ from opensora_dist.data.index import Index
 from opensora_dist.data.loader import Loader
 from opensora_dist.data.order import Order
 from opensora_dist.diffusion.draws import draw
-from opensora_dist.models.tensor import share_blocks
 from opensora_dist.models.levers import set_levers
+from opensora_dist.models.tensor import share_blocks
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import build_mesh
 from opensora_dist.parallel.sequence.layout import SequenceParallel

@@ -24,10 +24,13 @@ class Peak:
 
 
 @contextmanager
-def peak_memory(device: torch.device) -> Iterator[Peak]:
+def peak_memory(device: torch.device, *, parked: Callable[[], int] = lambda: 0) -> Iterator[Peak]:
     """Measures the block: on a GPU what the allocator gave out, on a CPU the storages of all tensors that operators made.
 
     On a CPU what a kernel or a backend allocates for itself is not seen (``LiveTensors``).
+
+    Args:
+        parked: Bytes of those tensors that would be in CPU memory if the device were a GPU: they don't count. Asked on a CPU only.
     """
     peak = Peak()
     if device.type == "cuda":
@@ -37,7 +40,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         yield peak
         peak.bytes = torch.cuda.max_memory_allocated(device) - before
         return
-    with LiveTensors() as live:
+    with LiveTensors(parked=parked) as live:
         yield peak
     peak.bytes = live.peak
 
@@ -48,14 +51,18 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of tor
     Counted: what any operator returns that is made while the mode is on, each storage once: weights, gathered weights (FSDP2 resizes
     their storages), gradients and DDP's buckets, optimizer state, activations, buffers of collectives. Not counted: what a kernel or a
     communication library allocates for itself, what was made before, tensors on the meta device.
+
+    Args:
+        parked: Bytes of what is followed that are not to count in ``peak``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, parked: Callable[[], int] = lambda: 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         """Bytes alive."""
         self.peak = 0
         """Most bytes alive at once since the start, or since it was last set."""
+        self._parked = parked
         self._sizes: weakref.WeakKeyDictionary[torch.UntypedStorage, list[int]] = weakref.WeakKeyDictionary()
         self._patch = mock.patch.object(torch.UntypedStorage, "resize_", self._resizing(torch.UntypedStorage.resize_))
 
@@ -98,7 +105,7 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of tor
     def _change(self, size: list[int], new: int) -> None:
         self.now += new - size[0]
         size[0] = new
-        self.peak = max(self.peak, self.now)
+        self.peak = max(self.peak, self.now - self._parked())
 
 
 def _local(tensor: Tensor) -> Tensor:
