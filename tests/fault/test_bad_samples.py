@@ -16,12 +16,15 @@ from dataset_factory import write_dataset
 from torch.distributed.tensor import DTensor, distribute_tensor
 from training import assert_same_tensors, curve, events, losses, metrics, overrides, refused, tensors, train_here
 
+from opensora_dist.config.train import SpConfig
 from opensora_dist.core.io import read_json, write_json
 from opensora_dist.data.index import Index
 from opensora_dist.data.order import Order
 from opensora_dist.parallel.keys import Keys
+from opensora_dist.parallel.mesh import build_mesh
+from opensora_dist.parallel.sequence.agree import Agreement
 from opensora_dist.recipes import train
-from opensora_dist.train import loop
+from opensora_dist.train import loop, quarantine
 
 LONG, STILL = (3, 32, 48), (1, 48, 32)
 STEPS = 12
@@ -133,7 +136,7 @@ def test_training_is_that_of_an_order_planned_with_the_substitutes_on_whole_data
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-@pytest.mark.parametrize("shared", [(), DSP], ids=["dp2", "sp2"])
+@pytest.mark.parametrize("shared", [(), ("parallel.grad_accum=2",), DSP], ids=["dp2", "dp2-accum2", "sp2"])
 def test_two_ranks_take_the_same_substitutes_as_one_process(ranks, damaged, one_process, tmp_path, shared, stage, promise):
     args = overrides(damaged[0], tmp_path, *RUN, *shared, f"parallel.zero.stage={stage}")
     ranks.run(train_here, args, _watched, str(tmp_path / "keys"), world=2)
@@ -144,15 +147,19 @@ def test_two_ranks_take_the_same_substitutes_as_one_process(ranks, damaged, one_
     trained, mine, other = (
         read_json(f) for f in (f"{one_process / 'keys'}-0.json", *(f"{tmp_path / 'keys'}-{r}.json" for r in (0, 1)))
     )
-    assert trained == (mine if shared else {step: mine[step] + other[step] for step in mine}) and (mine == other) == bool(shared)
-    if shared:
+    assert trained == (mine if shared == DSP else {step: mine[step] + other[step] for step in mine}) and (mine == other) == (
+        shared == DSP
+    )
+    if shared == DSP:
         frame = [
             e["rank"]
             for e in events(tmp_path, "sample_quarantined")
             if "latents, frame 2" in e["reason"] and "xxh3" in e["reason"]
         ]
         assert frame and set(frame) == {1}, "rank 0 has no part of what is damaged"
-    promise(promises.BAD_SAMPLE).measured(f"{'sp' if shared else 'dp'} 2, stage {stage}: the losses of one process to 1e-10")
+    promise(promises.BAD_SAMPLE).measured(
+        f"{'sp' if shared == DSP else 'dp'} 2, stage {stage}: the losses of one process to 1e-10"
+    )
 
 
 @pytest.mark.parametrize("shared", [(), DSP, TP], ids=["dp2", "sp2", "tp2"])
@@ -226,15 +233,29 @@ def test_a_sample_that_nothing_can_stand_in_for_weighs_nothing(ranks, tmp_path, 
     torch.testing.assert_close(tensors(tmp_path / "one"), tensors(tmp_path / "two"), rtol=1e-10, atol=1e-10)
 
 
+def test_where_fewer_ranks_share_a_shape_only_these_replace_its_samples(ranks):
+    assert ranks.run(_bad_in_pairs, world=4) == [
+        ([False, False], True),
+        ([False, False], False),
+        ([True, False], True),
+        ([True, False], False),
+    ]
+
+
+def _bad_in_pairs() -> tuple[list[bool] | None, bool]:
+    sp = SpConfig(degree=4, scheme="auto", min_degree=2)
+    agreement = Agreement(build_mesh(torch.device("cpu"), dp_replicate=1, sp=sp, timeout_s=20))
+    found = agreement.bad_anywhere([dist.get_rank() == 3, False], sharing=2)
+    assert agreement.bad_anywhere([False, False], sharing=2) is None
+    return found, agreement.answers(sharing=2)
+
+
 def test_nothing_more_is_sent_where_nothing_is_bad(ranks, whole, tmp_path):
     sent = ranks.run(_count_gathers, overrides(whole, tmp_path, *RUN, *DSP), world=2)
     assert sent == [{"check": STEPS, "bad_anywhere": 0, "gather_text": 0}] * 2
 
 
 def _count_gathers(args: list[str]) -> dict[str, int]:
-    from opensora_dist.parallel.sequence.agree import Agreement
-    from opensora_dist.train import quarantine
-
     calls = {"check": 0, "bad_anywhere": 0, "gather_text": 0}
 
     def counted(owner: Any, name: str) -> Any:

@@ -68,6 +68,19 @@ def test_every_missing_and_short_shard_is_named(folder):
     assert "data prepare" in text
 
 
+def test_shards_may_be_damaged_where_no_more_samples_than_allowed_lie_in_what_is_gone(folder, caplog):
+    written = write_dataset(folder, samples={(2, 16, 24): 22})
+    (folder / "shard-00001.tar").unlink()
+    inside = written["clip-00017"].row  # of the four from 15 on, the third
+    with open(folder / "shard-00003.tar", "r+b") as handle:
+        handle.truncate(inside.text_offset + inside.text_bytes - 1)
+    lost = 5 + 3
+    index = Index.open(folder, max_lost=lost)
+    assert len(index) == 22 and "2 of 5 shards" in caplog.text and f"{lost} samples are lost" in caplog.text
+    with pytest.raises(DataError, match=f"{lost} samples are lost with them, more than resilience.max_bad_samples={lost - 1}"):
+        Index.open(folder, max_lost=lost - 1)
+
+
 def test_a_folder_without_an_index_is_refused(tmp_path):
     with pytest.raises(DataError, match="no such index"):
         Index.open(tmp_path)
