@@ -5,7 +5,8 @@ Functions of a ``Case`` run inside ranks. Imports nothing but torch and the pack
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import math
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,9 @@ CLIP, EMA_DECAY = 0.5, 0.9
 OPTIM = OptimConfig(lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-5)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 KINDS = ("model", "exp_avg", "exp_avg_sq", "ema")
+TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
+# Rounding to bfloat16 moves a training; where it is sharded, by about as much as in one process.
+BFLOAT16_RATIO = (0.3, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,7 @@ class Case:
     offload: str = "none"
     world: int = 2
     sp: int = 1
+    prefetch: int = 1
 
     def __str__(self):
         more = [f"-{self.offload}" if self.offload != "none" else "", f"-sp{self.sp}" if self.sp > 1 else ""]
@@ -52,7 +57,7 @@ class Case:
 
     @property
     def parallel(self):
-        zero = ZeroConfig(backend=self.backend, stage=self.stage, offload=self.offload)
+        zero = ZeroConfig(backend=self.backend, stage=self.stage, offload=self.offload, prefetch=self.prefetch)
         return ParallelConfig(grad_accum=self.accum, sp=SpConfig(degree=self.sp), zero=zero)
 
 
@@ -199,6 +204,53 @@ def plain(dtype, steps=STEPS):
     return {"losses": losses, "norms": norms, "steps": steps, "model": model_state, **moments, "ema": ema, "start": start}
 
 
+def assert_trains_alike(found, plain, *, dtype):
+    """A trajectory against the plain ones, by dtype: float32, bfloat16 and float64."""
+    if dtype == "bfloat16":
+        _assert_rounded_alike(found, plain)
+        return
+    wanted, tolerance = plain[dtype], TOLERANCE[dtype]
+    for what in ("losses", "norms", "exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(found[what], wanted[what], rtol=tolerance, atol=tolerance)
+    for kind in ("model", "ema"):
+        torch.testing.assert_close(_steered(found, kind, plain), _steered(wanted, kind, plain), rtol=tolerance, atol=tolerance)
+
+
+def _steered(run, kind, plain):
+    """Without the weights that have no gradient but rounding's, as the bias of a key, which Adam makes steps of its own size of."""
+    moments = plain["float64"]["exp_avg"]
+    return {name: t if name not in moments else t[moments[name].abs() > 1e-13] for name, t in run[kind].items()}
+
+
+def _assert_rounded_alike(found, plain):
+    """As far from float32 as one process in bfloat16 is, no more and not much less: less would be another precision."""
+    assert all(t.dtype == torch.float32 for kind in KINDS for t in found[kind].values())
+    start = plain["float32"]["start"]
+    one, here = (_distances(run, plain["float32"], start) for run in (plain["bfloat16"], found))
+    low, high = BFLOAT16_RATIO
+    ratios = {what: here[what] / one[what] for what in one}
+    assert all(low < ratio < high for ratio in ratios.values()), ratios
+
+
+def _distances(found, wanted, start):
+    """How far a training is from another, by what is compared."""
+    moments = {
+        kind: torch.cat([(found[kind][n].double() - t.double()).flatten() for n, t in wanted[kind].items()]).norm().item()
+        for kind in ("exp_avg", "exp_avg_sq", "ema")
+    }
+    return {
+        "losses": math.dist(found["losses"], wanted["losses"]),
+        "norms": math.dist(found["norms"], wanted["norms"]),
+        "weights": (_moved(found, start) - _moved(wanted, start)).norm().item(),
+        **moments,
+    }
+
+
+def _moved(found, start):
+    """How far all weights went, as one vector."""
+    return torch.cat([(t.double() - start[name].double()).flatten() for name, t in found["model"].items() if name in start])
+
+
 def skips(case):
     """A step in which one rank's loss is not a number, between others: what it changed, and what the next one did."""
     run = Run(case)
@@ -241,10 +293,8 @@ def inference(case):
         return part.item() / run.share.data_size
 
     live, averaged = error(), error(run.ema.shadow)
-    try:
+    with suppress(Stop):
         error(run.ema.shadow, fail=True)
-    except Stop:
-        pass
     again = error()
     moved = [name for name, t in run.backend.weights.items() if not torch.equal(t, before[name])]
     state = by_kind(run.state())

@@ -45,13 +45,16 @@ def deepspeed_config(
     """
     zero = parallel.zero
     sizes = [p.numel() for p in model.parameters()]
+    blocks = [sum(p.numel() for p in unit.parameters()) for unit in units]
     bucket = min(_BUCKET_ELEMENTS, sum(sizes))
     section: dict[str, Any] = {
         "stage": zero.stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket + bucket % 2,
-        "stage3_prefetch_bucket_size": zero.prefetch * max(sum(p.numel() for p in unit.parameters()) for unit in units),
-        # Every block is gathered for its own use and freed after it, however small.
+        # A block and those ahead of it, beside what is in none. Every module asks for a bucket more, so that this is what bounds it.
+        "stage3_max_live_parameters": sum(sizes) - sum(blocks) + (1 + zero.prefetch) * max(blocks),
+        "stage3_prefetch_bucket_size": zero.prefetch * max(blocks),
+        # Everything is gathered for its own use and freed after it, however small.
         "stage3_param_persistence_threshold": 0,
         "stage3_max_reuse_distance": 0,
         "memory_efficient_linear": False,  # it would replace torch's linear for the whole process
