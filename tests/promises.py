@@ -82,4 +82,4 @@ def table(page: Path) -> list[Kept]:
     rows = [
         [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in inside.splitlines() if line.startswith("| ")
     ]
-    return [Kept(promise=row[0], measured=row[2], test=row[3].strip("`")) for row in rows[1:]]
+    return [Kept(promise=row[0], measured=row[2], test=row[3].strip("`")) for row in rows[2:]]

@@ -16,13 +16,13 @@ def program(monkeypatch, tmp_path):
     """Makes ranks run a few lines of Python in place of the package, which takes seconds to import; says how they ended."""
     real = subprocess.Popen
 
-    def use(code):
+    def use(code, **more):
         def start(command, **kwargs):
             assert command[:3] == [sys.executable, "-m", "opensora_dist"]
             return real([sys.executable, "-c", "import os, signal, sys\nrank = int(os.environ['RANK'])\n" + code], **kwargs)
 
         monkeypatch.setattr(spawn.subprocess, "Popen", start)
-        return spawn.run_ranks(["train"], nproc=2, log_dir=tmp_path / "logs")
+        return spawn.run_ranks(["train"], nproc=2, log_dir=tmp_path / "logs", **more)
 
     return use
 
@@ -115,3 +115,37 @@ def test_ranks_die_with_a_parent_that_is_killed(tmp_path):
     ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == -9
     assert len(ended.stdout.split()) == 2
+
+
+def _counting(tmp_path):
+    """Lines of a program: how often this rank was started before."""
+    return f"starts = {str(tmp_path / 'starts-')!r} + str(rank)\nopen(starts, 'a').write('x')\nbefore = len(open(starts).read()) - 1\n"
+
+
+def test_ranks_that_fail_are_started_again_and_told_how_often(program, tmp_path):
+    code = (
+        _counting(tmp_path) + "assert int(os.environ['TORCHELASTIC_RESTART_COUNT']) == before\nsys.exit(3 if before < 2 else 0)"
+    )
+    assert program(code, max_restarts=2) == 0
+    assert (tmp_path / "starts-1").read_text() == "xxx"
+
+
+@pytest.mark.parametrize(
+    "code, more, starts",
+    [
+        (3, {"max_restarts": 1}, 2),
+        (2, {"max_restarts": 5}, 1),
+        (3, {"max_restarts": 5, "stuck": iter([None, "no progress"]).__next__}, 2),
+    ],
+    ids=["the limit", "a bad config", "no progress"],
+)
+def test_ranks_are_not_started_again_beyond(program, caplog, tmp_path, code, more, starts):
+    assert program(_counting(tmp_path) + f"sys.exit({code})", **more) == code
+    assert (tmp_path / "starts-0").read_text() == "x" * starts
+    assert ("not started again: no progress" in caplog.text) == ("stuck" in more)
+
+
+def test_ranks_that_fail_after_a_request_to_stop_are_not_started_again(program, tmp_path):
+    code = _counting(tmp_path) + "if rank == 0: os.kill(os.getppid(), signal.SIGTERM)\nsignal.pause()"
+    assert program(code, max_restarts=3) == 1
+    assert (tmp_path / "starts-0").read_text() == "x"
