@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import promises
 import pytest
 import torch
 from dataset_factory import write_dataset
@@ -46,12 +47,13 @@ def whole(ranks, data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_five_steps_and_five_more_are_ten_bitwise(ranks, data, whole, stage, tmp_path):
+def test_five_steps_and_five_more_are_ten_bitwise(ranks, data, whole, stage, tmp_path, promise):
     for steps in (STEPS // 2, STEPS):
         ranks.run(train_here, overrides(data, tmp_path, f"run.steps={steps}", f"parallel.zero.stage={stage}"), world=2)
     assert [e["step"] for e in events(tmp_path, "resume")] == [STEPS // 2]
     assert curve(tmp_path) == curve(whole(stage))
     assert_same_tensors(tensors(tmp_path), tensors(whole(stage)))
+    promise(promises.RESUME).measured(f"stage {stage}: every line of the metrics and every tensor bitwise")
 
 
 def test_five_steps_and_five_more_are_ten_bitwise_where_ranks_share_samples(ranks, data, tmp_path):
@@ -70,7 +72,7 @@ def test_five_steps_and_five_more_are_ten_bitwise_where_ranks_share_samples(rank
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_signal_to_one_rank_stops_all_of_them_and_the_run_goes_on_bitwise(ranks, data, whole, stage, tmp_path):
+def test_a_signal_to_one_rank_stops_all_of_them_and_the_run_goes_on_bitwise(ranks, data, whole, stage, tmp_path, promise):
     args = overrides(data, tmp_path, f"run.steps={STEPS}", f"parallel.zero.stage={stage}")
     ranks.run(train_here, args, signal_at, 1, 3, world=2)
     stopped = json.loads((tmp_path / "STOPPED").read_text())["step"]
@@ -82,6 +84,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_and_the_run_goes_on_bitwise(rank
     assert [e["step"] for e in events(tmp_path, "resume")] == [stopped]
     assert curve(tmp_path) == curve(whole(stage))
     assert_same_tensors(tensors(tmp_path), tensors(whole(stage)))
+    promise(promises.SIGNAL).measured(f"stage {stage}: SIGTERM to rank 1 in step 4 saved step {stopped}; goes on bitwise")
 
 
 SP2, USP4 = ("parallel.sp.degree=2",), ("parallel.sp.degree=4", "parallel.sp.scheme=usp", "parallel.sp.ulysses=2")

@@ -41,7 +41,7 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_loss_that_is_no_number_on_one_rank_skips_the_step_on_all(ranks, data, stage, tmp_path):
+def test_a_loss_that_is_no_number_on_one_rank_skips_the_step_on_all(ranks, data, stage, tmp_path, promise):
     args = overrides(data, tmp_path, f"parallel.zero.stage={stage}", "checkpoint.every_steps=1", "checkpoint.keep_last=9")
     ranks.run(train_here, [*args, "run.steps=6"], nan_at, 1, 3, world=2)
     assert [m["skipped"] for m in metrics(tmp_path)] == [False] * 3 + [True] + [False] * 2
@@ -54,6 +54,9 @@ def test_a_loss_that_is_no_number_on_one_rank_skips_the_step_on_all(ranks, data,
     assert any(not torch.equal(later[n], after[n]) for n in later if n.startswith("exp_avg."))
     taken = [read_json(tmp_path / "checkpoints" / f"step-{s:08d}" / "trainer.json")["optimizer_steps"] for s in (3, 4, 6)]
     assert taken == [3, 3, 5]
+    promise(promises.NONFINITE).measured(
+        f"stage {stage}: skipped on both ranks, weights and moments bitwise as before, batch named"
+    )
 
 
 def test_a_resume_after_a_skipped_step_is_bitwise_the_run_that_went_on(ranks, data, tmp_path):
@@ -214,7 +217,7 @@ def _fill(folder: Path, *, leave: int) -> Path:
     return ballast
 
 
-def test_a_disk_that_fills_up_costs_checkpoints_and_no_older_one(ranks, data, small_disk):
+def test_a_disk_that_fills_up_costs_checkpoints_and_no_older_one(ranks, data, small_disk, promise):
     run_dir = small_disk / "run"
     args = overrides(data, run_dir, "checkpoint.every_steps=2", "checkpoint.keep_last=9")
     ranks.run(train_here, [*args, "run.steps=2"], world=2)
@@ -231,6 +234,9 @@ def test_a_disk_that_fills_up_costs_checkpoints_and_no_older_one(ranks, data, sm
     ranks.run(train_here, [*args, "run.steps=7"], world=2)
     assert [m["step"] for m in metrics(run_dir)] == list(range(1, 8))
     assert tensors(run_dir).keys() == kept.keys()
+    promise(promises.DISK_FULL).measured(
+        "trained through 2 failed saves, each an event; the older checkpoint bitwise; resumed with room"
+    )
 
 
 def test_a_disk_without_a_single_byte_left_ends_the_run_with_a_clear_error(ranks, data, small_disk):
