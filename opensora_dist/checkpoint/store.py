@@ -51,13 +51,14 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path, *, group: dist.Pro
     """
     folder = Path(folder)
     packed: dict[str, Any] = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with _dcp_errors("write", folder):
+    alone = not dist.is_initialized()
+    with _dcp_errors("write", folder, alone=alone):
         dcp_save(
             packed,
             storage_writer=_Writer(str(folder), save_distributed=True),
             planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=group,
-            no_dist=not dist.is_initialized(),
+            no_dist=alone,
         )
 
 
@@ -104,7 +105,7 @@ def read_tensors(folder: Path, *, prefix: str = "") -> dict[str, Tensor]:
 def _load(tensors: Mapping[str, Tensor], folder: Path, *, group: dist.ProcessGroup | None, no_dist: bool) -> None:
     folder = Path(folder)
     targets: dict[str, Any] = {name: tensor.detach() for name, tensor in tensors.items()}
-    with _dcp_errors("read", folder):
+    with _dcp_errors("read", folder, alone=no_dist):
         dcp_load(
             targets,
             storage_reader=_Reader(folder, targets),
@@ -179,10 +180,10 @@ def _one_process_is_meant() -> Iterator[None]:
 
 
 @contextmanager
-def _dcp_errors(verb: str, folder: Path) -> Iterator[None]:
+def _dcp_errors(verb: str, folder: Path, *, alone: bool) -> Iterator[None]:
     """DCP's failure, which lists every failed rank, as one CheckpointError."""
     # Filters of warnings are the whole process's, and a save may be a thread's: touched only where one process alone is meant.
-    with _one_process_is_meant() if not dist.is_initialized() else nullcontext():
+    with _one_process_is_meant() if alone else nullcontext():
         try:
             yield
         except CheckpointException as failure:
