@@ -52,10 +52,9 @@ class ColossalaiBackend:
         whole = {name: p.detach().flatten().clone() for name, p in model.named_parameters()}
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         zero, half = parallel.zero, compute_dtype == torch.bfloat16
-        self._module = model
         self._shards: _Shards
         if zero.stage == 3:
-            self._shards = _Gemini(model, group=mesh.fsdp.get_group(), zero=zero, accumulates=parallel.grad_accum > 1)
+            self._shards = _Gemini(model, mesh=mesh.fsdp, units=units, zero=zero, accumulates=parallel.grad_accum > 1)
         else:
             self._shards = _LowLevelZero(model, mesh=mesh.fsdp, zero=zero, half=half)
         self.model, self.weights = self._shards.model, self._shards.weights
@@ -79,8 +78,8 @@ class ColossalaiBackend:
     @contextmanager
     def inference(self, weights: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
         """The model without gradients, in eval mode. Collective."""
-        was_training = self._module.training
-        self._module.eval()
+        was_training = self.model.training
+        self.model.eval()
         try:
             with torch.no_grad():
                 if weights is not None:
@@ -88,7 +87,7 @@ class ColossalaiBackend:
                 with self._autocast():
                     yield self.model
         finally:
-            self._module.train(was_training)
+            self.model.train(was_training)
             if weights is not None:
                 self._shards.publish(self.weights)
 
@@ -260,18 +259,27 @@ class _LowLevelZero:
 class _Gemini:
     """Stage 3: parameters lie in chunks, in CPU or GPU memory, that are gathered for the operators that use them. Never run yet."""
 
-    def __init__(self, model: nn.Module, *, group: dist.ProcessGroup, zero: ZeroConfig, accumulates: bool) -> None:
+    def __init__(
+        self, model: nn.Module, *, mesh: DeviceMesh, units: Sequence[nn.Module], zero: ZeroConfig, accumulates: bool
+    ) -> None:
+        # A chunk takes a block, whose operators then gather one chunk after the other. Left to its search, Gemini keeps models of fewer
+        # than 32 M parameters whole on every rank.
+        size = mesh.size()
+        largest = max(sum(p.numel() for p in unit.parameters()) for unit in units)
+        chunks = {size: {"chunk_size": -(-largest // size) * size, "keep_gathered": False}}
         plugins, optimizers = _import("colossalai.booster.plugin"), _import("colossalai.nn.optimizer")
         plugin = plugins.GeminiPlugin(
+            chunk_config_dict=chunks,
             precision="bf16",
             # auto moves chunks between CPU and GPU as memory allows; static leaves them where they are put.
             placement_policy="auto" if zero.offload == "all" else "static",
             offload_optim_frac=1.0 if zero.offload == "optimizer" else 0.0,
             max_prefetch=zero.prefetch,
+            pin_memory=True,
             enable_gradient_accumulation=accumulates,
             max_norm=0.0,  # clipped by us, once
         )
-        plugin.zero_group = group
+        plugin.zero_group = mesh.get_group()
         # Gemini asks for one of its own optimizers; this one is never stepped, and its constructor would compile kernels.
         basic = object.__new__(optimizers.HybridAdam)
         torch.optim.Optimizer.__init__(basic, model.parameters(), {"lr": 0.0})
