@@ -18,8 +18,16 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass
 class Peak:
-    """Bytes; filled in when the block ends."""
+    """What is measured of a block.
 
+    Args:
+        now: Bytes alive, beyond what was there before the block.
+        restart: Begins anew: the peak is from here on.
+        bytes: The peak; filled in when the block ends.
+    """
+
+    now: Callable[[], int]
+    restart: Callable[[], None]
     bytes: int = 0
 
 
@@ -32,15 +40,19 @@ def peak_memory(device: torch.device, *, parked: Callable[[], int] = lambda: 0) 
     Args:
         parked: Bytes of those tensors that would be in CPU memory if the device were a GPU: they don't count. Asked on a CPU only.
     """
-    peak = Peak()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
+        peak = Peak(
+            now=lambda: torch.cuda.memory_allocated(device) - before,
+            restart=lambda: torch.cuda.reset_peak_memory_stats(device),
+        )
         yield peak
         peak.bytes = torch.cuda.max_memory_allocated(device) - before
         return
     with LiveTensors(parked=parked) as live:
+        peak = Peak(now=lambda: live.now - parked(), restart=live.restart)
         yield peak
     peak.bytes = live.peak
 
@@ -65,6 +77,10 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of tor
         self._parked = parked
         self._sizes: weakref.WeakKeyDictionary[torch.UntypedStorage, list[int]] = weakref.WeakKeyDictionary()
         self._patch = mock.patch.object(torch.UntypedStorage, "resize_", self._resizing(torch.UntypedStorage.resize_))
+
+    def restart(self) -> None:
+        """The peak is from here on."""
+        self.peak = self.now - self._parked()
 
     def __enter__(self) -> LiveTensors:
         self._patch.start()
