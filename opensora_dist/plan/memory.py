@@ -1,0 +1,379 @@
+"""What one rank holds in memory at the worst moment of a training step, by formula.
+
+One formula for the planner, the documents and the tests, which hold it to simulated steps in worlds of up to 512 ranks and to real ones.
+A step has a few moments at which memory can be highest; each is the sum of what is alive then. What grows or shrinks from block to block
+does so evenly, so that only the first blocks that backward comes to, and the last, need be looked at.
+
+Not in it: what a GPU's allocator loses to fragmentation, buffers of NCCL, workspaces of cuDNN and cuBLAS, the CUDA context.
+"""
+
+# n tokens of a micro-batch on this rank, D width, H hidden width of the MLP, N heads, A self-attentions of a block
+# c bytes of a number in the dtype of the computation, w in that of the weights, r in that of the residual stream
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+
+from opensora_dist.config.train import ModelConfig, ParallelConfig
+from opensora_dist.core.types import Thw
+
+_TIMESTEP_FREQUENCIES = 256
+_TABLE_ROWS = 6  # shift, scale and gate of attention and of the MLP
+_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryCase:
+    """A layout to be judged, with the ``native`` backend.
+
+    Args:
+        latent: Of one whole sample.
+        dtype: ``run.dtype``.
+        micro_batch: Samples that a rank (with those that share them) works on at once.
+        text_tokens: Of the longest caption of a batch.
+        max_tokens: Of the null caption.
+        channels: Latent channels, in and out.
+    """
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    world: int
+    latent: Thw
+    dtype: str
+    micro_batch: int = 1
+    channels: int = 4
+    text_width: int = 4096
+    text_tokens: int = 120
+    max_tokens: int = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes on the device of the rank that holds most, at one moment of a step; they add up to ``total``.
+
+    Args:
+        moment: When.
+        parameters: Weights and buffers as they are between steps.
+        gathered: Whole weights for the blocks that compute, or are about to.
+        gradients: This rank's, those not yet reduced, and what is on its way.
+        optimizer: Moments.
+        ema: The moving average.
+        activations: Kept for backward, and what the operator at work makes.
+        host: In CPU memory instead, because of ``offload`` and ``offload_activations``.
+    """
+
+    moment: str
+    parameters: int
+    gathered: int
+    gradients: int
+    optimizer: int
+    ema: int
+    activations: int
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """On the device."""
+        return self.parameters + self.gathered + self.gradients + self.optimizer + self.ema + self.activations
+
+    def lines(self) -> list[str]:
+        """For people: one line for each part."""
+        said = {
+            "parameters": "weights and buffers of this rank between steps",
+            "gathered": "whole weights of the blocks that compute, or are about to",
+            "gradients": "summed ones of this rank, whole ones on their way",
+            "optimizer": "both moments of AdamW",
+            "ema": "moving average of the weights",
+            "activations": "kept for backward, and made by the operator at work",
+            "total": self.moment,
+            "host": "in CPU memory",
+        }
+        return [f"{name:12} {getattr(self, name) / 2**30:9.3f} GiB  {what}" for name, what in said.items()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unit:
+    """Numbers of what FSDP2 shards together: a block, or all that is in none.
+
+    Args:
+        whole: Of the parameters.
+        shard: Of the largest shard. Each parameter is cut along its first dim: ``ceil`` of its rows.
+        padded: Of the parameters as they are gathered and reduced, each to equal shards.
+    """
+
+    whole: int
+    shard: int
+    padded: int
+
+
+_Shape = tuple[int, int]  # rows, along which a parameter is cut, and numbers in a row
+
+
+def block_shapes(case: MemoryCase) -> list[_Shape]:
+    """Of a block's parameters; of linears the part of one of ``tp`` ranks."""
+    D, H, tp = case.model.shape.width, _hidden(case), case.parallel.tp
+    attention = [(3 * D // tp, D), (3 * D // tp, 1), (D, D // tp), (D, 1)]
+    cross = [(D // tp, D), (D // tp, 1), (2 * D // tp, D), (2 * D // tp, 1), (D, D // tp), (D, 1)]
+    mlp = [(H // tp, D), (H // tp, 1), (D, H // tp), (D, 1)]
+    return [*attention * _attentions(case), *cross, *mlp, (_TABLE_ROWS, D)]
+
+
+def root_shapes(case: MemoryCase) -> list[_Shape]:
+    """Of the parameters outside of blocks: embedders of patches, timestep and text, ``t_block``, the final layer."""
+    D, E, patch = case.model.shape.width, case.text_width, Thw(*case.model.patch).volume
+    linears = [
+        (D, case.channels * patch),
+        (D, _TIMESTEP_FREQUENCIES),
+        (D, D),
+        (6 * D, D),
+        (D, E),
+        (D, D),
+        (case.channels * patch, D),
+    ]
+    if case.model.pooled_text:
+        linears.append((D, E))
+    return [*linears, *((rows, 1) for rows, _ in linears), (2, D)]
+
+
+def estimate(case: MemoryCase) -> MemoryEstimate:
+    """The moment of a step at which a rank holds most."""
+    return max(moments(case), key=lambda moment: moment.total)
+
+
+def moments(case: MemoryCase) -> list[MemoryEstimate]:
+    """Those at which memory can be highest, in the order of a step; of the last micro-batch, where there are several."""
+    step = _Step(case)
+    depth = case.model.shape.depth
+    blocks = sorted({0, min(1, depth - 1), depth - 1})
+    found = [step.forward_of_last(), step.at("backward of the final layer", done=0, activations=step.acts.final_peak())]
+    for done in blocks:
+        name = f"backward of block {depth - 1 - done}"
+        found.append(step.at(f"{name}, begun", done=done, activations=step.acts.block_begun(depth - done)))
+        found.append(step.block_ended(f"{name}, ended", done=done))
+    return [*found, step.root_ended(), step.optimizer_step()]
+
+
+def forward_end(case: MemoryCase) -> MemoryEstimate:
+    """When forward ends: what is kept for backward, and nothing else."""
+    step = _Step(case)
+    return step.at("end of forward", done=0, activations=step.acts.kept(case.model.shape.depth) + step.acts.ends(), unsharded=0)
+
+
+def _hidden(case: MemoryCase) -> int:
+    return int(case.model.shape.width * case.model.mlp_ratio)
+
+
+def _attentions(case: MemoryCase) -> int:
+    return 2 if case.model.name == "stdit" else 1
+
+
+class _Step:
+    """What is alive, as a function of how many blocks backward is done with."""
+
+    def __init__(self, case: MemoryCase) -> None:
+        parallel = case.parallel
+        self.case, self.stage, self.depth = case, parallel.zero.stage, case.model.shape.depth
+        self.c = _BYTES[case.dtype]
+        self.w = max(4, self.c)
+        ranks = case.world // (parallel.dp_replicate * parallel.tp) if self.stage else 1
+        self.block, self.root = _unit(block_shapes(case), ranks), _unit(root_shapes(case), ranks)
+        self.acts = _Activations(case)
+        self.shard = self.w * (self.depth * self.block.shard + self.root.shard)
+        self.buffers = self.w * case.max_tokens * case.text_width
+        self.offload = parallel.zero.offload
+
+    def at(self, moment: str, *, done: int, activations: float, unsharded: int = 1) -> MemoryEstimate:
+        """A moment of the last backward.
+
+        Args:
+            done: Blocks that are done.
+            unsharded: 0 before backward has gathered anything.
+        """
+        return MemoryEstimate(
+            moment=moment,
+            parameters=self.buffers + (0 if self.offload == "all" else self.shard),
+            gathered=self._gathered(done, unsharded=unsharded),
+            gradients=self._gradients(done),
+            optimizer=0 if self.offload != "none" else 2 * self.shard,
+            ema=0 if self.offload != "none" else self.shard,
+            activations=int(activations),
+            host={"none": 0, "optimizer": 5 * self.shard, "all": 5 * self.shard}[self.offload],
+        )
+
+    def forward_of_last(self) -> MemoryEstimate:
+        """Forward of the last block ends. The buffer that its weights were gathered in is let go with the next gathering only."""
+        now = self.at("forward of the last block", done=0, activations=self.acts.forward_of_last())
+        gathers = self.stage in (1, 2) and self.case.parallel.grad_accum == 1  # else the first micro-batch has done it
+        return replace(now, gathered=now.gathered + (self.c * self.block.padded if gathers else 0))
+
+    def block_ended(self, moment: str, *, done: int) -> MemoryEstimate:
+        """Whole gradients of a block are there; what was reduced before has not been let go, unless it is the first."""
+        now = self.at(moment, done=done, activations=self.acts.block_ended(self.depth - done))
+        if self.stage == 0:
+            return now
+        own = self.c * self.block.whole
+        if (
+            done == 0
+        ):  # packed for the first reduction, once weights are let go; accumulated gradients wait in what they were added to
+            packed = (self.w - self.c) * self.block.padded
+            own = max(own, packed) if self.stage == 1 and self.case.parallel.grad_accum > 1 else own + packed
+        return replace(now, gradients=now.gradients + own)
+
+    def root_ended(self) -> MemoryEstimate:
+        """The parameters outside of blocks come last."""
+        now = self.at("end of backward", done=self.depth, activations=self.acts.inputs())
+        return replace(now, gradients=now.gradients + (self.c * self.root.whole if self.stage else 0))
+
+    def optimizer_step(self) -> MemoryEstimate:
+        """Nothing is gathered; every gradient is there."""
+        now = self.at("optimizer step", done=self.depth, activations=self.acts.inputs())
+        return replace(now, gathered=0, gradients=self.shard if self.offload != "all" else 0)
+
+    def _gathered(self, done: int, *, unsharded: int) -> int:
+        """Whole weights, padded: FSDP2 gathers them in the dtype of the computation. The root's stay from forward on.
+
+        Stages 1 and 2 let a block's go after its last backward. Stage 3 has those of the block at work and of ``prefetch`` after it.
+        Stage 0 has casts of all under autocast, which keeps them until the micro-batch ends.
+        """
+        block, root = self.c * self.block.padded, self.c * self.root.padded
+        if self.stage == 0:
+            return self.depth * block + root if self.c < self.w else 0
+        if self.stage < 3:
+            return root + (self.depth - done) * block
+        ahead = min(self.case.parallel.zero.prefetch, max(0, self.depth - 1 - done))
+        return root + unsharded * min(1, self.depth - done) * (1 + ahead) * block
+
+    def _gradients(self, done: int) -> int:
+        """Between two blocks: shards of what is done, what the last reduction was given, and whole ones of earlier micro-batches."""
+        accum = self.case.parallel.grad_accum
+        if self.stage == 0:
+            # DDP's buckets, of which gradients are views, are there all the time. One process has gradients of its own.
+            return self.shard if self.case.world > 1 or accum > 1 else self.w * done * self.block.whole
+        shards = self.shard if accum > 1 and self.stage > 1 else self.w * done * self.block.shard
+        whole = self.w * ((self.depth - done) * self.block.whole + self.root.whole) if accum > 1 and self.stage == 1 else 0
+        if done:
+            packed = self.block.padded
+        else:  # the root's, of the micro-batch before
+            packed = self.root.padded if accum > 1 and self.stage > 1 else 0
+        return shards + whole + self.w * packed
+
+
+def _unit(shapes: list[_Shape], ranks: int) -> _Unit:
+    shard = sum(ceil(rows / ranks) * row for rows, row in shapes)
+    return _Unit(whole=sum(rows * row for rows, row in shapes), shard=shard, padded=shard * ranks)
+
+
+class _Activations:
+    """What autograd keeps, found with hooks on saved tensors of one block, and what operators need beside it."""
+
+    def __init__(self, case: MemoryCase) -> None:
+        self.case = case
+        self.c = _BYTES[case.dtype]
+        self.r = max(4, self.c)
+        sp, patch = case.parallel.sp.degree, Thw(*case.model.patch)
+        grid = Thw(case.latent.t // patch.t, case.latent.h // patch.h, case.latent.w // patch.w)
+        # The largest part: frames, or rows where frames are fewer than ranks.
+        t, h = (ceil(grid.t / sp), grid.h) if grid.t >= sp else (grid.t, ceil(grid.h / sp))
+        self.grid, self.tokens = grid, case.micro_batch * t * h * grid.w
+        self.latents = self.tokens * patch.volume * case.channels
+        self.stream = self.tokens * case.model.shape.width  # numbers of one [n, D]
+
+    def kept(self, blocks: int) -> float:
+        """Of this many blocks, the embedded inputs among them."""
+        return blocks * self._block() + self.inputs()
+
+    def inputs(self) -> float:
+        """Latents of all micro-batches, noise, what the loss keeps; text and what is made of it; tables of positions."""
+        case, D = self.case, self.case.model.shape.width
+        text = case.micro_batch * case.text_tokens * (case.text_width * (self.r + 2 * self.c) + 3 * D * self.c)
+        tables = (self.grid.h * self.grid.w + self.grid.t) * D * self.r
+        return self.latents * self.r * (case.parallel.grad_accum + 3) + text + tables
+
+    def ends(self) -> float:
+        """The final layer: the last block's output, its norm, and the modulated norm."""
+        return self.stream * (2 * self.r + self.c)
+
+    def forward_of_last(self) -> float:
+        """Without recomputation: all that is kept, and what its MLP works with."""
+        return self.kept(self.case.model.shape.depth) + self._forward_work()
+
+    def _forward_work(self) -> float:
+        """At the end of a block's forward: the stream, the modulated norm before its cast, the output; under ``dsp`` rows, too."""
+        sp = self.case.parallel.sp
+        rows = 2 * self.r + self.c if sp.degree > 1 and sp.scheme == "dsp" else 0
+        return self.stream * (2 * self.r + self.c + rows)
+
+    def final_peak(self) -> float:
+        """Backward of its norm: three more of the residual stream, and the modulated norm is gone."""
+        return self.kept(self.case.model.shape.depth) + self.ends() + self.stream * (3 * self.r - self.c)
+
+    def block_begun(self, blocks: int) -> float:
+        """Backward comes to the last of ``blocks``: all that it keeps is there, the residual's gradient, and what its MLP makes."""
+        case, D = self.case, self.case.model.shape.width
+        hidden = _hidden(case) // case.parallel.tp
+        work = self.c * (self.tokens * hidden + D * hidden)  # gradient of the MLP's hidden layer, gradient of a weight
+        inner = 0.0
+        if case.parallel.recompute != "none":
+            inner = self._block_none() - self.stream * self.r
+            if case.parallel.recompute == "selective":
+                inner -= self._attention_outputs()
+            work = max(work, self._forward_work())
+        return self.kept(blocks) + inner + self.stream * self.r + work
+
+    def block_ended(self, blocks: int) -> float:
+        """Nothing of the last of ``blocks`` is left but its input, and gradients of the residual."""
+        return self.kept(blocks - 1) + self.stream * 3 * self.r
+
+    def _block(self) -> float:
+        """Kept of a block between its forward and its backward."""
+        recompute = self.case.parallel.recompute
+        if recompute == "none":
+            return self._block_none()
+        kept = self.stream * self.r + self._received()
+        return kept + self._attention_outputs() if recompute == "selective" else kept
+
+    def _block_none(self) -> float:
+        """All of a block. In multiples of [n, D]; what lies between two linears of a branch is a ``tp``-th of it.
+
+        - Two norms: input and output in the residual's dtype (8 or 16 bytes each), mean and deviation of each token.
+        - Self-attention, ``A`` times: its input, cast (1), q, k and v (3 / tp), the attention's output, which is the projection's input
+          (1 / tp), the output that the gate multiplies (1). Of a second, along time, the input is a copy, since it is transposed.
+        - Cross-attention: its input, cast (1), q (1 / tp), output (1 / tp). The sum keeps nothing.
+        - MLP: its input, cast (1), before and after GELU (2 H / D / tp), the output that the gate multiplies (1).
+        - Log-sum-exps of all attentions; the caption's keys and values.
+        Weights are not counted: gathered ones are FSDP2's, and casts are autocast's.
+        """
+        case, A, tp = self.case, _attentions(self.case), self.case.parallel.tp
+        D, N = case.model.shape.width, case.model.shape.heads
+        multiples = A * (2 + 4 / tp) + (1 + 2 / tp) + (2 + 2 * _hidden(case) / D / tp)
+        stats = self.tokens * self.r * (4 + (A + 1) * N / tp)
+        text = case.micro_batch * case.text_tokens * 4 * D * self.c / tp
+        return self.stream * (4 * self.r + multiples * self.c) + stats + text + self._scheme_extra()
+
+    def _attention_outputs(self) -> float:
+        """What selective recomputation keeps: outputs and log-sum-exps of all attentions."""
+        case, attentions = self.case, _attentions(self.case) + 1
+        return attentions * (self.stream * self.c + self.tokens * case.model.shape.heads * self.r) / case.parallel.tp
+
+    def _received(self) -> float:
+        """What recomputation keeps of the attention that crosses ranks, so that nothing is sent again (the schemes' docstrings)."""
+        sp = self.case.parallel.sp
+        if sp.degree == 1:
+            return 0.0
+        lse = self.tokens * self.case.model.shape.heads * self.r
+        multiples = {
+            "dsp": 2 * (sp.degree - 1) / sp.degree * self.c,
+            "ring": self.r,
+            "usp": 4 * self.c + self.r,
+        }.get(sp.scheme, 4 * self.c)
+        return self.stream * multiples + (lse if sp.scheme in ("ring", "usp") else 0)
+
+    def _scheme_extra(self) -> float:
+        """Without recomputation: rows of outputs are copies where they travel; merged outputs are in the wider dtype."""
+        sp = self.case.parallel.sp
+        if sp.degree == 1:
+            return 0.0
+        wider = self.r - self.c
+        multiples = {"ring": wider, "usp": self.c + wider, "allgather": 0}.get(sp.scheme, self.c)
+        return self.stream * multiples
