@@ -72,7 +72,11 @@ def guards(
         parts.append(Alike(check, every=resilience.replica_check_every, logbook=logbook))
     if mesh.world > 1:
         parts.append(
-            OnTime(_probed(model), StragglerReport(ratio=resilience.straggler_ratio, group=mesh.control), logbook=logbook)
+            OnTime(
+                Probe(_probed(model), device=mesh.device),
+                StragglerReport(ratio=resilience.straggler_ratio, group=mesh.control),
+                logbook=logbook,
+            )
         )
     return parts
 
@@ -178,8 +182,8 @@ class Alike(Callback):
 class OnTime(Callback):
     """Names ranks that are slower than the others."""
 
-    def __init__(self, module: nn.Module, report: StragglerReport, *, logbook: Logbook) -> None:
-        self._probe, self._report, self._logbook = Probe(module), report, logbook
+    def __init__(self, probe: Probe, report: StragglerReport, *, logbook: Logbook) -> None:
+        self._probe, self._report, self._logbook = probe, report, logbook
         self._times: list[tuple[float, float]] = []
 
     def after_step(self, note: StepNote) -> None:

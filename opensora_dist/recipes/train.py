@@ -25,8 +25,8 @@ from opensora_dist.data.loader import Loader
 from opensora_dist.data.order import Order
 from opensora_dist.diffusion.base import Objective
 from opensora_dist.models.base import VideoTransformer
-from opensora_dist.models.tensor import share_blocks
 from opensora_dist.models.levers import set_levers
+from opensora_dist.models.tensor import share_blocks
 from opensora_dist.observe.environment import describe_environment
 from opensora_dist.observe.events import EventLog
 from opensora_dist.observe.metrics import MetricLog
@@ -85,7 +85,7 @@ def train(path: Path | None, *, overrides: Sequence[str] = ()) -> int:
     refuse_without_progress(run_dir)
     device, parallel = resolve_device(config.run.device), config.parallel
     timeout_s = parallel.timeout_s
-    starting = StopWhileStarting(run_dir, saved_step=lambda: _saved_step(run_dir))
+    starting = StopWhileStarting(run_dir, saved_step=lambda: _saved_step(run_dir), launched=launched_world() is not None)
     with lost_contact_said(timeout_s=timeout_s), starting, process_group(device, timeout_s=timeout_s):
         mesh = build_mesh(
             device, dp_replicate=parallel.dp_replicate, sp=parallel.sp, tp=parallel.tp, timeout_s=parallel.timeout_s

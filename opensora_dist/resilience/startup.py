@@ -1,4 +1,4 @@
-"""A request to stop that comes before the first step: nothing is lost, so the marker is written and the process ends at once.
+"""A request to stop that comes before the first step: nothing is lost, so the process ends at once, and says so.
 
 Python's handlers wait for the main thread, which may be waiting in C for other ranks. The wake-up descriptor is written to by the signal
 itself, and a thread reads it.
@@ -25,18 +25,20 @@ _log = get_logger(__name__)
 
 
 class StopWhileStarting:
-    """Ends the process with code 0 on SIGTERM and SIGUSR1, until ``over``. Main thread only.
+    """Ends the process on SIGTERM and SIGUSR1, until ``over``. Main thread only.
 
-    The marker it leaves names the step that the run would have gone on from. A signal to one rank of several ends that rank, and
-    the others fail as they lose contact; launchers send it to all.
+    With code 0 and the marker, which names the step that the run would have gone on from. Only of a SIGTERM from a launcher that isn't
+    known to be true: it sends one, too, where another rank has failed. Then the code is 1, and there is no marker. A signal to one rank
+    of several ends that rank, and the others fail as they lose contact; who asks a run to stop asks all.
 
     Args:
         run_dir: Where the marker goes.
         saved_step: The step of the newest checkpoint, asked when the signal comes; 0 where there is none.
+        launched: A launcher started this process.
     """
 
-    def __init__(self, run_dir: Path, *, saved_step: Callable[[], int]) -> None:
-        self._run_dir, self._saved_step = run_dir, saved_step
+    def __init__(self, run_dir: Path, *, saved_step: Callable[[], int], launched: bool) -> None:
+        self._run_dir, self._saved_step, self._launched = run_dir, saved_step, launched
         self._previous: dict[int, Any] = {}
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
@@ -50,6 +52,8 @@ class StopWhileStarting:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.over()
+        os.close(self._read)
+        os.close(self._write)
         for number, handler in self._previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
@@ -63,17 +67,20 @@ class StopWhileStarting:
     def _run(self) -> None:
         while (number := os.read(self._read, 1)[0]) != 0:
             if number in _SIGNALS:
-                self._stop(signal.Signals(number).name)
+                self._stop(signal.Signals(number))
 
-    def _stop(self, name: str) -> None:
-        step = self._saved_step()
-        with contextlib.suppress(OSError):  # a full disk is no reason to stay
-            write_marker(self._run_dir, step=step, signal_name=name)
-        _log.warning("stopped by %s before the first step; start the same command again to go on from step %d", name, step)
+    def _stop(self, number: signal.Signals) -> None:
+        asked, step = number == signal.SIGUSR1 or not self._launched, self._saved_step()
+        if asked:
+            with contextlib.suppress(OSError):  # a full disk is no reason to stay
+                write_marker(self._run_dir, step=step, signal_name=number.name)
+        why = "as asked" if asked else "as asked, or because another rank has failed"
+        said = "ended by %s before the first step, %s; nothing is lost: the same command goes on from step %d"
+        _log.warning(said, number.name, why, step)
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(0 if asked else 1)
 
 
 def _nothing(_number: int, _frame: FrameType | None) -> None:

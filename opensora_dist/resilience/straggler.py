@@ -27,10 +27,11 @@ class Probe:
 
     Args:
         module: Does the same work on every rank, and no communication.
+        device: What it computes on.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._cuda = next(module.parameters()).device.type == "cuda"
+    def __init__(self, module: nn.Module, *, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
         self._began: Any = None
         self._now: list[Any] = []
         self._steps: list[list[Any]] = []
