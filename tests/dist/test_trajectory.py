@@ -140,7 +140,7 @@ LAYOUTS = [
     Layout(4, 3, tp=2),
     Layout(4, 2, tp=2, dp_replicate=2, slow=True),
     Layout(4, 3, tp=4, slow=True),
-    _dsp(4, 2, tp=2, sp=2),
+    _dsp(4, 2, tp=2, sp=2, slow=True),
     _dsp(4, 3, tp=2, sp=2, recompute="full"),
     *(Layout(4, 3, tp=2, sp=2, scheme=name, recompute="full", slow=name not in ("ulysses", "ring")) for name in SHARED),
 ]

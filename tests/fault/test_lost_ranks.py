@@ -240,7 +240,7 @@ def _agree(degree):
 
 def test_a_collective_that_one_rank_never_joins_fails_after_the_runs_timeout_in_every_group(ranks):
     waited = ranks.run(_lonely_collectives, world=4)[0]
-    assert {"dp_shard", "dp_replicate", "ulysses", "ring", "fsdp", "sp", "control", "sp_control"} <= set(waited)
+    assert {"dp_shard", "dp_replicate", "ulysses", "ring", "tp", "fsdp", "copy", "sp", "control", "sp_control"} <= set(waited)
     ranks.close()  # what the other ranks never answered is still in flight in these
     assert all(TIMEOUT_S / 2 < seconds < TIMEOUT_S + 10 for seconds in waited.values()), waited
 
@@ -261,11 +261,13 @@ TIMEOUT_S = 3.0
 def _lonely_collectives():
     """Seconds until rank 0 was told, by group; it posts one collective to each group of a mesh at once, and the others none."""
     waited = {}
-    for dp_replicate, sp in ((1, SpConfig(degree=2)), (2, SpConfig(degree=2)), (1, SpConfig(degree=4, scheme="usp", ulysses=2))):
-        mesh = build_mesh(torch.device("cpu"), dp_replicate=dp_replicate, sp=sp, timeout_s=TIMEOUT_S)
+    usp = SpConfig(degree=4, scheme="usp", ulysses=2)
+    for dp_replicate, sp, tp in ((1, SpConfig(degree=2), 1), (2, SpConfig(degree=2), 1), (1, usp, 1), (1, SpConfig(degree=2), 2)):
+        mesh = build_mesh(torch.device("cpu"), dp_replicate=dp_replicate, sp=sp, tp=tp, timeout_s=TIMEOUT_S)
         links, groups = mesh.links[sp.degree], {name: mesh.device_mesh.get_group(name) for name in map(str, AxisName)}
         assert links.ring.group is groups["ring"] and links.ulysses.group is groups["ulysses"]
-        groups |= {"fsdp": mesh.fsdp.get_group(), "sp": links.sp.group, "control": mesh.control, "sp_control": mesh.sp_control}
+        groups |= {"fsdp": mesh.fsdp.get_group(), "copy": mesh.copy.get_group(), "sp": links.sp.group}
+        groups |= {"control": mesh.control, "sp_control": mesh.sp_control}
         if mesh.rank == 0:
             began = time.monotonic()
             works = {

@@ -123,6 +123,43 @@ def test_ranks_that_share_samples_need_fewer_of_them():
         load_config(TrainConfig, None, overrides=["data.path=.", *overrides], rules=lambda c: train_problems(c, world=4))
 
 
+TP = ["data.path=.", "parallel.tp=2", "parallel.zero.stage=2"]
+
+
+@pytest.mark.parametrize(
+    "overrides, world, says, way_out",
+    [
+        (["parallel.tp=4", "model.heads=8"], 6, "parallel.tp=4 must divide the 6 ranks", "use one of [1, 2, 3, 6]"),
+        (["parallel.sp.degree=4"], 4, "parallel.sp.degree=4 x parallel.tp=2 = 8 must divide the 4 ranks", "parallel.tp from [1]"),
+        (["parallel.zero.stage=0"], 2, "parallel.tp=2 with parallel.zero.stage=0", "parallel.zero.stage=1, 2 or 3"),
+        (["model.heads=3"], 2, "parallel.tp=2 must divide model.heads=3", "use one of [1, 3]"),
+        (["model.width=12", "model.heads=2", "model.mlp_ratio=1.25"], 2, "the MLP's hidden width, 15", "use one of [1]"),
+        (["parallel.sp.degree=2", "parallel.sp.scheme=auto"], 4, "parallel.sp.scheme=auto", "name a scheme"),
+        (["parallel.sp.degree=2", "parallel.sp.scheme=ulysses"], 4, "must divide the 3 of model.heads=6", "degree from [1, 3]"),
+        (["parallel.sp.degree=2", "parallel.sp.scheme=usp", "model.name=dit"], 4, "parallel.sp.ulysses=2", "scheme=ring,"),
+    ],
+)
+def test_what_ranks_of_tp_can_not_share_is_refused_with_a_way_out(overrides, world, says, way_out):
+    (problem,) = [p for p in problems_of(*TP, *overrides, world=world) if "data.global_batch" not in p]
+    assert says in problem.partition(";")[0] and way_out in problem.partition(";")[2], problem
+
+
+def test_a_mesh_that_can_not_be_is_refused_with_every_reason_at_once():
+    wrong = ["parallel.tp=4", "parallel.dp_replicate=5", "parallel.sp.degree=4", "parallel.sp.scheme=auto", "model.heads=3"]
+    problems = problems_of("data.path=.", *wrong, "parallel.zero.backend=deepspeed", world=6)
+    for reason in (
+        "parallel.tp=4 must divide the 6 ranks",
+        "parallel.dp_replicate=5 must divide the 6 ranks",
+        "parallel.sp.degree=4 must divide the 6 ranks",
+        "parallel.tp=4 must divide model.heads=3",
+        "parallel.tp=4 with parallel.zero.stage=0",
+        "parallel.dp_replicate=5 with parallel.zero.stage=0",
+        "parallel.tp=4 with parallel.zero.backend=deepspeed",
+        "parallel.tp=4 with parallel.sp.scheme=auto",
+    ):
+        assert sum(reason in p for p in problems) == 1, (reason, problems)
+
+
 def test_a_layout_that_does_not_fit_names_the_numbers_that_do():
     (problem,) = problems_of("data.path=.", "parallel.zero.stage=2", "parallel.dp_replicate=4", "parallel.sp.degree=4", world=8)
     assert "dp_replicate from [1, 2]" in problem and "degree from [1, 2]" in problem
