@@ -165,7 +165,7 @@ class Training:
         if zero.offload == "optimizer":
             return 4 * held  # weights, two moments, gradients
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return 3 * held + sum(g.to_local().nbytes for g in grads)
+        return 3 * held + sum(getattr(g, "_local_tensor", g).nbytes for g in grads)
 
     @property
     def parked_bytes(self) -> int:

@@ -40,6 +40,7 @@ def train_problems(config: TrainConfig, *, world: int) -> list[Problem]:
         *_model_problems(config.model),
         *mesh_problems(config.parallel, config.model, world=world),
         *_sp_problems(config.parallel.sp),
+        *_lever_problems(config),
         *_batch_problems(config, world=world),
         *_optim_problems(config),
         *_validation_problems(config),
@@ -204,6 +205,18 @@ def _sp_problems(sp: SpConfig) -> list[Problem]:
     elif least is not None and sp.degree % least:
         message = f"parallel.sp.min_degree={least} must divide parallel.sp.degree={sp.degree}; use one of {divisors(sp.degree)}"
         problems.append(Problem(fields=least_fields, message=message))
+    return problems
+
+
+def _lever_problems(config: TrainConfig) -> list[Problem]:
+    """Memory levers that would do nothing."""
+    problems = []
+    if config.parallel.offload_activations and config.model.shape.depth == 1:
+        message = (
+            "parallel.offload_activations=true with model.depth=1: the last block's backward comes at once, so it stays on the device, "
+            "and there is no other; set offload_activations to false, or use parallel.recompute"
+        )
+        problems.append(Problem(fields=("parallel.offload_activations", "model.depth", "model.size"), message=message))
     return problems
 
 

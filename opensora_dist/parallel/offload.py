@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -202,7 +202,7 @@ class _Stretch:
 
     def _moves(self, tensor: Tensor, storage: torch.UntypedStorage) -> bool:
         if (
-            isinstance(tensor, DTensor)
+            isinstance(tensor, (DTensor, nn.Parameter))
             or tensor.device.type != self._offload.device.type
             or storage.nbytes() < self._offload.min_bytes
         ):

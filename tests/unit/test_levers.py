@@ -8,10 +8,11 @@ import pytest
 import torch
 from sequence_cases import Shape, compute, difference, make_inputs, make_model
 
-from opensora_dist.config.train import ParallelConfig
+from opensora_dist.config.rules import train_problems
+from opensora_dist.config.train import ParallelConfig, TrainConfig
 from opensora_dist.core.types import Thw
 from opensora_dist.models.levers import kept_per_token, set_levers
-from opensora_dist.recipes.bench.memory import LiveTensors
+from opensora_dist.recipes.bench.memory import LiveTensors, peak_memory
 
 CPU = torch.device("cpu")
 SHAPE = Shape(Thw(5, 4, 3), batch=2)
@@ -80,3 +81,42 @@ def test_blocks_keep_the_bytes_per_token_of_the_formula(name, recompute, tile):
     model, _ = _model(name, Shape(Thw(9, 4, 3), batch=2, heads=4, width=32), **levers)
     formula = sum(kept_per_token(block).bytes(block, element_bytes=8) for block in model.blocks)
     assert (more - less) / tokens == pytest.approx(formula)
+
+
+# --- peaks
+
+LONG = Shape(Thw(16, 8, 8), batch=1, heads=2, width=16)
+
+
+def _peak(levers):
+    """Most bytes on the device in forward and backward, and what was moved off it."""
+    model, offload = _model("stdit", LONG, **levers)
+    inputs = make_inputs(LONG, group=0)
+    with peak_memory(CPU, parked=lambda: offload.parked_bytes if offload is not None else 0) as peak:
+        compute(model, inputs, shard=None)
+    return peak.bytes, offload.moved_bytes if offload is not None else 0
+
+
+def test_each_lever_lowers_the_peak():
+    none, selective, full = (_peak({"recompute": recompute})[0] for recompute in ("none", "selective", "full"))
+    assert full < selective < none
+    for recompute, before in (("none", none), ("selective", selective), ("full", full)):
+        assert _peak({"recompute": recompute, "tile_tokens": 64})[0] < before, "tiles"
+        away, moved = _peak({"recompute": recompute, "offload_activations": True})
+        assert away < before and moved > 0, "offload"
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_offload_leaves_the_last_block_on_the_device_and_moves_each_storage_of_the_others_once(recompute):
+    kept, _ = _kept("stdit", 9, {"recompute": recompute})
+    left, parked = _kept("stdit", 9, {"recompute": recompute, "offload_activations": True})
+    assert 0 < parked <= 2 / 3 * kept * 1.01, "a storage is moved twice, or what lives on is moved, too"
+    assert left < kept / 2
+
+
+def test_one_block_has_nothing_to_offload_and_the_rules_say_so(tmp_path):
+    config = TrainConfig.model_validate(
+        {"data": {"path": str(tmp_path)}, "model": {"depth": 1}, "parallel": {"offload_activations": True}}
+    )
+    (problem,) = [p for p in train_problems(config, world=1) if "offload" in p.message]
+    assert "model.depth" in problem.fields and "parallel.recompute" in problem.message
