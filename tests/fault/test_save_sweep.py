@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from itertools import cycle, product
 
+import promises
 import pytest
 from dataset_factory import write_dataset
 from forked_ranks import Fault, run
@@ -45,7 +46,7 @@ def _args(data, folder, *more):
 
 @pytest.mark.parametrize("phase, victim, how", CASES)
 def test_killed_at_any_phase_of_a_save_the_run_resumes_from_a_verified_checkpoint(
-    ranks, data, whole, tmp_path, phase, victim, how
+    ranks, data, whole, tmp_path, phase, victim, how, promise
 ):
     args = _args(data, tmp_path / "run", f"checkpoint.asynchronous={how == 'asynchronous'}")
     fault = Fault(phase, signal.SIGKILL, rank=VICTIMS[victim], step=STRUCK - 1)
@@ -70,6 +71,9 @@ def test_killed_at_any_phase_of_a_save_the_run_resumes_from_a_verified_checkpoin
     assert curve(tmp_path / "run") == curve(whole)
     assert_same_tensors(tensors(tmp_path / "run"), tensors(whole))
     assert sorted(p.name for p in root.iterdir()) == ["latest", step_name(STEPS)]
+    promise(promises.KILL_IN_SAVE).measured(
+        "one rank or all killed at each phase: resumed from a verified checkpoint, metrics and tensors of the run never killed"
+    )
 
 
 def test_the_quick_cases_reach_every_phase_and_every_victim():

@@ -142,7 +142,9 @@ def test_damage_to_any_kind_of_file_is_found_before_loading_and_the_previous_che
     assert [e["step"] for e in events(run_dir, "resume")] == [2]
     assert curve(run_dir) == curve(saved)
     assert_same_tensors(tensors(run_dir), tensors(saved))
-    promise(promises.DAMAGE).measured(f"{damage} of {kind}: found, the one before used")
+    promise(promises.DAMAGE).measured(
+        "in each kind of file: named before loading, the one before used, metrics and tensors of the run that was not damaged"
+    )
 
 
 def test_where_every_checkpoint_is_damaged_the_run_does_not_start_over(ranks, data, tmp_path):
