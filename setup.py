@@ -28,8 +28,8 @@ EXTRAS = {
     "prepare": ["opencv-python-headless>=4.10"],
     "hf": ["transformers>=4.57,<6", "sentencepiece>=0.2", "tokenizers", "accelerate>=1.0"],
     "track": ["wandb>=0.20", "tensorboard>=2.17"],
-    "deepspeed": ["deepspeed>=0.18,<0.20"],
-    "bench": ["deepspeed>=0.18,<0.20", "yunchang>=0.6,<0.7"],
+    "deepspeed": ["deepspeed>=0.19.8,<0.20"],
+    "bench": ["deepspeed>=0.19.8,<0.20", "yunchang>=0.6,<0.7"],
     "kernels": ["triton>=3.2,<3.8"],
 }
 DEV = [
