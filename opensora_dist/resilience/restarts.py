@@ -11,6 +11,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from threading import Event
 from typing import Any, Final
 
 from opensora_dist.core.errors import TrainingError
@@ -18,6 +19,7 @@ from opensora_dist.core.io import write_text
 from opensora_dist.core.logging import get_logger
 
 RESTARTS_NAME: Final = "restarts.jsonl"
+_ASKING_S: Final = 30.0
 _log = get_logger(__name__)
 
 
@@ -69,6 +71,8 @@ def refuse_without_progress(run_dir: Path) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent passes it on, before this process has said why
         _log.error("%s; asking torchrun to end", said)
         os.kill(os.getppid(), signal.SIGTERM)
+    else:
+        Event().wait(_ASKING_S)  # were this rank the first to fail, torchrun would end the one that asks before it has
     raise TrainingError(said)
 
 

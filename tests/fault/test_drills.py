@@ -41,23 +41,23 @@ def _trains_again(run_dir: Path, *, starts: int) -> bool:
 
 def _since(run_dir: Path, fault: str) -> float:
     """Seconds since a fault happened."""
-    return time.time() - (run_dir / "faults" / f"{fault}-rank-1.json").stat().st_mtime
+    return time.time() - (run_dir / "faults" / f"{fault}.json").stat().st_mtime
 
 
 def test_under_torchrun_a_run_goes_on_after_a_kill_and_after_a_hang(data, tmp_path, promise):
-    """One launch, three starts: rank 1 is killed in step 18, and hangs in step 27."""
+    """One launch, three starts: rank 0 is killed in step 18, and rank 1 hangs in step 27."""
     run_dir, every = tmp_path / "run", 5
     args = overrides(
         data, run_dir, "run.steps=30", "run.log_every=1", f"checkpoint.every_steps={every}", "checkpoint.asynchronous=false"
     )
-    args += ["resilience.watchdog_s=5", "fault.kill_rank=1@step18", "fault.hang_rank=1@step27"]
+    args += ["resilience.watchdog_s=5", "fault.kill_rank=0@step18", "fault.hang_rank=1@step27"]
     with running("train", *args, launcher=(*TORCHRUN, "--max-restarts", "2")) as command:
         command.wait_for(lambda: _trains_again(run_dir, starts=2), limit_s=LIMIT_S)
-        killed_s = _since(run_dir, "kill_rank")
+        killed_s = _since(run_dir, "kill_rank-rank-0")
         command.wait_for(lambda: (run_dir / "logs" / "hang.json").exists(), limit_s=LIMIT_S)
-        found_s = _since(run_dir, "hang_rank")
+        found_s = _since(run_dir, "hang_rank-rank-1")
         command.wait_for(lambda: _trains_again(run_dir, starts=3), limit_s=LIMIT_S)
-        hung_s = _since(run_dir, "hang_rank")
+        hung_s = _since(run_dir, "hang_rank-rank-1")
         ended = command.end(limit_s=LIMIT_S)
     assert ended.code == 0, ended.err
     assert _starts(run_dir) == [0, 15, 25], "at most one interval is done again"
@@ -79,18 +79,20 @@ def test_under_torchrun_a_run_goes_on_after_a_kill_and_after_a_hang(data, tmp_pa
 
 
 def test_a_rank_that_is_stopped_is_named_by_the_other_in_the_collective_that_it_waits_in(data, tmp_path, promise):
-    fault = Fault("clip", signal.SIGSTOP)
+    """The main rank at that, which writes events otherwise."""
+    fault = Fault("clip", signal.SIGSTOP, rank=0)
     args = overrides(
         data, tmp_path / "run", "run.steps=50", "run.log_every=1", "parallel.zero.stage=3", "resilience.watchdog_s=4"
     )
-    ended = run(args, fault, world=2, logs=tmp_path / "logs", limit_s=90)
-    assert ended[0].code == 1, ended[0].said
-    assert "rank 1 does not answer: stopped, or its machine is gone, while rank 0 waits in all_reduce for " in ended[0].said
+    ended = run(args, fault, world=2, logs=tmp_path / "logs", limit_s=90)[1]
+    assert ended.code == 1, ended.said
+    assert "rank 0 does not answer: stopped, or its machine is gone, while rank 1 waits in all_reduce for " in ended.said
     hang = json.loads((tmp_path / "run" / "logs" / "hang.json").read_text())
-    assert hang["ranks"] == [1] and [p["what"] for p in hang["positions"]] == ["all_reduce"]
-    assert "all_reduce" in (tmp_path / "run" / "logs" / "stacks-rank-0.txt").read_text()
+    assert hang["ranks"] == [0] and [p["what"] for p in hang["positions"]] == ["all_reduce"]
+    assert [e["ranks"] for e in events(tmp_path / "run", "hang")] == [[0]]
+    assert "all_reduce" in (tmp_path / "run" / "logs" / "stacks-rank-1.txt").read_text()
     promise(promises.HANG).measured(
-        f"rank 1 stopped by SIGSTOP: named, with rank 0's all_reduce, in {ended[0].after_s:.1f} s, with watchdog_s=4"
+        f"rank 0 stopped by SIGSTOP: named, with rank 1's all_reduce, in {ended.after_s:.1f} s, with watchdog_s=4"
     )
 
 

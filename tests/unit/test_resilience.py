@@ -325,6 +325,7 @@ def test_under_torchrun_a_third_start_from_the_same_step_is_refused_and_its_agen
             assert killed == [(os.getppid(), signal.SIGTERM)]
             signal.signal(signal.SIGTERM, previous)
     killed.clear()
+    monkeypatch.setattr(restarts, "_ASKING_S", 0.0)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(TrainingError):
         _start(monkeypatch, tmp_path, restart=2, step=0)
