@@ -257,7 +257,7 @@ class _LowLevelZero:
 
 
 class _Gemini:
-    """Stage 3: parameters lie in chunks, in CPU or GPU memory, that are gathered for the operators that use them. Never run yet."""
+    """Stage 3: parameters lie in chunks, in CPU or GPU memory, that are gathered for the operators that use them."""
 
     def __init__(
         self, model: nn.Module, *, mesh: DeviceMesh, units: Sequence[nn.Module], zero: ZeroConfig, accumulates: bool
@@ -347,7 +347,13 @@ class _Hooked(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.gemini.module.zero_grad(set_to_none=True)
         if not torch.is_grad_enabled():
-            return self.gemini._inference_forward(*args, **kwargs)
+            # Chunks are fetched ahead in the order of a training step, backward included: those would be left half fetched here.
+            policy = self.gemini.gemini_manager.placement_policy
+            ahead, policy.max_prefetch = policy.max_prefetch, 0
+            try:
+                return self.gemini._inference_forward(*args, **kwargs)
+            finally:
+                policy.max_prefetch = ahead
         self.gemini.gemini_manager.pre_iter()
         with self._hooks.use_hooks(*self.gemini.hooks):
             return self.gemini.module(*args, **kwargs)
