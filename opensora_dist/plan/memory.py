@@ -248,8 +248,10 @@ class _Step:
         """Between two blocks: shards of what is done, what the last reduction was given, and whole ones of earlier micro-batches."""
         accum = self.case.parallel.grad_accum
         if self.stage == 0:
-            # DDP's buckets, of which gradients are views, are there all the time. One process has gradients of its own.
-            return self.shard if self.case.world > 1 or accum > 1 else self.w * done * self.block.whole
+            # DDP's buckets are there all the time. Gradients are views of them, but not before the last micro-batch: then, as with one
+            # process, they have memory of their own.
+            buckets, own = self.shard if self.case.world > 1 else 0, self.shard if accum > 1 else 0
+            return buckets + own if buckets or own else self.w * done * self.block.whole
         shards = self.shard if accum > 1 and self.stage > 1 else self.w * done * self.block.shard
         whole = self.w * ((self.depth - done) * self.block.whole + self.root.whole) if accum > 1 and self.stage == 1 else 0
         if done:
