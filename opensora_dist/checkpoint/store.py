@@ -15,6 +15,7 @@ Checks run inside DCP's own collective phases, so that one rank's problem is rai
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -24,14 +25,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint._hf_utils import (
+    CUSTOM_METADATA_KEY,
+    DCP_VERSION_KEY,
+    FORMAT_KEY,
+    FORMAT_VALUE,
+    HF_DCP_VERSION,
+    SAVED_OFFSETS_KEY,
+    _gen_file_name,
+)
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from opensora_dist.core.errors import CheckpointError
 
@@ -116,12 +129,26 @@ def _load(tensors: Mapping[str, Tensor], folder: Path, *, group: dist.ProcessGro
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """Refuses a folder that already holds shards."""
+    """Refuses a folder that already holds shards, and writes from where the tensors are.
+
+    Torch's own makes the whole file in memory first, and holds the interpreter for as long: training beside it would stand still.
+    """
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if any(Path(self.path).glob(f"*{_SUFFIX}")):
             raise CheckpointError(f"{self.path}: already holds {_SUFFIX} files; save into an empty folder")
         return super().prepare_local_plan(plan)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        tensors = {item.index.fqn: planner.resolve_data(item).detach().cpu() for item in plan.items}  # type: ignore[union-attr]
+        offsets = {item.index.fqn: {SAVED_OFFSETS_KEY: list(item.tensor_data.chunk.offsets)} for item in plan.items}  # type: ignore[union-attr]
+        if tensors:
+            said = {CUSTOM_METADATA_KEY: json.dumps(offsets), DCP_VERSION_KEY: HF_DCP_VERSION, FORMAT_KEY: FORMAT_VALUE}
+            name = _gen_file_name(1, 1, plan.storage_data["shard_index"])
+            save_file(tensors, Path(self.path) / name, metadata={key: str(value) for key, value in said.items()})
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([])  # for an index of files, which is not written: each file says what it holds
+        return done
 
 
 class _Reader(HuggingFaceStorageReader):

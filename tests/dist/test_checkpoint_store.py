@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from opensora_dist.checkpoint import store
 from opensora_dist.checkpoint.commit import commit, find_resumable, step_name
 from opensora_dist.checkpoint.manifest import read_manifest, verify
 from opensora_dist.checkpoint.store import load_tensors, read_tensors, save_tensors
@@ -91,12 +91,12 @@ def _check(rank: int, root: Path) -> None:
         load_tensors(wrong, folder / "model")
 
     # A full disk on one rank, inside torch's writer: both ranks say so and nothing is left.
-    create = FileSystem.create_stream
+    save_file = store.save_file
     if rank == 1:
-        FileSystem.create_stream = _full_disk  # type: ignore[method-assign]
+        store.save_file = _full_disk
     with _raises("rank 1: OSError: .*No space left"):
         _commit(root, 2, loaded)
-    FileSystem.create_stream = create  # type: ignore[method-assign]
+    store.save_file = save_file
 
     # The same outside any collective of the writer.
     def write(_: Path) -> None:
@@ -117,10 +117,8 @@ def _check(rank: int, root: Path) -> None:
     assert found.rejected[0].problems == ("trainer.json: 3 bytes, the manifest says 2",)
 
 
-@contextlib.contextmanager
-def _full_disk(*_: object):
+def _full_disk(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
-    yield
 
 
 @contextlib.contextmanager
