@@ -24,7 +24,6 @@ from opensora_dist.parallel.places import AxisName, Places
 from opensora_dist.parallel.sequence.base import Links
 from opensora_dist.parallel.sequence.exchange import Exchange
 
-
 FSDP_AXIS = "fsdp"
 """dp_shard x ring x ulysses, flattened: all that hold shards of one copy."""
 

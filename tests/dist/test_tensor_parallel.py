@@ -30,6 +30,7 @@ CPU = torch.device("cpu")
 SHAPE = Shape(Thw(5, 3, 2), batch=2)
 BRANCHES = {"stdit": 4, "dit": 3}
 """Space and time, or both at once; the caption; the MLP."""
+TEXT_TOKENS = 5
 
 
 # --- bytes
@@ -68,9 +69,6 @@ def test_a_branch_sends_one_sum_in_forward_and_one_in_backward_and_a_replay_none
     forward = 2 * BRANCHES[name] * SHAPE.grid.volume * ring
     for found in ranks.run(_count, name, recompute, autocast, world=world):
         assert found == (forward, forward + TEXT_TOKENS * ring)
-
-
-TEXT_TOKENS = 5
 
 
 # --- checkpoints

@@ -23,7 +23,8 @@ from opensora_dist.core.errors import CommunicationError
 from opensora_dist.core.types import Thw
 from opensora_dist.data.loader import Loader
 from opensora_dist.parallel.failures import lost_contact_said
-from opensora_dist.parallel.mesh import AxisName, build_mesh, process_group
+from opensora_dist.parallel.mesh import build_mesh, process_group
+from opensora_dist.parallel.places import AxisName
 from opensora_dist.parallel.sequence.agree import Agreement, Intent
 from opensora_dist.parallel.sequence.exchange import Exchange
 from opensora_dist.parallel.sequence.layout import SequenceParallel

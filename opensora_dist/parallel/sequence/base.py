@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opensora_dist.core.types import Axis, Region, Thw
 from opensora_dist.parallel.recompute import Tape

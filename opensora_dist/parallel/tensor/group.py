@@ -52,7 +52,8 @@ class TensorGroup:
         if self._exchange is None:
             return part
         total: Tensor = _Leave.apply(part, self._exchange, tape)  # type: ignore[no-untyped-call]
-        return total + linear.summed_bias.to(total.dtype)
+        bias: Tensor = linear.summed_bias
+        return total + bias.to(total.dtype)
 
 
 ALONE = TensorGroup(None)
@@ -81,7 +82,8 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, exchange: Exchange, tape: Tape | None) -> Tensor:
         if tape is not None and tape.replaying:
-            return tape.replay()
+            kept: Tensor = tape.replay()
+            return kept
         total = _sum(part, exchange)
         return total if tape is None else tape.keep(total)
 

@@ -83,7 +83,7 @@ class ColumnLinear(nn.Linear):
         """Of this rank, while the parameters are gathered."""
         return ColumnPart(weight=_local(self.weight), bias=_local(self.bias))
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+    def forward(self, input: Tensor) -> Tensor:
         return self.part(input)
 
 
@@ -105,7 +105,7 @@ class RowLinear(nn.Linear):
         """For after the sum; the same on every rank."""
         return self.bias
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+    def forward(self, input: Tensor) -> Tensor:
         return self.part(input)
 
 
