@@ -198,7 +198,8 @@ class _Step:
             optimizer=0 if self.offload != "none" else 2 * self.shard,
             ema=0 if self.offload != "none" else self.shard,
             activations=int(activations),
-            host={"none": 0, "optimizer": 5 * self.shard, "all": 5 * self.shard}[self.offload],
+            # Weights, gradients, both moments and the moving average.
+            host=int(self.acts.offloaded()) + (0 if self.offload == "none" else 5 * self.shard),
         )
 
     def forward_of_last(self) -> MemoryEstimate:
@@ -282,8 +283,13 @@ class _Activations:
         self.stream = self.tokens * case.model.shape.width  # numbers of one [n, D]
 
     def kept(self, blocks: int) -> float:
-        """Of this many blocks, the embedded inputs among them."""
-        return blocks * self._block() + self.inputs()
+        """Of this many blocks, the embedded inputs among them. Offloaded are all but the block at work and the one that is fetched."""
+        here = min(blocks, 2) if self.case.parallel.offload_activations else blocks
+        return here * self._block() + self.inputs()
+
+    def offloaded(self) -> float:
+        """In CPU memory when backward begins: of all blocks but the last."""
+        return (self.case.model.shape.depth - 1) * self._block() if self.case.parallel.offload_activations else 0.0
 
     def inputs(self) -> float:
         """Latents of all micro-batches, noise, what the loss keeps; text and what is made of it; tables of positions."""
@@ -293,8 +299,8 @@ class _Activations:
         return self.latents * self.r * (case.parallel.grad_accum + 3) + text + tables
 
     def ends(self) -> float:
-        """The final layer: the last block's output, its norm, and the modulated norm."""
-        return self.stream * (2 * self.r + self.c)
+        """The final layer: the last block's output, its norm, and the modulated norm; with tiles, the output alone."""
+        return self.stream * (self.r if self.case.parallel.tile_tokens else 2 * self.r + self.c)
 
     def forward_of_last(self) -> float:
         """Without recomputation: all that is kept, and what its MLP works with."""
@@ -308,13 +314,16 @@ class _Activations:
 
     def final_peak(self) -> float:
         """Backward of its norm: three more of the residual stream, and the modulated norm is gone."""
-        return self.kept(self.case.model.shape.depth) + self.ends() + self.stream * (3 * self.r - self.c)
+        work = self.r if self.case.parallel.tile_tokens else 3 * self.r - self.c
+        return self.kept(self.case.model.shape.depth) + self.ends() + self.stream * work
 
     def block_begun(self, blocks: int) -> float:
         """Backward comes to the last of ``blocks``: all that it keeps is there, the residual's gradient, and what its MLP makes."""
         case, D = self.case, self.case.model.shape.width
         hidden = _hidden(case) // case.parallel.tp
-        work = self.c * (self.tokens * hidden + D * hidden)  # gradient of the MLP's hidden layer, gradient of a weight
+        # Gradients of the MLP's hidden layer and of a weight; of a tile also what its second run keeps.
+        tile = case.parallel.tile_tokens
+        work: float = self.c * hidden * (D + (self.tokens if tile is None else 3 * min(tile, self.tokens)))
         inner = 0.0
         if case.parallel.recompute != "none":
             inner = self._block_none() - self.stream * self.r
@@ -343,12 +352,14 @@ class _Activations:
           (1 / tp), the output that the gate multiplies (1). Of a second, along time, the input is a copy, since it is transposed.
         - Cross-attention: its input, cast (1), q (1 / tp), output (1 / tp). The sum keeps nothing.
         - MLP: its input, cast (1), before and after GELU (2 H / D / tp), the output that the gate multiplies (1).
+          With tiles, without the two of H.
         - Log-sum-exps of all attentions; the caption's keys and values.
         Weights are not counted: gathered ones are FSDP2's, and casts are autocast's.
         """
         case, A, tp = self.case, _attentions(self.case), self.case.parallel.tp
         D, N = case.model.shape.width, case.model.shape.heads
-        multiples = A * (2 + 4 / tp) + (1 + 2 / tp) + (2 + 2 * _hidden(case) / D / tp)
+        hidden = 0 if case.parallel.tile_tokens else 2 * _hidden(case) / D / tp
+        multiples = A * (2 + 4 / tp) + (1 + 2 / tp) + (2 + hidden)
         stats = self.tokens * self.r * (4 + (A + 1) * N / tp)
         text = case.micro_batch * case.text_tokens * 4 * D * self.c / tp
         return self.stream * (4 * self.r + multiples * self.c) + stats + text + self._scheme_extra()
