@@ -166,7 +166,8 @@ class GatheredQkv:
 
     def _begin(self, x_lGD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if self._tape is not None and self._tape.replaying:
-            return self._tape.replay()
+            replayed: Tensor = self._tape.replay()
+            return replayed
         rows_ED = self._heads.weight_rows(weight)
         qkv_LGE = x_lGD.new_empty((self._parts[-1].stop, x_lGD.shape[1], len(rows_ED)))
         self._project(x_lGD, qkv_LGE, self._rank, weight, bias)

@@ -13,7 +13,8 @@ from opensora_dist.parallel.sequence.base import Projections, Scheme, Shard, Tra
 
 def self_attention(attn: Projections, x_GLD: Tensor) -> Tensor:
     """Projections and attention over whole sequences, [G, L, D] to [G, L, D]."""
-    q_GNLK, k_GNLK, v_GNLK = attn.qkv(x_GLD).unflatten(-1, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    qkv_GLE = attn.qkv(x_GLD)
+    q_GNLK, k_GNLK, v_GNLK = qkv_GLE.view(*qkv_GLE.shape[:2], 3, attn.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     out: Tensor = attn.proj(attention(q_GNLK, k_GNLK, v_GNLK).transpose(1, 2).flatten(2))
     return out
 

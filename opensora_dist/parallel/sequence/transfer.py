@@ -48,7 +48,8 @@ class Transfer:
 
     def _start(self, send_RD: Tensor) -> Tensor:
         if self._tape is not None and self._tape.replaying:
-            return self._tape.replay()
+            replayed: Tensor = self._tape.replay()
+            return replayed
         self._there = self._exchange.all_to_all(send_RD, send_rows=self._send_rows, recv_rows=self._recv_rows)
         received = self._there.tensor if self._overlap else self._finish(self._there.tensor)
         return received if self._tape is None else self._tape.keep(received)

@@ -93,7 +93,8 @@ class Package(Scheme):
         x = to_sequences(x_BtsD, axis)
         x_lGD = x.flatten(1, -2)
         given = x_lGD.transpose(0, 1) if self._batch_first else x_lGD
-        q, k, v = attn.qkv(given).unflatten(-1, (3, attn.heads, -1)).unbind(2)
+        qkv = attn.qkv(given)
+        q, k, v = qkv.view(*qkv.shape[:2], 3, attn.heads, -1).unbind(2)
         out: Tensor = attn.proj(self._inner(q, k, v).flatten(2))
         return from_sequences((out.transpose(0, 1) if self._batch_first else out).view(x.shape), axis, like=x_BtsD)
 
