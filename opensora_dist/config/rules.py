@@ -45,7 +45,7 @@ def train_problems(config: TrainConfig, *, world: int) -> list[Problem]:
         *_optim_problems(config),
         *_validation_problems(config),
         *_fault_problems(config, world=world),
-        *_native_problems(config),
+        *_nvme_problems(config),
         *_deepspeed_problems(config),
         *_colossalai_problems(config),
     ]
@@ -323,14 +323,6 @@ def _colossalai_problems(config: TrainConfig) -> list[Problem]:
         refuse("parallel.zero.offload", "parallel.zero.stage", because=because, instead="offload=optimizer or stage 3")
     if parallel.dp_replicate > 1:
         refuse("parallel.dp_replicate", because="it shards over all ranks", instead="dp_replicate=1")
-    if parallel.tp > 1:
-        refuse("parallel.tp", because="it shards whole parameters", instead="tp=1")
-    if zero.nvme_path is not None:
-        message = (
-            f"parallel.zero.nvme_path={zero.nvme_path!r} with parallel.zero.backend=colossalai, which offloads to CPU memory alone; "
-            "drop it, or use parallel.zero.backend=deepspeed"
-        )
-        problems.append(Problem(fields=("parallel.zero.nvme_path", "parallel.zero.backend"), message=message))
     return problems
 
 
@@ -365,14 +357,14 @@ def _deepspeed_problems(config: TrainConfig) -> list[Problem]:
     return problems
 
 
-def _native_problems(config: TrainConfig) -> list[Problem]:
-    """What PyTorch's own ZeRO can't do."""
+def _nvme_problems(config: TrainConfig) -> list[Problem]:
+    """Files of parameters are DeepSpeed's."""
     zero = config.parallel.zero
-    if zero.backend != "native" or zero.nvme_path is None:
+    if zero.backend == "deepspeed" or zero.nvme_path is None:
         return []
     message = (
-        f"parallel.zero.nvme_path={zero.nvme_path!r} with parallel.zero.backend=native, which offloads to CPU memory alone; drop it, or "
-        "use parallel.zero.backend=deepspeed"
+        f"parallel.zero.nvme_path={zero.nvme_path!r} with parallel.zero.backend={zero.backend}, which offloads to CPU memory alone; "
+        "drop it, or use parallel.zero.backend=deepspeed"
     )
     return [Problem(fields=("parallel.zero.nvme_path", "parallel.zero.backend"), message=message)]
 

@@ -123,7 +123,7 @@ class ZeroConfig(Section):
     """Who holds parameters, gradients and optimizer state."""
 
     backend: Literal["native", "deepspeed", "colossalai"] = Field(
-        "native", description="native: PyTorch DDP and FSDP2; deepspeed and colossalai need those packages."
+        "native", description="native: PyTorch itself (FSDP2); deepspeed and colossalai need those packages."
     )
     stage: Literal[0, 1, 2, 3] = Field(
         0, description="0 replicates; 1 shards optimizer state; 2 gradients too; 3 parameters too."
@@ -131,8 +131,12 @@ class ZeroConfig(Section):
     offload: Literal["none", "optimizer", "all"] = Field(
         "none", description="What lives in CPU memory: nothing; the optimizer's state and step; sharded parameters too."
     )
-    nvme_path: str | None = Field(None, description="deepspeed: offload goes to files in this folder instead of CPU memory.")
-    prefetch: int = Field(1, ge=0, description="Stage 3: blocks whose parameters are gathered ahead of the one that runs.")
+    nvme_path: str | None = Field(
+        None,
+        description="deepspeed, stage 3 with offload=all: sharded parameters go to files in this folder; master weights and moments "
+        "stay in CPU memory.",
+    )
+    prefetch: int = Field(1, ge=0, description="Stage 3 only: blocks whose parameters are gathered ahead of the one that runs.")
 
 
 class SpConfig(Section):
@@ -185,7 +189,7 @@ class ParallelConfig(Section):
     max_restarts: int = Field(
         0,
         ge=0,
-        description="How often ranks that `train` starts itself are started again after a failure; torchrun has its own flag.",
+        description="How often ranks that `train` starts itself are started again after a failure; under a launcher use its own flag.",
     )
     timeout_s: float = Field(600.0, gt=0, description="Seconds after which a stuck collective ends the run.")
 
@@ -238,7 +242,7 @@ class ResilienceConfig(Section):
 
 
 class FaultConfig(Section):
-    """Faults to inject, in drills and tests; each happens once in a run directory. Off unless named here."""
+    """Faults to inject, in drills and tests. Each happens once in a run directory, but slow_rank at every start. Off unless named here."""
 
     kill_rank: str | None = Field(None, description="RANK@stepN: SIGKILL in that step.")
     hang_rank: str | None = Field(None, description="RANK@stepN: sleeps for ever in that step.")

@@ -52,6 +52,7 @@ def training_problems(config: TrainConfig) -> list[Problem]:
             problems.append(Problem(fields=("parallel.zero.backend", "run.device"), message=message))
     problems += train_problems(config, world=world)
     problems += _nvme_problems(config)
+    problems += _restart_problems(config)
     try:
         check_sampling(config.objective, sampler=config.validation.sampler, steps=config.validation.sampling_steps)
     except ConfigError as error:
@@ -80,6 +81,18 @@ def rank_problems(config: TrainConfig) -> list[Problem]:
         return []
     message = f"parallel.nproc={nproc} exceeds the {gpus} GPU(s) of this machine; use at most {gpus}, or run.device=cpu"
     return [Problem(fields=("parallel.nproc", "run.device"), message=message)]
+
+
+def _restart_problems(config: TrainConfig) -> list[Problem]:
+    """Ranks that a launcher has started are its own to start again. Ranks of ours have a count of restarts without torchrun's id."""
+    restarts, ours = config.parallel.max_restarts, "TORCHELASTIC_RESTART_COUNT" in os.environ
+    if restarts == 0 or launched_world() is None or (ours and "TORCHELASTIC_RUN_ID" not in os.environ):
+        return []
+    message = (
+        f"parallel.max_restarts={restarts} under a launcher, which alone can start its ranks again; use torchrun --max-restarts={restarts} "
+        "and parallel.max_restarts=0"
+    )
+    return [Problem(fields=("parallel.max_restarts",), message=message)]
 
 
 def _save_phase_problems(config: TrainConfig) -> list[Problem]:

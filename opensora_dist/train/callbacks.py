@@ -19,7 +19,7 @@ class Callback:
         """Once, before the first step; ``step`` optimizer steps are done."""
 
     def phase(self, name: str) -> None:
-        """The loop turns to something else: ``data``, ``step``, ``log``, ``validation``, ``save``, ``stop``."""
+        """The loop turns to something else: ``data``, ``step``, ``log``, ``validation``, ``save``."""
 
     def before_step(self, data: StepData) -> None:
         """Before the forward of a step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+from opensora_dist.parallel.gather import gather_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +40,16 @@ class Fragments:
     Args:
         spans: What this rank holds, by canonical name, the same names on every rank.
         shapes: Of the whole parameters.
-        mesh: The ranks among which the fragments are spread.
+        mesh: The ranks among which the fragments are spread. Its group must take CPU tensors.
     """
 
     def __init__(self, spans: Mapping[str, Span], *, shapes: Mapping[str, torch.Size], mesh: DeviceMesh) -> None:
         self._group, self._mesh, self._shapes = mesh.get_group(), mesh, dict(shapes)
         self._rank, self._size = dist.get_rank(self._group), dist.get_world_size(self._group)
-        gathered: list[dict[str, Span]] = [{} for _ in range(self._size)]
-        dist.all_gather_object(gathered, dict(spans), group=self._group)
-        self._held = gathered
+        texts = gather_text(json.dumps({name: (span.start, span.stop) for name, span in spans.items()}), group=self._group)
+        self._held = [{name: Span(start=start, stop=stop) for name, (start, stop) in json.loads(t).items()} for t in texts]
         for name, shape in shapes.items():
-            held = sum(spans[name].size for spans in gathered)
+            held = sum(spans[name].size for spans in self._held)
             assert held == math.prod(shape), f"{name}: {held} elements are held, of {tuple(shape)}"
         self._rows = [{name: _rows(shape, rank, self._size) for name, shape in shapes.items()} for rank in range(self._size)]
 
@@ -57,8 +60,10 @@ class Fragments:
         for name, part in flat.items():
             shape = self._shapes[name]
             local = part.view(-1, *shape[1:]) if part.numel() else part.new_empty((0, *shape[1:]))
-            stride = torch.empty(shape, device="meta").stride()
-            rows[name] = DTensor.from_local(local, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+            meta = TensorMeta(shape=shape, stride=torch.empty(shape, device="meta").stride(), dtype=local.dtype)
+            # Not by from_local, which would move what lies in CPU memory to the mesh's device.
+            spec = DTensorSpec(self._mesh, (Shard(0),), tensor_meta=meta)
+            rows[name] = DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
         return rows
 
     def from_rows(self, rows: Mapping[str, Tensor], fragments: Mapping[str, Tensor]) -> None:
