@@ -28,6 +28,8 @@ def _serve(rank: int, pipe: Connection) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # die with the test process, however it ends
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
     pipe.send(("ready", None))
@@ -42,6 +44,9 @@ def _serve(rank: int, pipe: Connection) -> None:
                 answer = ("result", function(*args))
             finally:
                 dist.destroy_process_group()
+                # Meshes of equal shape are equal to these caches, and the next test's groups have other names.
+                _clear_sharding_prop_cache()
+                clear_redistribute_planner_cache()
         except BaseException:  # noqa: BLE001 - it is shown by the test that asked
             answer = ("error", traceback.format_exc())
         pipe.send(answer)

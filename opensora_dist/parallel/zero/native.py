@@ -1,30 +1,28 @@
-"""ZeRO by PyTorch itself: DDP (stage 0) and FSDP2 / HSDP (stages 1, 2 and 3)."""
+"""ZeRO by PyTorch itself: whole gradients summed behind backward (stage 0), FSDP2 / HSDP (stages 1, 2 and 3)."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from opensora_dist.config.train import OptimConfig, ParallelConfig, ZeroConfig
 from opensora_dist.parallel.mesh import Mesh
 from opensora_dist.parallel.tensor.linear import packed_parts, tp_size
 from opensora_dist.parallel.tensor.state import in_order, put_back
 from opensora_dist.parallel.zero.optimizer import adamw, start_moments
+from opensora_dist.parallel.zero.replicated import GradientSums
 
 _CPU = torch.device("cpu")
 
 
 class NativeBackend:
-    """DDP or FSDP2 around a model built on the meta device. See ``ZeroBackend`` for the protocol.
+    """``GradientSums`` or FSDP2 around a model built on the meta device. See ``ZeroBackend`` for the protocol.
 
     The optimizer works on the local shards as plain tensors: elementwise work needs no DTensor.
 
@@ -65,7 +63,8 @@ class NativeBackend:
         if self._offload == "optimizer":
             self.weights = {name: _to_cpu(t) for name, t in self._held.items()}
             self._cpu_grads = {name: _to_cpu(t) for name, t in self._held.items()}
-        self.model = model if self._stage > 0 or mesh.world == 1 else _replicate(model, mesh=mesh)
+        self.model = model
+        self._sums = GradientSums(list(model.parameters()), group=dist.group.WORLD) if self._stage == 0 else None
         self.optimizer = adamw(self.weights, {name: p.ndim for name, p in self._params.items()}, optim)
         start_moments(self.optimizer, self.weights.values())
 
@@ -77,16 +76,15 @@ class NativeBackend:
         3 sum gradients within the group that shards them, so that no rank ever holds more than its share; copies of a share (HSDP) are
         summed with the last.
         """
-        sync: AbstractContextManager[None] = nullcontext()
-        if isinstance(self.model, DistributedDataParallel) and not last_micro:
-            sync = self.model.no_sync()
-        elif isinstance(self.model, FSDPModule):
+        if self._sums is not None:
+            self._sums.expect(last_micro=last_micro)
+        if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last_micro or self._stage > 1)
             self.model.set_requires_all_reduce(last_micro)
             self.model.set_is_last_backward(last_micro)
             if self._stage < 3:
                 self.model.set_reshard_after_backward(last_micro)
-        with sync, self._autocast():
+        with self._autocast():
             yield
 
     @contextmanager
@@ -98,6 +96,7 @@ class NativeBackend:
         try:
             with torch.no_grad():
                 if weights is not None:
+                    self._settle()
                     # With the optimizer in CPU memory its weights are there too, and put back from there.
                     kept = {n: t.clone() for n, t in self._held.items()} if self.weights is self._held else self.weights
                     _copy_all(self._held, weights)
@@ -109,7 +108,14 @@ class NativeBackend:
                 if isinstance(module, FSDPModule):
                     # Stages 1 and 2 keep gathered weights until a backward; left in place, the next step would train on these.
                     module.reshard()
-            _copy_all(self._held, kept)
+            if kept:
+                self._settle()
+                _copy_all(self._held, kept)
+
+    def _settle(self) -> None:
+        """Before shards in CPU memory are written: the device may still be copying from them, in FSDP2's own streams."""
+        if self._offload == "all" and self._mesh.device.type == "cuda":
+            torch.cuda.synchronize(self._mesh.device)
 
     def _autocast(self) -> AbstractContextManager[None]:
         if self._compute_dtype == torch.bfloat16:
@@ -119,11 +125,14 @@ class NativeBackend:
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of this rank's share of the global weighted sum."""
         torch.autograd.backward(loss)
+        if self._sums is not None:
+            self._sums.finish()
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
         """Clips once, on the norm over all parameters and ranks; returns the norm before."""
         grads = {name: _local(p.grad) for name, p in self._params.items() if p.grad is not None}
+        self._make_alike(grads)
         norm = self._global_norm(grads)
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(list(grads.values()), scale.to(next(iter(grads.values())).device))
@@ -138,6 +147,20 @@ class NativeBackend:
         self._skipped = (~torch.isfinite(norm)).float()
         self.optimizer.found_inf = self._skipped.to(next(iter(self.weights.values())).device)  # type: ignore[attr-defined]
         return norm
+
+    def _make_alike(self, grads: Mapping[str, Tensor]) -> None:
+        """Gives what ranks of ``tp`` hold alike the same bits on each of them.
+
+        Each has computed and summed these gradients for itself; where two libraries' sums end in different last bits, weights that are
+        the same by definition would part for good.
+        """
+        if self._mesh.tp_size == 1:
+            return
+        alike = [grad for name, grad in grads.items() if tp_size(self._params[name]) == 1]
+        flat = torch.cat([grad.flatten() for grad in alike])
+        dist.all_reduce(flat, group=self._mesh.tp.get_group())
+        for grad, part in zip(alike, torch.split(flat.div_(self._mesh.tp_size), [g.numel() for g in alike]), strict=True):
+            grad.copy_(part.view_as(grad))
 
     def _global_norm(self, grads: Mapping[str, Tensor]) -> Tensor:
         """The norm over all ranks, each shard counted once, and once what ranks of ``tp`` hold alike."""
@@ -159,8 +182,11 @@ class NativeBackend:
         self.optimizer.step()
         for weight in self.weights.values():
             weight.grad = None
-        for param in self._params.values():
-            param.grad = None
+        if self._sums is not None:
+            self._sums.zero()
+        else:
+            for param in self._params.values():
+                param.grad = None
         if self.weights is not self._held:
             _copy_all(self._held, self.weights)
 
@@ -247,26 +273,3 @@ def _shard(model: nn.Module, *, mesh: Mesh, units: Sequence[nn.Module], zero: Ze
         for i, block in enumerate(blocks):
             block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + zero.prefetch])
             block.set_modules_to_backward_prefetch(blocks[max(0, i - zero.prefetch) : i][::-1])
-
-
-def _replicate(model: nn.Module, *, mesh: Mesh) -> DistributedDataParallel:
-    """DDP with a summing hook in place of its averaging one."""
-    device_ids = [mesh.device.index] if mesh.device.type == "cuda" else None
-    with warnings.catch_warnings():
-        # torch 2.13 renames `broadcast_buffers`; the old name is the one that every supported release knows.
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        ddp = DistributedDataParallel(
-            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False
-        )
-    ddp.register_comm_hook(dist.group.WORLD, _sum_gradients)
-    return ddp
-
-
-def _sum_gradients(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    work = dist.all_reduce(bucket.buffer(), op=dist.ReduceOp.SUM, group=group, async_op=True)
-    assert work is not None
-    return work.get_future().then(lambda future: future.value()[0])  # type: ignore[no-any-return]
-
-
-# DDP compares a hook's annotations with classes, and this file's are strings.
-_sum_gradients.__annotations__.update(bucket=GradBucket, **{"return": torch.futures.Future[Tensor]})
