@@ -8,6 +8,8 @@ NCCL communicator would queue behind each other.
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from opensora_dist.parallel.places import AxisName, Places
 from opensora_dist.parallel.sequence.base import Links
 from opensora_dist.parallel.sequence.exchange import Exchange
 
+_POLL_S = 0.02
 FSDP_AXIS = "fsdp"
 """dp_shard x ring x ulysses, flattened: all that hold shards of one copy."""
 
@@ -148,7 +151,8 @@ def process_group(device: torch.device, *, timeout_s: float) -> Iterator[None]:
     else:
         met, rank, world = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
         # torchrun keeps its store when it starts ranks again, with the addresses that the last ones left in it.
-        fresh = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", met)  # type: ignore[attr-defined]
+        name = name_of_start(met, rank=rank, world=world, timeout=timeout)
+        fresh = dist.PrefixStore(name, met)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=fresh, rank=rank, world_size=world, timeout=timeout)
     done = False
     try:
@@ -159,6 +163,36 @@ def process_group(device: torch.device, *, timeout_s: float) -> Iterator[None]:
         # as the timeout is, before the error is said. This process ends, and its sockets with it. A group of one waits for nobody.
         if done or dist.get_world_size() == 1:
             dist.destroy_process_group()
+
+
+def name_of_start(store: dist.Store, *, rank: int, world: int, timeout: timedelta) -> str:
+    """A name that all ranks of one start share and no other start had. Collective.
+
+    Nothing that torchrun tells its ranks is such a name: TORCHELASTIC_RESTART_COUNT counts the failures on one machine. So every rank
+    says hello under a name of its own, and rank 0 answers each it hears with the name of the start, until every rank has said that it
+    knows it. What an earlier start left in the store can't be taken for this: its rank 0, which alone answers, is gone before any rank
+    of the next is started, and its ranks are before this rank 0 is.
+
+    Raises:
+        DistStoreError: A rank did not come in time, or the store can't be reached.
+    """
+    own = uuid.uuid4().hex
+    if rank != 0:
+        store.set(f"hello/{rank}", own)
+        store.wait([f"start-of/{own}"], timeout)
+        name = store.get(f"start-of/{own}").decode()
+        store.set(f"{name}/knows/{rank}", "")
+        return name
+    missing, deadline = set(range(1, world)), time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in missing:
+            if store.check([f"hello/{other}"]):
+                store.set(f"start-of/{store.get(f'hello/{other}').decode()}", own)
+        missing = {other for other in missing if not store.check([f"{own}/knows/{other}"])}
+        if time.monotonic() > deadline:
+            store.wait([f"{own}/knows/{other}" for other in sorted(missing)], timedelta(milliseconds=1))
+        time.sleep(_POLL_S)
+    return own
 
 
 def places_of(*, world: int, dp_replicate: int, sp: SpConfig, tp: int) -> Places:

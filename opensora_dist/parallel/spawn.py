@@ -59,10 +59,13 @@ def run_ranks(
     try:
         for restarts in range(max_restarts + 1):
             ranks.clear()
-            code = _run_once(args, ranks, nproc=nproc, log_dir=log_dir, restarts=restarts)
-            if code in (0, 2) or asked or restarts == max_restarts:
+            code = _run_once(args, ranks, asked, nproc=nproc, log_dir=log_dir, restarts=restarts)
+            if code in (0, 2) or restarts == max_restarts:
                 break
-            if (why := stuck()) is not None:
+            why = stuck()
+            if asked:
+                break
+            if why is not None:
                 _log.error("not started again: %s", why)
                 break
             _log.warning("starting the ranks again, for the %d. of at most %d times", restarts + 1, max_restarts)
@@ -72,8 +75,10 @@ def run_ranks(
             signal.signal(signum, handler)
 
 
-def _run_once(args: Sequence[str], ranks: list[subprocess.Popen[bytes]], *, nproc: int, log_dir: Path, restarts: int) -> int:
-    """One start of all ranks, and how it ended; ``ranks`` is filled for the handler of signals."""
+def _run_once(
+    args: Sequence[str], ranks: list[subprocess.Popen[bytes]], asked: Sequence[int], *, nproc: int, log_dir: Path, restarts: int
+) -> int:
+    """One start of all ranks, and how it ended; ``ranks`` is filled for the handler of signals, which fills ``asked``."""
     # The parent hosts the rendezvous store on a port the system picks, as torchrun's agent does: no port to guess, no race for it.
     store = dist.TCPStore(  # type: ignore[attr-defined]  # not in torch's __all__
         "127.0.0.1", 0, nproc, is_master=True, wait_for_workers=False
@@ -99,20 +104,22 @@ def _run_once(args: Sequence[str], ranks: list[subprocess.Popen[bytes]], *, npro
             }
             if rank == 0:
                 ranks.append(subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_die_with_parent))
-                continue
-            # Appended to: neither a resumed run nor a second one, which will be refused, wipes what the first one said.
-            with open(_rank_log(log_dir, rank), "ab") as log:
-                ranks.append(
-                    subprocess.Popen(
-                        command,
-                        env=env,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        stdin=subprocess.DEVNULL,
-                        start_new_session=True,
-                        preexec_fn=_die_with_parent,
+            else:
+                # Appended to: neither a resumed run nor a second one, which will be refused, wipes what the first one said.
+                with open(_rank_log(log_dir, rank), "ab") as log:
+                    ranks.append(
+                        subprocess.Popen(
+                            command,
+                            env=env,
+                            stdout=log,
+                            stderr=subprocess.STDOUT,
+                            stdin=subprocess.DEVNULL,
+                            start_new_session=True,
+                            preexec_fn=_die_with_parent,
+                        )
                     )
-                )
+            for signum in asked:  # before it was there to be sent them
+                ranks[-1].send_signal(signum)
         return _wait(ranks, log_dir=log_dir)
     finally:
         _end(ranks)

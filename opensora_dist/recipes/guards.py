@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -17,7 +18,7 @@ from opensora_dist.core.logging import get_logger
 from opensora_dist.data.loader import StepData
 from opensora_dist.models.base import VideoTransformer
 from opensora_dist.models.layers import Block
-from opensora_dist.observe.events import EventLog
+from opensora_dist.observe.events import append_event
 from opensora_dist.parallel.mesh import Mesh
 from opensora_dist.parallel.places import AxisName
 from opensora_dist.parallel.zero.base import ZeroBackend
@@ -61,7 +62,7 @@ def guards(
                     run_dir=run_dir,
                     rank=mesh.rank,
                     world=mesh.world,
-                    event=lambda name, fields: _event_of_any_rank(run_dir, name, fields),
+                    event=partial(append_event, run_dir),
                 )
             )
         )
@@ -184,19 +185,17 @@ class OnTime(Callback):
 
     def __init__(self, probe: Probe, report: StragglerReport, *, logbook: Logbook) -> None:
         self._probe, self._report, self._logbook = probe, report, logbook
-        self._times: list[tuple[float, float]] = []
 
     def after_step(self, note: StepNote) -> None:
         """Without a wait for the device."""
         self._probe.end_step()
-        self._times.append((note.data_wait_s, note.step_s))
 
     def after_flush(self, steps: Sequence[LoggedStep]) -> None:
         """The device is past these steps."""
-        times, self._times = self._times, []
         if not steps:
             return
-        for s in self._report.check([(*own, *waited) for own, waited in zip(self._probe.read(), times, strict=True)]):
+        own = zip(self._probe.read(), steps, strict=True)
+        for s in self._report.check([(*probed, step.data_wait_s, step.step_s) for probed, step in own]):
             self._logbook.event("straggler", **asdict(s))
             said = "rank %d is a straggler: its own work (%s) took %.2f times the other ranks' over the last %d steps"
             _log.warning(said, s.rank, s.what, s.ratio, s.steps)
@@ -246,10 +245,3 @@ def _noted(logbook: Logbook, event: str) -> Iterator[None]:
     except TrainingError as error:
         logbook.event(event, error=str(error))
         raise
-
-
-def _event_of_any_rank(run_dir: Path, name: str, fields: Mapping[str, Any]) -> None:
-    """Into the event log of a run whose main rank may be the one that hangs."""
-    log = EventLog(run_dir)
-    log.log(name, fields)
-    log.close()

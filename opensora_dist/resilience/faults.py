@@ -113,7 +113,7 @@ def _flip_bit(weight: Tensor) -> None:
 
 
 class _Slowness:
-    """Hooks that make a module's forward take longer: it sleeps on a CPU; on a GPU, where a sleep would slow the host, it runs again."""
+    """Hooks that make a module's forward take longer: a CPU is kept busy, since short sleeps are not exact; a GPU runs it again."""
 
     def __init__(self, module: nn.Module, *, factor: float) -> None:
         self._factor, self._began = factor, 0.0
@@ -129,4 +129,6 @@ class _Slowness:
             for _ in range(round(self._factor) - 1):
                 module.forward(*args)
         else:
-            Event().wait((self._factor - 1) * (time.perf_counter() - self._began))
+            until = self._began + self._factor * (time.perf_counter() - self._began)
+            while time.perf_counter() < until:
+                pass

@@ -56,7 +56,8 @@ class Progress:
 def refuse_without_progress(run_dir: Path) -> None:
     """Ends a restart by torchrun that two failed ones before it show to be of no use. Every rank calls it, before ``note_start``.
 
-    torchrun would start the ranks again whatever their exit code, so the first rank of each machine asks its agent to end, by SIGTERM.
+    torchrun would start the ranks again whatever their exit code, so the first rank asks its agent to end, by SIGTERM. Over several
+    machines nothing is refused: each agent counts the failures of its own ranks alone, so that the counts don't tell starts apart.
 
     Raises:
         TrainingError: It is of no use.
@@ -64,7 +65,8 @@ def refuse_without_progress(run_dir: Path) -> None:
     restart, steps = restart_count(), dict[int, int]()
     for note in _notes(Path(run_dir) / RESTARTS_NAME):
         steps = {note["restart"]: note["step"]} if note["restart"] == 0 else {**steps, note["restart"]: note["step"]}
-    if "TORCHELASTIC_RUN_ID" not in os.environ or restart < 2 or steps.get(restart - 1) != steps.get(restart - 2):
+    by_torchrun, machines = "TORCHELASTIC_RUN_ID" in os.environ, os.environ.get("GROUP_WORLD_SIZE", "1")
+    if not by_torchrun or machines != "1" or restart < 2 or steps.get(restart - 1) != steps.get(restart - 2):
         return
     said = _of_no_use(run_dir, step=steps.get(restart - 1))
     if os.environ.get("LOCAL_RANK") == "0":

@@ -25,7 +25,7 @@ _log = get_logger(__name__)
 
 
 class StopWhileStarting:
-    """Ends the process on SIGTERM and SIGUSR1, until ``over``. Main thread only.
+    """Ends the process on SIGTERM and SIGUSR1, until ``over``; from then on they do what they did before. Main thread only.
 
     With code 0 and the marker, which names the step that the run would have gone on from. Only of a SIGTERM from a launcher that isn't
     known to be true: it sends one, too, where another rank has failed. Then the code is 1, and there is no marker. A signal to one rank
@@ -45,7 +45,7 @@ class StopWhileStarting:
         self._thread = threading.Thread(target=self._run, name="stop-while-starting", daemon=True)
 
     def __enter__(self) -> StopWhileStarting:
-        self._previous = {number: signal.signal(number, _nothing) for number in _SIGNALS}
+        self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread.start()
         return self
@@ -54,8 +54,8 @@ class StopWhileStarting:
         self.over()
         os.close(self._read)
         os.close(self._write)
-        for number, handler in self._previous.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        for number in _SIGNALS:
+            self._put_back(number)
 
     def over(self) -> None:
         """The loop listens from here on; a second call does nothing."""
@@ -63,6 +63,16 @@ class StopWhileStarting:
             signal.set_wakeup_fd(-1)
             os.write(self._write, b"\0")
             self._thread.join()
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        """Set for the descriptor to be written to. Once it isn't read any more, and the loop no longer listens, as it was before."""
+        if not self._thread.is_alive():
+            self._put_back(number)
+            os.kill(os.getpid(), number)
+
+    def _put_back(self, number: int) -> None:
+        handler = self._previous[number]
+        signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _run(self) -> None:
         while (number := os.read(self._read, 1)[0]) != 0:
@@ -81,7 +91,3 @@ class StopWhileStarting:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0 if asked else 1)
-
-
-def _nothing(_number: int, _frame: FrameType | None) -> None:
-    """A handler must be set for the descriptor to be written to."""

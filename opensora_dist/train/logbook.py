@@ -68,6 +68,8 @@ class LoggedStep:
         digest: Identity of the global batch, as it was planned.
         bad_samples: Samples of it that could not be read and were replaced, over all ranks.
         bad_ranks: Ranks whose share of the loss is not finite.
+        step_s: Seconds, on this rank; on a GPU the mean of the steps logged together, whose sum alone is known.
+        data_wait_s: Seconds of these that this rank waited for data.
     """
 
     step: int
@@ -77,6 +79,8 @@ class LoggedStep:
     digest: str
     bad_samples: int
     bad_ranks: tuple[int, ...]
+    step_s: float
+    data_wait_s: float
 
 
 class Logbook:
@@ -144,6 +148,8 @@ class Logbook:
                 digest=note.digest,
                 bad_samples=int(bad),
                 bad_ranks=tuple((~fine).nonzero().flatten().tolist()),
+                step_s=note.step_s,
+                data_wait_s=note.data_wait_s,
             )
             for note, loss, (grad_norm, skipped), bad, fine in zip(
                 notes,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import threading
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -19,14 +21,19 @@ from opensora_dist.config.load import load_config
 from opensora_dist.config.rules import train_problems
 from opensora_dist.config.train import FaultConfig, TrainConfig
 from opensora_dist.core.errors import TrainingError
+from opensora_dist.core.types import Thw
+from opensora_dist.observe.events import EventLog, append_event
+from opensora_dist.parallel.mesh import name_of_start
 from opensora_dist.recipes.checks import training_problems
 from opensora_dist.resilience import restarts
 from opensora_dist.resilience.faults import Faults
 from opensora_dist.resilience.nonfinite import NonFiniteGuard
 from opensora_dist.resilience.position import Position, Waits, judge, place_of
 from opensora_dist.resilience.replicas import tensor_hash
+from opensora_dist.resilience.startup import StopWhileStarting
 from opensora_dist.resilience.straggler import stragglers
 from opensora_dist.resilience.watchdog import Clock
+from opensora_dist.train.logbook import Logbook, StepNote
 
 # --- the clock
 
@@ -216,7 +223,7 @@ def test_the_hash_sees_order_and_takes_empty_scalar_strided_and_not_a_number(mon
 
 def test_a_rank_is_named_from_the_ratio_on_and_for_what_it_is_slow_in():
     usual = [1e-3, 1e-6, 0.0, 0.1]
-    for slower, named in ((1.15, []), (1.25, [(3, "compute", 1.25)])):
+    for slower, named in ((1.19, []), (1.21, [(3, "compute", 1.21)])):
         table = torch.tensor([usual, usual, usual, [usual[0] * slower, usual[1] * slower, 0.0, 0.1]], dtype=torch.float64)
         assert [(s.rank, s.what, s.ratio) for s in stragglers(table, ratio=1.2)] == named
     late = torch.tensor([usual, [1e-3, 1e-6, 0.02, 0.1]], dtype=torch.float64)
@@ -338,6 +345,13 @@ def test_under_torchrun_a_start_after_progress_is_not_refused(monkeypatch, tmp_p
         _start(monkeypatch, tmp_path, restart=restart, step=step)
 
 
+def test_over_several_machines_whose_agents_count_apart_no_start_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    for restart in range(4):
+        _start(monkeypatch, tmp_path, restart=restart, step=0)
+
+
 def test_a_note_that_a_kill_cut_off_costs_only_itself(tmp_path):
     (tmp_path / restarts.RESTARTS_NAME).write_text('{"restart": 0, "step": 3}\n{"restart": 1, "st')
     restarts.note_start(tmp_path, step=4)
@@ -349,3 +363,74 @@ def test_the_store_of_a_single_process_can_be_asked_from_a_thread_of_its_own():
     store = dist.PrefixStore("watchdog", dist.HashStore().clone())
     store.set("hang", "0")
     assert store.check(["hang"]) and not store.check(["other"])
+
+
+# --- the name of a start
+
+
+def _meet(store, *, world, gone=()):
+    """Each rank's name of a start, None where it waited in vain."""
+    names = dict.fromkeys(range(world))
+
+    def rank(number):
+        with contextlib.suppress(dist.DistStoreError):
+            names[number] = name_of_start(store.clone(), rank=number, world=world, timeout=timedelta(seconds=1 if gone else 30))
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(world) if number not in gone]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [names[number] for number in range(world)]
+
+
+def test_ranks_of_a_start_share_a_name_that_no_start_before_had_however_that_one_ended():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    first = _meet(store, world=3)
+    assert len(set(first)) == 1 and None not in first
+    assert _meet(store, world=3, gone=[2])[0] is None, "rank 0 waits for all"
+    assert _meet(store, world=3, gone=[0]) == [None] * 3, "no start before it answers"
+    last = _meet(store, world=3)
+    assert len(set(last)) == 1 and None not in last and last != first
+
+
+# --- signals after the loop, events beside the main rank's, times of a step
+
+
+def test_after_the_start_a_signal_does_what_it_did_before(tmp_path):
+    caught = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _frame: caught.append(number))
+    try:
+        with StopWhileStarting(tmp_path, saved_step=lambda: 0, launched=True) as starting:
+            starting.over()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert caught == [signal.SIGTERM]
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGTERM] * 2
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_an_event_of_another_process_leaves_a_line_that_is_being_written_alone(tmp_path):
+    log = EventLog(tmp_path)
+    log.log("start")
+    path = tmp_path / "events.jsonl"
+    with open(path, "a") as writer:
+        writer.write('{"event": "sa')
+        writer.flush()
+        before = path.read_text()
+        append_event(tmp_path, "hang", {"ranks": [1]})
+    assert path.read_text().startswith(before)
+    log.close()
+
+
+def test_on_a_gpu_a_logged_step_has_its_part_of_the_time_that_the_device_took(monkeypatch):
+    mesh = SimpleNamespace(device=torch.device("cuda"), world=1, tp_size=1, control=None)
+    book = Logbook(mesh=mesh, metrics=None, events=None, progress=None, trackers=None, peak_flops=None, watch=None)
+    result = SimpleNamespace(loss=torch.ones(()), grad_norm=torch.ones(()), skipped=torch.zeros(()))
+    for step, wait_s in ((1, 0.01), (2, 0.02)):
+        note = {"step": step, "lr": 0.1, "latent": Thw(1, 1, 1), "samples": 1, "tokens": 1, "flops": 1, "epoch": 0, "digest": ""}
+        book.add(StepNote(**note, step_s=0.1, data_wait_s=wait_s, bad_samples=0, result=result))
+    monkeypatch.setattr("opensora_dist.train.logbook.time.perf_counter", iter([5.0, 6.0]).__next__)
+    monkeypatch.setattr(dist, "all_gather", lambda ranks, local, group: ranks[0].copy_(local))
+    assert [(s.step_s, s.data_wait_s) for s in book.flush()] == [(pytest.approx(0.6), 0.01), (pytest.approx(0.6), 0.02)]

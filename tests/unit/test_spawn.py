@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,9 +18,10 @@ def program(monkeypatch, tmp_path):
     """Makes ranks run a few lines of Python in place of the package, which takes seconds to import; says how they ended."""
     real = subprocess.Popen
 
-    def use(code, **more):
+    def use(code, *, before=lambda: None, **more):
         def start(command, **kwargs):
             assert command[:3] == [sys.executable, "-m", "opensora_dist"]
+            before()
             return real([sys.executable, "-c", "import os, signal, sys\nrank = int(os.environ['RANK'])\n" + code], **kwargs)
 
         monkeypatch.setattr(spawn.subprocess, "Popen", start)
@@ -92,6 +95,14 @@ def test_signals_to_the_parent_reach_every_rank_and_its_handlers_are_put_back(pr
     assert {s: spawn.signal.getsignal(s) for s in before} == before
 
 
+def _ask_to_stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_rank_that_is_started_during_a_request_to_stop_gets_it_too(program):
+    assert program("import time\ntime.sleep(30)\nsys.exit(7)", before=_ask_to_stop) == 1
+
+
 def test_a_second_run_keeps_what_the_first_one_logged(program, tmp_path):
     program("print('first')")
     program("print('second')")
@@ -148,4 +159,9 @@ def test_ranks_are_not_started_again_beyond(program, caplog, tmp_path, code, mor
 def test_ranks_that_fail_after_a_request_to_stop_are_not_started_again(program, tmp_path):
     code = _counting(tmp_path) + "if rank == 0: os.kill(os.getppid(), signal.SIGTERM)\nsignal.pause()"
     assert program(code, max_restarts=3) == 1
+    assert (tmp_path / "starts-0").read_text() == "x"
+
+
+def test_a_request_to_stop_between_two_starts_prevents_the_second(program, caplog, tmp_path):
+    assert program(_counting(tmp_path) + "sys.exit(3)", max_restarts=3, stuck=_ask_to_stop) == 3
     assert (tmp_path / "starts-0").read_text() == "x"
