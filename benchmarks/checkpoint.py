@@ -63,7 +63,7 @@ class Run:
             self.backend.backward(self.backend.model(x, torch.tensor([500.0]), self.text, None).square().mean())
         self.backend.clip(1.0)
         self.backend.step(lr=1e-4)
-        self.ema.update(step=self.step)
+        self.ema.update(step=self.step, skipped=self.backend.skipped())
         self.step += 1
         return time.perf_counter() - began
 

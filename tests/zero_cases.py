@@ -141,7 +141,7 @@ class Run:
         loss = self.gradients(step, factor=factor)
         norm = self.backend.clip(CLIP)
         self.backend.step(lr=OPTIM.lr)
-        self.ema.update(step=step)
+        self.ema.update(step=step, skipped=self.backend.skipped())
         dist.all_reduce(loss)
         return loss.item(), norm.item()
 
@@ -260,6 +260,7 @@ def skips(case):
     run.gradients(1, factor=float("nan") if broken else 1.0)
     norm = run.backend.clip(CLIP)
     run.backend.step(lr=OPTIM.lr)
+    run.ema.update(step=1, skipped=run.backend.skipped())
     after = run.state()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     answer = {

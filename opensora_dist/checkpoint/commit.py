@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,6 +52,7 @@ SAVE_PHASES = (
 
 _COMMITTED = re.compile(r"step-(\d+)(\.replaced-[0-9a-f]+)?")
 _PARTIAL = re.compile(r"step-\d+\.partial-[0-9a-f]+")
+_BREAK = "\n"  # between the phase and what is wrong
 _log = get_logger(__name__)
 
 T = TypeVar("T")
@@ -99,6 +100,7 @@ def commit(
     keep_last: int,
     group: dist.ProcessGroup | None = None,
     on_phase: Callable[[str], None] = lambda _: None,
+    rejected: Collection[str] = (),
 ) -> Path:
     """Publishes one checkpoint. Collective over ``group`` if torch.distributed is initialised: every rank calls it.
 
@@ -110,6 +112,7 @@ def commit(
         keep_last: Checkpoints kept, this one included. Newer steps (which a resume must have rejected) are left alone.
         group: Ranks that take part; its backend must take CPU tensors (gloo). None is all ranks.
         on_phase: Called on every rank at the start of each of ``SAVE_PHASES`` but for ``copy`` and ``describe``, the caller's own.
+        rejected: Names of folders known to be damaged, which don't count as kept.
     Returns:
         The committed folder.
     Raises:
@@ -142,28 +145,25 @@ def commit(
         if lead:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    _in_turn(_prune_steps(root, committed=final, keep_last=keep_last), lead=lead, on_phase=on_phase)
+    _in_turn(_prune_steps(root, committed=final, keep_last=keep_last, rejected=rejected), lead=lead, on_phase=on_phase)
     return final
 
 
 def find_resumable(root: Path, *, group: dist.ProcessGroup | None = None) -> Resumable:
-    """The newest checkpoint that verifies. Collective if torch.distributed is initialised; rank 0 reads and tells the others.
+    """The newest checkpoint that verifies. Collective if torch.distributed is initialised: each rank reads its share of the files.
 
     Args:
         root: A ``checkpoints`` folder; may be absent.
         group: As in ``commit``.
     """
-    root = Path(root)
-    found = _together("verify", lambda: _find(root) if _rank(group) == 0 else None, group)
-    if found is not None:
-        said = [found.path.name if found.path else None, [[r.path.name, r.problems] for r in found.rejected]]
-    else:
-        said = []
-    name, rejected = json.loads(gather_text(json.dumps(said), group=group)[0])
-    return Resumable(
-        path=root / name if name else None,
-        rejected=tuple(Rejected(path=root / folder, problems=tuple(problems)) for folder, problems in rejected),
-    )
+    root, share = Path(root), slice(_rank(group), None, _world(group))
+    listed = _together("verify", lambda: [p.name for p in list_checkpoints(root)] if _rank(group) == 0 else [], group)
+
+    def problems_of(folder: Path) -> list[str]:
+        mine = _together("verify", lambda: verify(folder, share=share), group)
+        return list(dict.fromkeys(p for said in gather_text(json.dumps(mine), group=group) for p in json.loads(said)))
+
+    return _first_whole([root / name for name in json.loads(gather_text(json.dumps(listed), group=group)[0])], problems_of)
 
 
 def resolve(path: Path) -> Path:
@@ -182,7 +182,7 @@ def resolve(path: Path) -> Path:
             raise CheckpointError(f"{path} does not verify, use an older step-N beside it:\n" + _indent(problems))
         return path
     root = path / CHECKPOINTS_DIR if (path / CHECKPOINTS_DIR).is_dir() else path
-    found = _find(root)
+    found = _first_whole(list_checkpoints(root), verify)
     if found.path is None and found.rejected:
         lines = [f"{r.path.name}: {problem}" for r in found.rejected for problem in r.problems]
         raise CheckpointError(f"{root}: no checkpoint verifies; restore one from a copy, or train again:\n" + _indent(lines))
@@ -194,10 +194,10 @@ def resolve(path: Path) -> Path:
     return found.path
 
 
-def _find(root: Path) -> Resumable:
+def _first_whole(folders: Sequence[Path], problems_of: Callable[[Path], list[str]]) -> Resumable:
     rejected: list[Rejected] = []
-    for folder in list_checkpoints(root):
-        problems = verify(folder)
+    for folder in folders:
+        problems = problems_of(folder)
         if not problems:
             return Resumable(path=folder, rejected=tuple(rejected))
         rejected.append(Rejected(path=folder, problems=tuple(problems)))
@@ -221,8 +221,17 @@ def _stage(partial: Path) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
     for entry in partial.parent.iterdir():
         if _PARTIAL.fullmatch(entry.name):  # of a save that died: one run has one writer, so it can't be alive
-            shutil.rmtree(entry)
+            with _goes_on(f"can't remove {entry}, left by a save that died"):
+                shutil.rmtree(entry)
     partial.mkdir()
+
+
+class _Failed(CheckpointError):
+    """What one of several phases that share a collective raised, its cause; ``phase`` says which."""
+
+    def __init__(self, phase: str) -> None:
+        super().__init__(phase)
+        self.phase = phase
 
 
 def _in_turn(steps: Mapping[str, Callable[[], None]], *, lead: bool, on_phase: Callable[[str], None]) -> None:
@@ -230,7 +239,10 @@ def _in_turn(steps: Mapping[str, Callable[[], None]], *, lead: bool, on_phase: C
     for phase, act in steps.items():
         on_phase(phase)
         if lead:
-            act()
+            try:
+                act()
+            except Exception as error:
+                raise _Failed(phase) from error
 
 
 def _publish_steps(
@@ -255,57 +267,71 @@ def _publish_steps(
         fsync(final.parent)
 
     def latest() -> None:
-        write_text(final.parent / LATEST_NAME, final.name + "\n")
+        with _goes_on(f"{final} is committed, but {LATEST_NAME} can't be moved to it, which only people read"):
+            write_text(final.parent / LATEST_NAME, final.name + "\n")
 
     return {"manifest": manifest, "flush": flush, "replace": replace, "publish": publish, "latest": latest}
 
 
-def _prune_steps(root: Path, *, committed: Path, keep_last: int) -> dict[str, Callable[[], None]]:
+def _prune_steps(root: Path, *, committed: Path, keep_last: int, rejected: Collection[str]) -> dict[str, Callable[[], None]]:
     """Removes what the checkpoint just committed, which was hashed a moment ago, makes superfluous.
 
     A folder loses its name before its files: killed in between, it is a partial one, not a damaged checkpoint.
     """
     doomed: list[Path] = []
 
+    def superfluous() -> Iterator[Path]:
+        kept = 1
+        for folder in list_checkpoints(root):
+            if step_of(folder) == step_of(committed) and folder != committed:
+                yield folder  # it was replaced
+            elif step_of(folder) < step_of(committed):
+                if kept >= keep_last:
+                    yield folder
+                kept += folder.name not in rejected
+
     def prune() -> None:
-        older = [p for p in list_checkpoints(root) if step_of(p) < step_of(committed)]
-        replaced = [p for p in list_checkpoints(root) if step_of(p) == step_of(committed) and p != committed]
-        for folder in [*replaced, *older[keep_last - 1 :]]:
-            nameless = root / f"{step_name(step_of(folder))}.partial-{uuid.uuid4().hex[:8]}"
-            with _stays_on_failure(folder):
-                os.rename(folder, nameless)
-                doomed.append(nameless)
+        with _goes_on(f"can't look for old checkpoints in {root}"):
+            for folder in superfluous():
+                nameless = root / f"{step_name(step_of(folder))}.partial-{uuid.uuid4().hex[:8]}"
+                with _goes_on(f"can't remove the old checkpoint {folder}"):
+                    os.rename(folder, nameless)
+                    doomed.append(nameless)
 
     def remove() -> None:
         for folder in doomed:
-            with _stays_on_failure(folder):
+            with _goes_on(f"can't remove the old checkpoint {folder}"):
                 shutil.rmtree(folder)
 
     return {"prune": prune, "remove": remove}
 
 
 @contextmanager
-def _stays_on_failure(folder: Path) -> Iterator[None]:
+def _goes_on(said: str) -> Iterator[None]:
+    """What fails here takes nothing from a checkpoint; a full disk will show itself at the next commit."""
     try:
         yield
-    except OSError as error:  # the new checkpoint stands; a full disk will show itself at the next commit
-        _log.warning("can't remove the old checkpoint %s (%s); remove it by hand", folder, error)
+    except OSError as error:
+        _log.warning("%s (%s); see to it by hand", said, error)
 
 
 def _together(phase: str, action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """Runs ``action`` and tells all ranks how it went, so that either all go on or all raise."""
     result: T | None = None
     failure = ""
-    cause: Exception | None = None
+    cause: BaseException | None = None
     try:
         result = action()
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must learn of it; it is raised below
         cause = error
-        failure = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, _Failed):
+            phase, cause = error.phase, error.__cause__
+        failure = phase + _BREAK + (str(cause) if isinstance(cause, CheckpointError) else f"{type(cause).__name__}: {cause}")
     failures = gather_text(failure, group=group)
     if any(failures):
-        said = dict.fromkeys(f for f in failures if f)
-        lines = [f"rank {', '.join(str(r) for r, g in enumerate(failures) if g == f)}: {f}" for f in said]
+        ranks_of = {f: [str(rank) for rank, g in enumerate(failures) if g == f] for f in failures if f}
+        lines = [f"rank {', '.join(ranks)}: {f.partition(_BREAK)[2]}" for f, ranks in ranks_of.items()]
+        phase = next(iter(ranks_of)).partition(_BREAK)[0]
         raise CheckpointError(
             f"checkpoint failed in phase '{phase}'; older checkpoints are untouched:\n" + _indent(lines)
         ) from cause

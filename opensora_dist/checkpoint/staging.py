@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,9 +19,12 @@ class Staging:
         self._buffers: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same names, shapes and shards, in memory of their own; done when this returns."""
-        copies = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
+    def copy(self, parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The same names, shapes and shards, in memory of their own; done when this returns. No part is held while the next is made."""
+        copies: dict[str, Tensor] = {}
+        for part in parts:
+            copies |= {name: self._copy(name, tensor) for name, tensor in part.items()}
+            del part
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         return copies

@@ -171,14 +171,20 @@ class Loader:
                 self.last_wait_s = wait_s
                 substitute = partial(self._substitute, step, batch)
                 yield StepData(step=step, epoch=batch.epoch, digest=batch.digest, micros=micros, substitute=substitute)
-        finally:  # also where the consumer breaks off, or a read failed
-            self.close()
+        except BaseException:  # the consumer broke off, or a read failed; whether to wait for the threads, ``__exit__`` knows
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        self.close()
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        """After an error a thread may be stuck in a read for as long as its disk is: nothing waits for it."""
+        if error is None:
+            self.close()
+        else:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
         """Stops the threads, waits for them, and closes the files. May be called again."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from opensora_dist.core.io import atomic_file
 from opensora_dist.core.layout import METRICS_NAME
-from opensora_dist.observe.jsonl import read_records, to_line
+from opensora_dist.observe.jsonl import LineFile, read_records, to_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +68,16 @@ class MetricLog:
             kept = [r for r in read_records(path) if r["step"] <= steps_done]
             with atomic_file(path) as handle:
                 handle.write("".join(to_line(r) for r in kept).encode())
-        self._handle = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._lines = LineFile(path)
 
     def log(self, metrics: StepMetrics) -> None:
         """Adds one step; ``flush`` puts it on the disk."""
-        self._handle.write(to_line(metrics.record()))
+        self._lines.write(to_line(metrics.record()))
 
     def flush(self) -> None:
         """Hands everything to the disk; called at log steps and before a checkpoint is committed."""
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
+        self._lines.sync()
 
     def close(self) -> None:
         """Flushes and closes; a second call does nothing."""
-        if not self._handle.closed:
-            self.flush()
-            self._handle.close()
+        self._lines.close()

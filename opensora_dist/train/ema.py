@@ -22,8 +22,12 @@ class Ema:
         self.shadow = {name: w.detach().clone() for name, w in weights.items()}
 
     @torch.no_grad()
-    def update(self, *, step: int) -> None:
-        """Moves the average towards the weights after optimizer step ``step`` (from 0)."""
-        weight = 1 - min(self._decay, (1 + step) / (10 + step))
+    def update(self, *, step: int, skipped: Tensor) -> None:
+        """Moves the average towards the weights after optimizer step ``step`` (from 0).
+
+        Args:
+            skipped: 1 where that step moved no weight, so that the average stays as well; else 0. On the device: it is not read here.
+        """
         shadows = list(self.shadow.values())
-        torch._foreach_lerp_(shadows, list(self._weights.values()), weight)
+        weight = (1 - min(self._decay, (1 + step) / (10 + step))) * (1 - skipped.to(shadows[0]))
+        torch._foreach_lerp_(shadows, list(self._weights.values()), [weight] * len(shadows))

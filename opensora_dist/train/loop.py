@@ -138,7 +138,7 @@ class Trainer:
             lr=lr,
             clip_norm=self.config.optim.clip_norm,
         )
-        self.ema.update(step=data.step)
+        self.ema.update(step=data.step, skipped=self.backend.skipped())
         first = data.micros[0]
         cost = self.cost(first.latent, first.text_BYE.shape[1])
         samples = self.config.data.global_batch
@@ -198,9 +198,13 @@ class Trainer:
                 raise outcome.error
 
     def _note_save(self, outcome: SaveOutcome | None) -> None:
-        """Says how a save ended. Not collective."""
-        if outcome is None:
-            return
+        """Says how a save ended, and raises what is no matter of a checkpoint. Not collective."""
+        if outcome is not None:
+            self._say(outcome)
+            if outcome.error is not None and not isinstance(outcome.error, CheckpointError):
+                raise outcome.error
+
+    def _say(self, outcome: SaveOutcome) -> None:
         if outcome.path is not None:
             self._saved_step = outcome.step
             took = {"seconds": outcome.seconds, "stall_s": outcome.stall_s}
@@ -209,8 +213,6 @@ class Trainer:
         assert outcome.error is not None
         self.logbook.event("checkpoint_failed", step=outcome.step, error=str(outcome.error))
         _log.error("%s", outcome.error)
-        if not isinstance(outcome.error, CheckpointError):
-            raise outcome.error
 
     def _save_if_due(self) -> None:
         if self.state.step % self.config.checkpoint.every_steps == 0:
@@ -240,8 +242,14 @@ class Trainer:
 
     def _leave(self, error: Exception) -> None:
         """Gives a write that is under way the time to end, unless a rank is lost: it has the last steps, and ends with this process."""
-        if not is_lost_contact(error) and (outcome := self.saver.wait(limit_s=_LEAVE_S)) is not None and outcome.path is not None:
-            self.logbook.event("checkpoint", step=outcome.step, path=outcome.path.name, seconds=outcome.seconds)
+        if is_lost_contact(error):
+            return
+        if (outcome := self.saver.wait(limit_s=_LEAVE_S)) is not None:
+            self._say(outcome)
+        elif (step := self.saver.under_way) is not None:
+            said = f"not written {_LEAVE_S:.0f} s after the run's own error, so given up"
+            self.logbook.event("checkpoint_failed", step=step, error=said)
+            _log.error("the checkpoint of step %d was %s", step, said)
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:

@@ -103,6 +103,7 @@ class Saver:
         self._mesh = mesh
         self._on_phase = on_phase
         self._staging = Staging()
+        self._rejected: set[str] = set()
         self._write: _Write | None = None
 
     def begin(self, backend: ZeroBackend, ema: Ema, state: TrainerState) -> None:
@@ -110,9 +111,10 @@ class Saver:
         assert self._write is None, "a save is under way"
         began = time.perf_counter()
         self._on_phase("copy")
-        tensors = backend.state_dict(ema=ema.shadow)
-        if self._config.checkpoint.asynchronous:
-            tensors = self._staging.copy(tensors)
+        if self._config.checkpoint.asynchronous or self._config.parallel.zero.backend != "native":
+            tensors = self._staging.copy(backend.state_parts(ema=ema.shadow))
+        else:  # a native state is live memory, which training leaves alone meanwhile
+            tensors = backend.state_dict(ema=ema.shadow)
         timeout_s = self._config.parallel.timeout_s
         self._write = _Write(
             lambda: self._commit(tensors, state), step=state.step, began=began, mesh=self._mesh, timeout_s=timeout_s
@@ -122,6 +124,11 @@ class Saver:
         else:
             self._write.run()
         self._write.stall_s = time.perf_counter() - began
+
+    @property
+    def under_way(self) -> int | None:
+        """The step of a save whose outcome has not been taken."""
+        return None if self._write is None else self._write.step
 
     def poll(self) -> SaveOutcome | None:
         """The outcome of a save that is over, once; None otherwise. At its own moment on each rank: nothing collective may follow."""
@@ -162,7 +169,7 @@ class Saver:
                 "mesh": str(self._mesh),
             },
         }
-        return commit(
+        folder = commit(
             self.root,
             step=state.step,
             write=write,
@@ -170,11 +177,16 @@ class Saver:
             keep_last=self._config.checkpoint.keep_last,
             group=self._mesh.saving,
             on_phase=self._on_phase,
+            rejected=self._rejected,
         )
+        self._rejected.discard(folder.name)  # replaced by this one
+        return folder
 
     def find(self) -> Resumable:
-        """The newest checkpoint that verifies, and those passed over. Collective."""
-        return find_resumable(self.root, group=self._mesh.control)
+        """The newest checkpoint that verifies, and those passed over, which saves will not count as kept. Collective."""
+        found = find_resumable(self.root, group=self._mesh.control)
+        self._rejected = {r.path.name for r in found.rejected}
+        return found
 
     def load(self, folder: Path, backend: ZeroBackend, ema: Ema, *, dataset_hash: str) -> TrainerState:
         """Fills weights, moments and average in place. Collective.

@@ -221,7 +221,7 @@ def _trajectory(folder: str, name: str, layout: Layout):
             lr=1e-3,
             clip_norm=0.5,
         )
-        ema.update(step=data.step)
+        ema.update(step=data.step, skipped=backend.skipped())
         loss = result.loss * (mesh.tp_rank == 0)
         dist.all_reduce(loss)
         losses.append(loss.item())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,14 +23,20 @@ class Killed(BaseException):
 
 
 def _save(
-    root: Path, step: int, *, value: float | None = None, keep_last: int = 3, on_phase: Callable[[str], None] = lambda _: None
+    root: Path,
+    step: int,
+    *,
+    value: float | None = None,
+    keep_last: int = 3,
+    on_phase: Callable[[str], None] = lambda _: None,
+    rejected: Sequence[str] = (),
 ) -> Path:
     def write(folder: Path) -> None:
         save_tensors({"w": torch.full((8,), float(step) if value is None else value)}, folder / "model")
         (folder / "trainer.json").write_text(json.dumps({"step": step}))
 
     metadata = {"config_hash": "c0", "layout": {"world": 1}}
-    return commit(root, step=step, write=write, metadata=metadata, keep_last=keep_last, on_phase=on_phase)
+    return commit(root, step=step, write=write, metadata=metadata, keep_last=keep_last, on_phase=on_phase, rejected=rejected)
 
 
 def _names(root: Path) -> list[str]:
@@ -90,6 +96,53 @@ def test_a_failure_in_any_phase_leaves_the_old_checkpoint_and_no_partial(tmp_pat
     if phase != "publish":  # there it failed only after the rename
         assert find_resumable(tmp_path).path == tmp_path / step_name(1)
     assert _value(_save(tmp_path, 3)) == 3.0
+
+
+@pytest.mark.parametrize("phase, broken", [("manifest", "write_manifest"), ("flush", "fsync")])
+def test_a_failure_of_the_first_rank_alone_names_the_phase_it_was_in(
+    tmp_path: Path, monkeypatch, phase: str, broken: str
+) -> None:
+    monkeypatch.setattr(commit_module, broken, _full_disk)
+    with pytest.raises(CheckpointError, match=f"phase '{phase}'.*\n  rank 0: OSError: .*No space left"):
+        _save(tmp_path, 1)
+    assert _names(tmp_path) == []
+
+
+def _full_disk(*args: object, **kwargs: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("broken", ["write_text", "list_checkpoints", "shutil.rmtree"])
+def test_what_fails_after_the_rename_is_warned_of_and_the_checkpoint_stands(
+    tmp_path: Path, monkeypatch, caplog, broken: str
+) -> None:
+    _save(tmp_path, 1)
+    monkeypatch.setattr(f"opensora_dist.checkpoint.commit.{broken}", _full_disk)
+    with caplog.at_level("WARNING"):
+        folder = _save(tmp_path, 2, keep_last=1)
+    monkeypatch.undo()
+    assert "No space left" in caplog.text
+    assert find_resumable(tmp_path).path == folder
+
+
+def test_a_partial_folder_that_cant_be_removed_does_not_keep_saves_from_working(tmp_path: Path, monkeypatch, caplog) -> None:
+    (tmp_path / "step-00000001.partial-0a1b").mkdir()
+    monkeypatch.setattr(commit_module.shutil, "rmtree", _full_disk)
+    with caplog.at_level("WARNING"):
+        assert _value(_save(tmp_path, 2)) == 2.0
+    assert "step-00000001.partial-0a1b, left by a save that died" in caplog.text
+
+
+def test_a_checkpoint_known_to_be_damaged_takes_no_place_of_a_good_one(tmp_path: Path) -> None:
+    for step in (300, 400, 500):
+        _save(tmp_path, step)
+    _flip(tmp_path / step_name(500))
+    rejected = [r.path.name for r in find_resumable(tmp_path).rejected]
+    assert rejected == [step_name(500)]
+    _save(tmp_path, 600, keep_last=2, rejected=rejected)
+    assert _names(tmp_path) == [LATEST_NAME, step_name(400), step_name(500), step_name(600)]
+    _save(tmp_path, 700, keep_last=2, rejected=rejected)
+    assert _names(tmp_path) == [LATEST_NAME, step_name(600), step_name(700)]
 
 
 COMMIT_PHASES = [phase for phase in SAVE_PHASES if phase not in ("copy", "describe")]  # these are the caller's

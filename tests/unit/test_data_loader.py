@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -225,9 +226,6 @@ def test_threads_end_when_the_consumer_breaks_early(dataset):
             break
     assert not reader_threads()
     data.close()  # again
-    for _ in loader(index, num_steps=1000):  # without a context manager
-        break
-    assert not reader_threads()
     assert num_open(index.folder) == 0
 
 
@@ -252,7 +250,37 @@ def test_an_error_in_a_thread_reaches_the_consumer_at_its_step(dataset, monkeypa
     with pytest.raises(MemoryError, match="no more"):
         seen.extend(step.step for step in loader(index, prefetch_batches=6))
     assert seen == [0, 1]
+    _let_threads_end()
+
+
+def _let_threads_end():
+    until = time.monotonic() + 10
+    while reader_threads() and time.monotonic() < until:
+        time.sleep(0.01)
     assert not reader_threads()
+
+
+def _fail_in_the_first_step(loader):
+    with loader as data:
+        for _ in data:
+            raise ValueError("of the consumer")
+
+
+def test_an_error_of_the_consumer_does_not_wait_for_a_thread_that_is_stuck(dataset, monkeypatch):
+    index, _ = dataset
+    load, free = Loader._load, threading.Event()
+
+    def stuck(self, step, *work):
+        if step == 3:
+            assert free.wait(60)
+        return load(self, step, *work)
+
+    monkeypatch.setattr(Loader, "_load", stuck)
+    with pytest.raises(ValueError, match="of the consumer"):
+        _fail_in_the_first_step(loader(index, prefetch_batches=6))
+    assert reader_threads()
+    free.set()
+    _let_threads_end()
 
 
 def test_a_sample_that_cant_be_read_is_marked_and_the_others_are_as_ever(dataset):

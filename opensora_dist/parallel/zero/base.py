@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -63,6 +63,10 @@ class ZeroBackend(Protocol):
             ``model.<name>`` (weights and buffers), ``exp_avg.<name>``, ``exp_avg_sq.<name>``, ``ema.<name>``; weights in float32
             (float64). DTensors where sharded; they may alias live memory.
         """
+        ...
+
+    def state_parts(self, *, ema: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """``state_dict`` in parts, one after another, where it is no live memory: so that not all of it need be held at once."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, ema: Mapping[str, Tensor], steps: int) -> None:

@@ -134,10 +134,13 @@ class ColossalaiBackend:
 
     def state_dict(self, *, ema: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of this rank's rows of weights, moments and average; live buffers."""
-        state: dict[str, Tensor] = {f"model.{name}": b for name, b in self._buffers.items()}
+        return {name: t for part in self.state_parts(ema=ema) for name, t in part.items()}
+
+    def state_parts(self, *, ema: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """``state_dict`` kind by kind. Collective."""
+        yield {f"model.{name}": b for name, b in self._buffers.items()}
         for kind, parts in self._parts(ema).items():
-            state |= {f"{kind}.{name}": rows for name, rows in self._fragments.to_rows(parts).items()}
-        return state
+            yield {f"{kind}.{name}": rows for name, rows in self._fragments.to_rows(parts).items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, ema: Mapping[str, Tensor], steps: int) -> None:
         """Rows of weights, moments and average to where they belong; buffers are in place already."""

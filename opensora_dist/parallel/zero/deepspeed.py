@@ -219,11 +219,14 @@ class DeepSpeedBackend:
 
     def state_dict(self, *, ema: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rows of whole tensors by canonical name, as DTensors; stage 0: live tensors. Collective."""
-        state: dict[str, Tensor] = {f"model.{name}": b for name, b in self._buffers.items()}
+        return {name: t for part in self.state_parts(ema=ema) for name, t in part.items()}
+
+    def state_parts(self, *, ema: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """``state_dict`` kind by kind. Collective."""
+        yield {f"model.{name}": b for name, b in self._buffers.items()}
         for kind, parts in self._kinds(ema).items():
-            whole = parts if self._fragments is None else self._fragments.to_rows(parts)
-            state |= {f"{kind}.{name}": t for name, t in whole.items()}
-        return state
+            rows = self._fragments.to_rows if self._fragments is not None else dict
+            yield {f"{kind}.{name}": t for name, t in rows(parts).items()}  # nothing here holds them after it
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, ema: Mapping[str, Tensor], steps: int) -> None:
         """Rows back into fragments; then weights into the model. Collective."""

@@ -204,6 +204,10 @@ class NativeBackend:
             state[f"ema.{name}"] = self._canonical(name, ema[name])
         return state
 
+    def state_parts(self, *, ema: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """One part: most of it is live."""
+        yield self.state_dict(ema=ema)
+
     def load_state_dict(self, state: Mapping[str, Tensor], *, ema: Mapping[str, Tensor], steps: int) -> None:
         """Most of ``state`` aliases what it came from, so that it is in place already."""
         for name, parts in self._packed.items():

@@ -182,7 +182,7 @@ def _step(backend: ZeroBackend, ema: Ema, shape: _Shape, live: LiveTensors, *, s
     gradients = sum(_local(p.grad).nbytes for p in backend.model.parameters() if p.grad is not None)
     backend.clip(1.0)
     backend.step(lr=1e-4)
-    ema.update(step=step)
+    ema.update(step=step, skipped=backend.skipped())
     return forward, gathered, gradients
 
 
