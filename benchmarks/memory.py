@@ -45,7 +45,7 @@ from opensora_dist.parallel.mesh import Mesh, build_mesh, process_group, resolve
 from opensora_dist.parallel.zero.base import ZeroBackend
 from opensora_dist.parallel.zero.registry import build_backend
 from opensora_dist.recipes.bench.figures import Spread
-from opensora_dist.recipes.bench.memory import peak_memory
+from opensora_dist.recipes.bench.memory import peak_memory, zero_parked
 from opensora_dist.train.step import TiledLoss, micro_loss
 
 IO = ModelIo(in_channels=4, out_channels=4, text_width=512, max_tokens=120)
@@ -115,13 +115,13 @@ class Training:
             optim=OptimConfig(),
             compute_dtype=torch.float32,
         )
+        self.zero_parked = zero_parked(self.backend, parallel.zero.offload)
         self.micro = self._micro()
         self.objective: Objective
         self.set(parallel)
 
     def set(self, parallel: ParallelConfig) -> None:
         """The levers that may change from step to step: those of activations."""
-        self.parallel = parallel
         self.offload = set_levers(self.model, parallel, device=self.mesh.device)
         self.objective = RectifiedFlow(RectifiedFlowConfig(), spatial_factor=8)
         if parallel.tile_tokens is not None:
@@ -155,22 +155,9 @@ class Training:
         self.backend.step(lr=1e-4)
 
     @property
-    def optimizer_parked_bytes(self) -> int:
-        """What ``zero.offload`` has in CPU memory now."""
-        zero = self.parallel.zero
-        if zero.offload == "none":
-            return 0
-        weights = list(self.backend.weights.values())
-        held = sum(w.nbytes for w in weights)
-        if zero.offload == "optimizer":
-            return 4 * held  # weights, two moments, gradients
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return 3 * held + sum(getattr(g, "_local_tensor", g).nbytes for g in grads)
-
-    @property
     def parked_bytes(self) -> int:
         """What is in CPU memory now, beside a GPU."""
-        return self.optimizer_parked_bytes + (self.offload.parked_bytes if self.offload is not None else 0)
+        return self.zero_parked() + (self.offload.parked_bytes if self.offload is not None else 0)
 
 
 def memory(setting: Setting, mesh: Mesh, parallel: ParallelConfig) -> dict[str, int]:

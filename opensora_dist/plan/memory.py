@@ -160,6 +160,11 @@ def forward_end(case: MemoryCase) -> MemoryEstimate:
     return step.at("end of forward", done=0, activations=step.acts.kept(case.model.shape.depth) + step.acts.ends(), unsharded=0)
 
 
+def kept_of_block(case: MemoryCase) -> float:
+    """Bytes that autograd keeps of one block, not the last, from its forward until its backward; offloaded or not."""
+    return _Activations(case).of_block()
+
+
 def _hidden(case: MemoryCase) -> int:
     return int(case.model.shape.width * case.model.mlp_ratio)
 
@@ -249,11 +254,10 @@ class _Step:
         """Between two blocks: shards of what is done, what the last reduction was given, and whole ones of earlier micro-batches."""
         accum = self.case.parallel.grad_accum
         if self.stage == 0:
-            # DDP's buckets are there all the time. Gradients are views of them, but not before the last micro-batch: then, as with one
-            # process, they have memory of their own.
-            buckets, own = self.shard if self.case.world > 1 else 0, self.shard if accum > 1 else 0
-            return buckets + own if buckets or own else self.w * done * self.block.whole
+            return self.shard  # buckets, which are there all the time
         shards = self.shard if accum > 1 and self.stage > 1 else self.w * done * self.block.shard
+        if self.offload == "all":
+            shards = 0  # each leaves for CPU memory when it is summed
         whole = self.w * ((self.depth - done) * self.block.whole + self.root.whole) if accum > 1 and self.stage == 1 else 0
         if done:
             packed = self.block.padded
@@ -268,7 +272,11 @@ def _unit(shapes: list[_Shape], ranks: int) -> _Unit:
 
 
 class _Activations:
-    """What autograd keeps, found with hooks on saved tensors of one block, and what operators need beside it."""
+    """What autograd keeps, and what operators need beside it.
+
+    Read off the code of a block; held to the storages that are alive after the forward of one, to the byte, for every scheme and
+    ``recompute``, in ``tests/unit/test_levers.py``. What operators need beside it is held to whole steps only, to some percent.
+    """
 
     def __init__(self, case: MemoryCase) -> None:
         self.case = case
@@ -285,11 +293,11 @@ class _Activations:
     def kept(self, blocks: int) -> float:
         """Of this many blocks, the embedded inputs among them. Offloaded are all but the block at work and the one that is fetched."""
         here = min(blocks, 2) if self.case.parallel.offload_activations else blocks
-        return here * self._block() + self.inputs()
+        return here * self.of_block() + self.inputs()
 
     def offloaded(self) -> float:
         """In CPU memory when backward begins: of all blocks but the last."""
-        return (self.case.model.shape.depth - 1) * self._block() if self.case.parallel.offload_activations else 0.0
+        return (self.case.model.shape.depth - 1) * self.of_block() if self.case.parallel.offload_activations else 0.0
 
     def inputs(self) -> float:
         """Latents of all micro-batches, noise, what the loss keeps; text and what is made of it; tables of positions."""
@@ -336,7 +344,7 @@ class _Activations:
         """Nothing of the last of ``blocks`` is left but its input, and gradients of the residual."""
         return self.kept(blocks - 1) + self.stream * 3 * self.r
 
-    def _block(self) -> float:
+    def of_block(self) -> float:
         """Kept of a block between its forward and its backward."""
         recompute = self.case.parallel.recompute
         if recompute == "none":
@@ -365,8 +373,9 @@ class _Activations:
         return self.stream * (4 * self.r + multiples * self.c) + stats + text + self._scheme_extra()
 
     def _attention_outputs(self) -> float:
-        """What selective recomputation keeps: outputs and log-sum-exps of all attentions."""
-        case, attentions = self.case, _attentions(self.case) + 1
+        """What selective recomputation keeps: outputs and log-sum-exps of attentions, but of one in hops, which the tape has."""
+        case, in_hops = self.case, self.case.parallel.sp.degree > 1 and self.case.parallel.sp.scheme in ("ring", "usp")
+        attentions = _attentions(case) + (0 if in_hops else 1)
         return attentions * (self.stream * self.c + self.tokens * case.model.shape.heads * self.r) / case.parallel.tp
 
     def _received(self) -> float:
@@ -377,16 +386,20 @@ class _Activations:
         lse = self.tokens * self.case.model.shape.heads * self.r
         multiples = {
             "dsp": 2 * (sp.degree - 1) / sp.degree * self.c,
-            "ring": self.r,
-            "usp": 4 * self.c + self.r,
+            "ring": self.c,
+            "usp": 5 * self.c,
         }.get(sp.scheme, 4 * self.c)
         return self.stream * multiples + (lse if sp.scheme in ("ring", "usp") else 0)
 
     def _scheme_extra(self) -> float:
-        """Without recomputation: rows of outputs are copies where they travel; merged outputs are in the wider dtype."""
+        """Without recomputation: rows of outputs are copies where they travel; merged outputs are in the wider dtype.
+
+        Under ``usp`` a joint attention's output of several samples is a copy once more, unless its cast was one.
+        """
         sp = self.case.parallel.sp
         if sp.degree == 1:
             return 0.0
         wider = self.r - self.c
-        multiples = {"ring": wider, "usp": self.c + wider, "allgather": 0}.get(sp.scheme, self.c)
+        again = self.c if _attentions(self.case) == 1 and self.case.micro_batch > 1 else 0
+        multiples = {"ring": wider, "usp": self.c + max(wider, again), "allgather": 0}.get(sp.scheme, self.c)
         return self.stream * multiples

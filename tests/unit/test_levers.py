@@ -6,13 +6,18 @@ import itertools
 
 import pytest
 import torch
-from sequence_cases import Shape, compute, difference, make_inputs, make_model
+from sequence_cases import Shape, compute, cut, difference, make_inputs, make_model
 
 from opensora_dist.config.rules import train_problems
-from opensora_dist.config.train import ParallelConfig, TrainConfig
+from opensora_dist.config.train import ModelConfig, ParallelConfig, SpConfig, TrainConfig
 from opensora_dist.core.types import Thw
-from opensora_dist.models.levers import kept_per_token, set_levers
+from opensora_dist.models.levers import set_levers
+from opensora_dist.parallel.mesh import build_mesh
+from opensora_dist.parallel.sequence.layout import SequenceParallel
+from opensora_dist.parallel.sequence.registry import SCHEMES
+from opensora_dist.plan.memory import MemoryCase, kept_of_block
 from opensora_dist.recipes.bench.memory import LiveTensors, peak_memory
+from opensora_dist.recipes.bench.scale import simulated
 
 CPU = torch.device("cpu")
 SHAPE = Shape(Thw(5, 4, 3), batch=2)
@@ -55,32 +60,64 @@ def test_every_combination_gives_the_output_and_every_gradient_of_none(name, lev
 # --- what is kept
 
 
-def _kept(name, frames, levers):
+def _kept(name, frames, levers, *, batch=2, dtype=torch.float64, mesh=None):
     """Bytes that the graph of all blocks holds on the device and off it after the forward of so many frames."""
-    shape = Shape(Thw(frames, 4, 3), batch=2, heads=4, width=32)
-    model, offload = _model(name, shape, **levers)
-    inputs = make_inputs(shape, group=0)
+    shape = Shape(Thw(frames, 4, 4), batch=batch, heads=4, width=32)
+    parallel = ParallelConfig(**levers)
+    model = make_model(name, shape, depth=3)
+    model.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    offload = set_levers(model, parallel, device=CPU, min_offload_bytes=0)
+    inputs = make_inputs(shape, group=0, dtype=model.final_layer.linear.weight.dtype)
+    shard = SequenceParallel(mesh, parallel.sp).shard(shape.grid) if mesh is not None else None
+    x = inputs.x_BCTHW if shard is None else cut(inputs.x_BCTHW, shard.region.times(model.patch))
     marks = {}
-    with LiveTensors() as live:
+    with LiveTensors() as live, torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         model.blocks[0].register_forward_pre_hook(lambda *_: marks.update(before=live.now))
         model.blocks[-1].register_forward_hook(lambda *_: marks.update(after=live.now))
-        x = inputs.x_BCTHW.clone().requires_grad_()
-        out = model(x, inputs.timestep_B, inputs.text_BYE, inputs.text_mask_BY, drop_caption_B=inputs.drop_caption_B)
+        x = x.clone().requires_grad_()
+        out = model(x, inputs.timestep_B, inputs.text_BYE, inputs.text_mask_BY, drop_caption_B=inputs.drop_caption_B, shard=shard)
     parked = offload.parked_bytes if offload is not None else 0
     del out
     return marks["after"] - marks["before"] - parked, parked
 
 
+def _formula(name, frames, levers, *, batch=2, dtype=torch.float64, world=1):
+    """Of one block."""
+    return kept_of_block(
+        MemoryCase(
+            model=ModelConfig(name=name, depth=3, width=32, heads=4, mlp_ratio=2, patch=(1, 1, 1)),
+            parallel=ParallelConfig(**levers),
+            world=world,
+            latent=Thw(frames, 4, 4),
+            dtype=str(dtype).removeprefix("torch."),
+            micro_batch=batch,
+        )
+    )
+
+
+def _agree(*args, mesh=None, world=1, **options):
+    """Between two numbers of frames: what doesn't grow with tokens, such as casts of weights, is the same for both."""
+    name, levers = args
+    (more, _), (less, _) = (_kept(name, frames, levers, mesh=mesh, **options) for frames in (16, 8))
+    wanted = 3 * (_formula(name, 16, levers, world=world, **options) - _formula(name, 8, levers, world=world, **options))
+    assert more - less == pytest.approx(wanted), (levers, options)
+
+
 @pytest.mark.parametrize("name", ["stdit", "dit"])
 @pytest.mark.parametrize("tile", [None, 16])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_blocks_keep_the_bytes_per_token_of_the_formula(name, recompute, tile):
-    levers = {"recompute": recompute, "tile_tokens": tile}
-    (more, _), (less, _) = (_kept(name, frames, levers) for frames in (9, 5))
-    tokens = 2 * 4 * 4 * 3
-    model, _ = _model(name, Shape(Thw(9, 4, 3), batch=2, heads=4, width=32), **levers)
-    formula = sum(kept_per_token(block).bytes(block, element_bytes=8) for block in model.blocks)
-    assert (more - less) / tokens == pytest.approx(formula)
+def test_blocks_keep_the_bytes_of_the_formula(name, recompute, tile):
+    _agree(name, {"recompute": recompute, "tile_tokens": tile})
+
+
+@pytest.mark.parametrize("name, scheme", [("stdit", s) for s in SCHEMES] + [("dit", s) for s in SCHEMES if s != "dsp"])
+def test_blocks_keep_the_bytes_of_the_formula_where_ranks_share_a_sample(name, scheme):
+    """This process as one of four ranks, whose others don't exist."""
+    sp = SpConfig(degree=4, scheme=scheme, ulysses=2 if scheme == "usp" else None)
+    with simulated(4):
+        mesh = build_mesh(CPU, dp_replicate=1, sp=sp, timeout_s=60)
+        for recompute, dtype, batch in itertools.product(("none", "selective", "full"), (torch.float64, torch.bfloat16), (1, 2)):
+            _agree(name, {"recompute": recompute, "sp": sp}, batch=batch, dtype=dtype, mesh=mesh, world=4)
 
 
 # --- peaks

@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from opensora_dist.parallel.zero.base import ZeroBackend
+
 
 @dataclass
 class Peak:
@@ -61,7 +63,7 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of tor
     """Follows the storages of tensors in memory from the operator that made them to their end, fake ones like real ones.
 
     Counted: what any operator returns that is made while the mode is on, each storage once: weights, gathered weights (FSDP2 resizes
-    their storages), gradients and DDP's buckets, optimizer state, activations, buffers of collectives. Not counted: what a kernel or a
+    their storages), gradients and buckets, optimizer state, activations, buffers of collectives. Not counted: what a kernel or a
     communication library allocates for itself, what was made before, tensors on the meta device.
 
     Args:
@@ -119,9 +121,25 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of tor
         self._change(size, storage.nbytes())
 
     def _change(self, size: list[int], new: int) -> None:
-        self.now += new - size[0]
+        grown = new - size[0]
+        self.now += grown
         size[0] = new
-        self.peak = max(self.peak, self.now - self._parked())
+        # Nothing is asked where memory shrinks: that is inside of a tensor's end, when what it was part of must not be touched.
+        if grown > 0:
+            self.peak = max(self.peak, self.now - self._parked())
+
+
+def zero_parked(backend: ZeroBackend, offload: str) -> Callable[[], int]:
+    """Bytes that ``zero.offload`` has in CPU memory beside a GPU, whenever asked: weights, moments, gradients."""
+    held = sum(weight.nbytes for weight in backend.weights.values())
+    if offload == "none":
+        return lambda: 0
+    if offload == "optimizer":
+        return lambda: 4 * held
+    params = list(
+        backend.model.parameters()
+    )  # the sharded ones: while a block computes, its modules have whole ones in their place
+    return lambda: 3 * held + sum(_local(p.grad).nbytes for p in params if p.grad is not None)
 
 
 def _local(tensor: Tensor) -> Tensor:

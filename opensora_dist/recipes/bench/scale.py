@@ -15,12 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from opensora_dist.config.train import OptimConfig, RectifiedFlowConfig
+from opensora_dist.core.types import Thw
 from opensora_dist.data.loader import MicroBatch
+from opensora_dist.diffusion.base import Objective
 from opensora_dist.diffusion.draws import Draws
 from opensora_dist.diffusion.rectified_flow import RectifiedFlow
 from opensora_dist.models.base import ModelIo, VideoTransformer
 from opensora_dist.models.levers import set_levers
 from opensora_dist.models.registry import build_model
+from opensora_dist.models.tensor import share_blocks
 from opensora_dist.parallel.mesh import Mesh, build_mesh
 from opensora_dist.parallel.sequence.layout import SequenceParallel
 from opensora_dist.parallel.zero.base import ZeroBackend
@@ -28,9 +31,9 @@ from opensora_dist.parallel.zero.native import NativeBackend
 from opensora_dist.parallel.zero.registry import build_backend
 from opensora_dist.plan.memory import MemoryCase
 from opensora_dist.recipes.bench.case import DTYPES
-from opensora_dist.recipes.bench.memory import LiveTensors
+from opensora_dist.recipes.bench.memory import LiveTensors, zero_parked
 from opensora_dist.train.ema import Ema
-from opensora_dist.train.step import weighted_loss
+from opensora_dist.train.step import TiledLoss, weighted_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +45,9 @@ class MeasuredStep:
         optimizer: Moments.
         ema: The moving average.
         gathered: Whole weights that are there when forward ends.
-        kept: What else there is then, of the last micro-batch: activations, and gradients of micro-batches before it.
+        kept: What else there is then, of the last micro-batch: activations, and gradients. Also what is in CPU memory.
         gradients: What parameters hold as gradients before the optimizer's step.
-        peak: The most that was there at once in the step, everything above included.
+        peak: The most that was there at once in the step, everything above included, but nothing that would be in CPU memory.
     """
 
     parameters: int
@@ -77,10 +80,7 @@ def simulate_step(case: MemoryCase, *, rank: int = 0) -> MeasuredStep:
 
 
 def real_step(case: MemoryCase, *, init: Callable[[nn.Module], None]) -> MeasuredStep:
-    """The second step of this rank, in the process group there is. Collective.
-
-    DDP makes its buckets anew after the first.
-    """
+    """The second step of this rank, in the process group there is. Collective."""
     return _measure(case, _mesh(case), init=init, steps=2)
 
 
@@ -98,8 +98,10 @@ def _measure(case: MemoryCase, mesh: Mesh, *, init: Callable[[nn.Module], None],
         model = build_model(case.model, io)
     if dtype != torch.float32:  # a module of fake tensors can't be converted, and needn't be
         model.to(dtype)
-    set_levers(model, case.parallel, device=mesh.device)
-    with LiveTensors() as live:
+    share_blocks(model, mesh)
+    offload = set_levers(model, case.parallel, device=mesh.device)
+    parked: list[Callable[[], int]] = [] if offload is None else [lambda: offload.parked_bytes]
+    with LiveTensors(parked=lambda: sum(bytes_now() for bytes_now in parked)) as live:
         backend = build_backend(
             model,
             mesh=mesh,
@@ -114,6 +116,10 @@ def _measure(case: MemoryCase, mesh: Mesh, *, init: Callable[[nn.Module], None],
         assert isinstance(backend, NativeBackend)
         optimizer = sum(t.nbytes for moments in backend.optimizer.state.values() for t in moments.values())
         static = live.now
+        zero = case.parallel.zero
+        parked.append(zero_parked(backend, zero.offload))
+        if zero.offload != "none":
+            parked.append(lambda: static - weights_and_optimizer)  # the average
         shape = _Shape(case, mesh, model)
         for step in range(steps):
             forward, gathered, gradients = _step(backend, ema, shape, live, step=step)
@@ -167,9 +173,11 @@ class _Shape:
 
 def _step(backend: ZeroBackend, ema: Ema, shape: _Shape, live: LiveTensors, *, step: int) -> tuple[int, int, int]:
     """As ``train_step``; gives the bytes when the last forward ends, those of gathered weights then, and of gradients."""
-    objective = RectifiedFlow(RectifiedFlowConfig(), spatial_factor=8)
+    objective: Objective = RectifiedFlow(RectifiedFlowConfig(), spatial_factor=8)
+    if (tile := shape.case.parallel.tile_tokens) is not None:
+        objective = TiledLoss(of=objective, positions=tile * Thw(*shape.case.model.patch).volume)
     sharded = any(isinstance(p, DTensor) for p in backend.model.parameters())
-    live.peak = live.now
+    live.restart()
     micros = shape.micros()
     for i, micro in enumerate(micros):
         with backend.forward_context(last_micro=i == len(micros) - 1):
