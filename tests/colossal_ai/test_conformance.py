@@ -59,14 +59,12 @@ def test_inference_uses_the_weights_it_is_given_and_puts_the_live_ones_back_bitw
 
 
 @pytest.mark.parametrize("stage, dtype", STAGES)
-def test_gradients_of_three_ranks_are_summed(ranks, stage, dtype):
+def test_gradients_of_three_ranks_and_two_micro_batches_are_summed(ranks, stage, dtype):
     """Three, since dividing by two and doubling is exact, and no parameter has a multiple of three elements only."""
-    one, wanted = ranks.run(zero_cases.first_gradient, Case(backend="native", stage=0, world=1), world=1)[0]
-    case = Case(backend="colossalai", stage=stage, dtype=dtype, world=3)
-    for norm, found in ranks.run(_stubbed, zero_cases.first_gradient, case, world=3):
-        assert norm == pytest.approx(one, rel=1e-5 if dtype == "float32" else 2e-3)
-        tolerance = {"rtol": 1e-4, "atol": 1e-7} if dtype == "float32" else {"rtol": 5e-2, "atol": 5e-4}
-        torch.testing.assert_close(found, wanted, **tolerance)
+    wanted = zero_cases.plain_gradient()
+    case = Case(backend="colossalai", stage=stage, dtype=dtype, accum=2, world=3)
+    for found in ranks.run(_stubbed, zero_cases.first_gradient, case, world=3):
+        zero_cases.assert_same_gradient(found, wanted, dtype=dtype)
 
 
 def _described(case):

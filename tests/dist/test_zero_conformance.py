@@ -6,7 +6,6 @@ import itertools
 import math
 
 import pytest
-import torch
 import zero_cases
 from zero_cases import Case
 
@@ -33,26 +32,35 @@ SHARED = [
 ONE_RANK = [
     Case(backend=backend, stage=stage, world=1) for backend, stage in itertools.product(("native", "deepspeed"), (0, 2, 3))
 ]
-# Each value of each field is in a fast case; all combinations run in make test-all.
+# Each value of each field is in a fast case, of native but what tests/dist/test_trajectory.py has not; all run in make test-all.
 FAST = [
-    *(c for c in GRID if c.backend == "deepspeed" and c.accum == 2 and c.offload == "none"),
-    *(c for c in GRID if c.offload != "none" and c.stage in (2, 3) and c.dtype == "float32" and c.accum == 2),
-    *(c for c in GRID if c.backend == "native" and c.accum == 2 and c.dtype == "bfloat16" and c.offload == "none"),
-    *(c for c in DOUBLE if c.accum == 2),
-    *(c for c in SHARED if c.dtype == "float32" and c.stage in (0, 2, 3)),
-    *(c for c in ONE_RANK if c.backend == "deepspeed"),
+    *(Case(backend="deepspeed", stage=stage, accum=2) for stage in range(4)),
+    Case(backend="deepspeed", stage=2, accum=2, dtype="bfloat16"),
+    Case(backend="deepspeed", stage=2, accum=2, offload="optimizer"),
+    Case(backend="deepspeed", stage=3, accum=2, offload="all"),
+    Case(backend="deepspeed", stage=3, accum=2, world=4, sp=2),
+    Case(backend="deepspeed", stage=3, world=1),
+    *(Case(backend="native", stage=stage, accum=2, dtype="float64") for stage in (0, 3)),
+    Case(backend="native", stage=3, accum=2, dtype="bfloat16"),
+    Case(backend="native", stage=3, accum=2, offload="all"),
 ]
-ALL = [pytest.param(c, id=str(c), marks=() if c in FAST else pytest.mark.slow) for c in [*GRID, *DOUBLE, *SHARED, *ONE_RANK]]
-STAGES = [Case(backend=backend, stage=stage) for backend, stage in itertools.product(("native", "deepspeed"), range(4))]
-OFFLOADED = [
+ALL = [*GRID, *DOUBLE, *SHARED, *ONE_RANK]
+assert set(FAST) <= set(ALL)
+EACH = [
     Case(backend=backend, stage=stage, offload=offload)
     for backend, stage in itertools.product(("native", "deepspeed"), range(4))
-    for offload in _offloads(backend, stage)[1:]
+    for offload in _offloads(backend, stage)
 ]
-EACH = [
-    *(pytest.param(case, id=str(case)) for case in STAGES),
-    *(pytest.param(case, id=str(case), marks=() if case.stage == 3 else pytest.mark.slow) for case in OFFLOADED),
+# Stage 1 is stage 2 but for what it sends.
+FAST_EACH = [
+    *(c for c in EACH if c.offload == "none" and c.stage != 1),
+    Case(backend="native", stage=3, offload="optimizer"),
+    Case(backend="deepspeed", stage=3, offload="all"),
 ]
+
+
+def _marked(cases, *, fast):
+    return [pytest.param(c, id=str(c), marks=() if c in fast else pytest.mark.slow) for c in cases]
 
 
 @pytest.fixture(scope="module")
@@ -61,31 +69,32 @@ def plain():
     return {dtype: zero_cases.plain(dtype) for dtype in ("float32", "bfloat16", "float64")}
 
 
-@pytest.mark.parametrize("case", ALL)
+@pytest.fixture(scope="module")
+def gradient():
+    """Of the first step, unsharded in float32: its norm, and the first moment."""
+    return zero_cases.plain_gradient()
+
+
+@pytest.mark.parametrize("case", _marked(ALL, fast=FAST))
 def test_training_is_that_of_plain_adamw_in_one_process(ranks, plain, case):
     for found in ranks.run(zero_cases.trajectory, case, world=case.world):
         assert found["steps"] == zero_cases.STEPS
         zero_cases.assert_trains_alike(found, plain, dtype=case.dtype)
 
 
-@pytest.mark.parametrize("case", EACH)
-def test_state_has_the_names_and_shapes_of_the_plain_model(ranks, plain, case):
-    wanted = plain["float32"]
-    for found in ranks.run(zero_cases.trajectory, case, 1, world=case.world):
-        for kind in zero_cases.KINDS:
-            assert {n: t.shape for n, t in found[kind].items()} == {n: t.shape for n, t in wanted[kind].items()}
+SUMS = [
+    Case(backend=backend, stage=stage, dtype=dtype, accum=2, world=3)
+    for backend, stage, dtype in itertools.product(("native", "deepspeed"), range(4), ("float32", "bfloat16"))
+]
 
 
-@pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("backend", ["native", "deepspeed"])
-def test_gradients_of_three_ranks_are_summed(ranks, backend, stage):
-    one, wanted = ranks.run(zero_cases.first_gradient, Case(backend="native", stage=0, world=1), world=1)[0]
-    for norm, found in ranks.run(zero_cases.first_gradient, Case(backend=backend, stage=stage, world=3), world=3):
-        assert norm == pytest.approx(one, rel=1e-5)
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+@pytest.mark.parametrize("case", _marked(SUMS, fast=[c for c in SUMS if c.dtype == "bfloat16" or c.stage == 3]))
+def test_gradients_of_three_ranks_and_two_micro_batches_are_summed(ranks, gradient, case):
+    for found in ranks.run(zero_cases.first_gradient, case, world=case.world):
+        zero_cases.assert_same_gradient(found, gradient, dtype=case.dtype)
 
 
-@pytest.mark.parametrize("case", EACH)
+@pytest.mark.parametrize("case", _marked(EACH, fast=FAST_EACH))
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(ranks, case):
     for found in ranks.run(zero_cases.skips, case, world=case.world):
         assert not math.isfinite(found["norm"]) and found["skipped"] == 1.0
@@ -95,7 +104,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(ranks, case
         assert all(t.isfinite().all() for t in found["model"].values())
 
 
-@pytest.mark.parametrize("case", EACH)
+@pytest.mark.parametrize("case", _marked(EACH, fast=FAST_EACH))
 def test_inference_uses_the_weights_it_is_given_and_puts_the_live_ones_back_bitwise(ranks, case):
     for found in ranks.run(zero_cases.inference, case, world=case.world):
         assert found["live"] == pytest.approx(zero_cases.error_of(found["model"], "float32"), rel=1e-5)
@@ -109,7 +118,7 @@ def _reduced(counts):
     return sum(bytes_ for name, bytes_ in counts.items() if "reduce" in name)
 
 
-@pytest.mark.parametrize("backend, stage", itertools.product(("native", "deepspeed"), range(4)))
+@pytest.mark.parametrize("backend, stage", list(itertools.product(("native", "deepspeed"), range(4))))
 def test_gradients_are_sent_with_the_last_micro_batch_alone_unless_each_rank_keeps_but_its_share(ranks, backend, stage):
     case = Case(backend=backend, stage=stage, accum=2, prefetch=0)
     # Of two ranks, one sends half in a reduce-scatter, and all of it in an all-reduce.
