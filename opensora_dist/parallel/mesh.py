@@ -165,7 +165,13 @@ def process_group(device: torch.device, *, timeout_s: float) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def name_of_start(store: dist.Store, *, rank: int, world: int, timeout: timedelta) -> str:
+def name_of_start(
+    store: dist.Store,  # type: ignore[name-defined]  # not in torch's __all__
+    *,
+    rank: int,
+    world: int,
+    timeout: timedelta,
+) -> str:
     """A name that all ranks of one start share and no other start had. Collective.
 
     Nothing that torchrun tells its ranks is such a name: TORCHELASTIC_RESTART_COUNT counts the failures on one machine. So every rank
@@ -180,7 +186,7 @@ def name_of_start(store: dist.Store, *, rank: int, world: int, timeout: timedelt
     if rank != 0:
         store.set(f"hello/{rank}", own)
         store.wait([f"start-of/{own}"], timeout)
-        name = store.get(f"start-of/{own}").decode()
+        name: str = store.get(f"start-of/{own}").decode()
         store.set(f"{name}/knows/{rank}", "")
         return name
     missing, deadline = set(range(1, world)), time.monotonic() + timeout.total_seconds()

@@ -51,7 +51,11 @@ def _say_what_happened(ended, fault, *, within_s):
         assert e.after_s < within_s
 
 
-@pytest.mark.parametrize("place, stage", [("forward", 0), ("backward", 2), ("clip", 3), ("clip", 0), ("save", 3)])
+def _slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("place, stage", [("forward", 0), ("save", 3), ("clip", 3), _slow("backward", 2), _slow("clip", 0)])
 def test_a_rank_killed_in_a_step_ends_the_one_that_shares_its_samples(data, tmp_path, place, stage):
     fault = Fault(place, signal.SIGKILL)
     args = overrides(data, tmp_path / "run", *SP2, f"parallel.zero.stage={stage}", "parallel.timeout_s=60")
@@ -61,7 +65,7 @@ def test_a_rank_killed_in_a_step_ends_the_one_that_shares_its_samples(data, tmp_
     _say_what_happened(ended, fault, within_s=WITHIN_S)
 
 
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("rank", [3, _slow(0)])
 def test_a_rank_killed_in_a_step_ends_the_ranks_with_other_samples_too(data, tmp_path, rank):
     fault = Fault("backward", signal.SIGKILL, rank=rank)
     args = overrides(data, tmp_path / "run", *SP2, "parallel.zero.stage=3", "parallel.timeout_s=60")
@@ -69,7 +73,7 @@ def test_a_rank_killed_in_a_step_ends_the_ranks_with_other_samples_too(data, tmp
     _say_what_happened(ended, fault, within_s=WITHIN_S)
 
 
-@pytest.mark.parametrize("place, stage", [("forward", 0), ("clip", 3)])
+@pytest.mark.parametrize("place, stage", [("clip", 3), _slow("forward", 0)])
 def test_a_rank_that_stalls_ends_the_run_after_the_timeout(data, tmp_path, place, stage):
     fault = Fault(place, signal.SIGSTOP)
     args = overrides(data, tmp_path / "run", *SP2, f"parallel.zero.stage={stage}", "parallel.timeout_s=5")
@@ -78,6 +82,7 @@ def test_a_rank_that_stalls_ends_the_run_after_the_timeout(data, tmp_path, place
     assert ended[0].after_s > 3
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_killed_rank_ends_the_command_with_code_1_and_leaves_no_process(data, tmp_path):
     launcher = (
         "-m",
