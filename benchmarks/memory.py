@@ -1,10 +1,10 @@
 """What each memory lever saves, and what it costs: the peak of a training step, and its time, against a step without levers.
 
-    python benchmarks/memory.py --out benchmarks/results/cpu
+    python benchmarks/memory.py --out benchmarks/results/cpu --page docs/memory.md
 
 Real steps of a whole STDiT in float32 with random weights and inputs: forward, backward, clip, AdamW. First one rank under the levers of
 ``parallel.recompute``, ``offload_activations``, ``tile_tokens`` and ``zero.offload``; then two ranks under ZeRO stages, with the same
-number of samples on each. Writes ``memory.json`` and ``memory.md``.
+number of samples on each. Writes ``memory.json``; prints tables, and puts them into a page.
 
 Peak: the most bytes on the device in a step, weights and optimizer included; on a CPU, the storages of all tensors that operators made
 (``LiveTensors``), less what would be in CPU memory beside a GPU. That is counted apart. Kept: what forward leaves for backward, on the
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from opensora_dist.config.train import ModelConfig, OptimConfig, ParallelConfig, RectifiedFlowConfig, ZeroConfig
-from opensora_dist.core.io import read_json, write_json, write_text
+from opensora_dist.core.io import read_json, write_json
 from opensora_dist.core.types import Region, Thw
 from opensora_dist.data.loader import MicroBatch
 from opensora_dist.diffusion.base import Objective
@@ -46,6 +47,7 @@ from opensora_dist.parallel.zero.base import ZeroBackend
 from opensora_dist.parallel.zero.registry import build_backend
 from opensora_dist.recipes.bench.figures import Spread
 from opensora_dist.recipes.bench.memory import peak_memory, zero_parked
+from opensora_dist.recipes.bench.page import write_table
 from opensora_dist.train.step import TiledLoss, micro_loss
 
 IO = ModelIo(in_channels=4, out_channels=4, text_width=512, max_tokens=120)
@@ -207,7 +209,11 @@ def times(setting: Setting, mesh: Mesh, forms: dict[str, ParallelConfig]) -> dic
 def measure(setting: Setting, mesh: Mesh) -> list[dict[str, Any]]:
     """Rows of a world, against the first."""
     forms = setting.forms(mesh.world)
-    bytes_of = {name: memory(setting, mesh, parallel) for name, parallel in forms.items()}
+    bytes_of = {}
+    for name, parallel in forms.items():
+        bytes_of[name] = memory(setting, mesh, parallel)
+        if mesh.is_main:
+            print(f"{mesh.world} ranks, {name}: {bytes_of[name]['peak_bytes'] / 1e6:,.1f} MB", file=sys.stderr, flush=True)
     seconds = times(setting, mesh, forms)
     first = next(iter(forms))
     rows = []
@@ -240,7 +246,14 @@ def _rank(rank: int, world: int, port: int, setting: Setting, out: Path) -> None
 
 def markdown(found: dict[str, Any]) -> str:
     """The tables."""
-    lines = []
+    shown = found["settings"]
+    latent = " x ".join(map(str, shown["latent"]))
+    lines = [
+        f"STDiT of {shown['depth']} blocks, width {shown['width']}, latents {latent}, {shown['batch']} sample(s) a rank, "
+        f"tiles of {shown['tile']} tokens, {shown['dtype']}; medians, lowest and highest of {shown['rounds']} rounds on {found['cpu']}, "
+        f"{found['cpu_cores']} cores, torch {found['torch']}.",
+        "",
+    ]
     for world, of in found["worlds"].items():
         lines += [
             f"{world} rank{'s' if world != '1' else ''}:",
@@ -259,16 +272,17 @@ def markdown(found: dict[str, Any]) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latent", default="8x32x32", help="frames x height x width of a sample's latents; a token is 1x2x2")
+    parser.add_argument("--latent", default="8x24x24", help="frames x height x width of a sample's latents; a token is 1x2x2")
     parser.add_argument("--batch", type=int, default=1, help="samples of a rank")
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--tile", type=int, default=256, help="tokens of a tile")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2], help="ranks")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, required=True, help="folder for memory.json and memory.md")
+    parser.add_argument("--out", type=Path, required=True, help="folder for memory.json")
+    parser.add_argument("--page", type=Path, help="Markdown page whose table is replaced")
     given = parser.parse_args(args)
     setting = Setting(
         depth=given.depth,
@@ -293,8 +307,9 @@ def main(args: Sequence[str] | None = None) -> None:
     settings = {**shown, "latent": list(setting.latent), "dtype": "float32", "text_tokens": IO.max_tokens}
     found = {**about, "load_average": os.getloadavg()[0], "settings": settings, "worlds": worlds}
     write_json(given.out / "memory.json", found)
-    write_text(given.out / "memory.md", markdown(found))
     print(markdown(found))
+    if given.page:
+        write_table(given.page, markdown(found))
 
 
 def _free_port() -> int:

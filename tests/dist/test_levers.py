@@ -27,8 +27,10 @@ def _pairs(scheme, **options):
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
 def test_levers_give_the_gradients_of_one_process_where_two_ranks_share_a_sample(ranks, scheme):
     pairs = _pairs(scheme, recompute="selective") + _pairs(scheme, offload=True)[:1] + _pairs(scheme, tile_tokens=5)[:1]
-    for recompute in ("none", "selective", "full"):
-        pairs += _pairs(scheme, recompute=recompute, offload=True, tile_tokens=5)
+    pairs += (
+        _pairs(scheme, recompute="none", offload=True, tile_tokens=5)[:2] + _pairs(scheme, recompute="full", tile_tokens=5)[:2]
+    )
+    pairs += _pairs(scheme, recompute="selective", offload=True, tile_tokens=5)[-2:]
     for found in ranks.run(errors, pairs, world=2):
         assert max(found.values()) <= TOLERANCE, found
 

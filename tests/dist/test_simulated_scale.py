@@ -60,22 +60,23 @@ class Layout:
 
 
 LAYOUTS = [
-    Layout(8, 2, depth=28),
+    Layout(8, 2, depth=28, slow=True),
     Layout(8, 1, recompute="full"),
-    Layout(8, 3, "float32", "selective", depth=4),
+    Layout(8, 3, "float32", "selective", depth=4, slow=True),
     Layout(8, 3, recompute="full", latent=CLIP_64, depth=4),
     Layout(8, 2, "float32", name="dit", recompute="full"),
     Layout(8, 3, sp=8, latent=CLIP_64, slow=True),
     Layout(8, 1, "float32", accum=2, slow=True),
-    Layout(64, 3, recompute="full", sp=8, latent=CLIP_64, depth=28),
+    Layout(64, 3, recompute="full", sp=8, latent=CLIP_64, depth=28, slow=True),
     Layout(64, 2, sp=8, accum=2),
     Layout(64, 1, recompute="selective", sp=4, depth=4),
     Layout(64, 3, "float32", sp=8, slow=True),
     Layout(64, 2, "float32", recompute="full", depth=4, slow=True),
     Layout(512, 3, sp=8, depth=28, slow=True),
-    Layout(512, 2, recompute="full", dp_replicate=8, depth=28),
-    Layout(512, 3, "float32", recompute="full", sp=8, depth=4),
-    Layout(512, 1, sp=8, dp_replicate=8, depth=4),
+    Layout(512, 2, recompute="full", dp_replicate=8),
+    Layout(512, 2, recompute="full", dp_replicate=8, depth=28, slow=True),
+    Layout(512, 3, "float32", recompute="full", sp=8, depth=4, slow=True),
+    Layout(512, 1, sp=8, dp_replicate=8, depth=4, slow=True),
     Layout(512, 2, recompute="selective", sp=8, latent=CLIP_64, depth=4),
     Layout(512, 3, recompute="selective", sp=8, dp_replicate=8, latent=CLIP_64, depth=28, slow=True),
 ]
@@ -121,6 +122,6 @@ def test_formulas_count_the_models_own_parameters(name):
 def test_the_largest_shard_is_that_of_the_first_rank():
     case = Layout(64, 3, recompute="full").case
     first, last = simulate_step(case), simulate_step(case, rank=63)
-    assert last.parameters < first.parameters
+    assert last.optimizer < first.optimizer and last.ema < first.ema and last.parameters <= first.parameters  # which are padded
     # Only the step counters of the optimizer, one for each parameter, are not in the formula.
     assert abs(estimate(case).parameters - first.parameters) < 1024

@@ -61,8 +61,18 @@ def _shared_copy(whole, mesh):
     return model
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("name, recompute, autocast", [("stdit", "none", False), ("stdit", "full", True), ("dit", "full", False)])
+@pytest.mark.parametrize(
+    "world, name, recompute, autocast",
+    [
+        (2, "stdit", "none", False),
+        (3, "stdit", "full", True),
+        (2, "dit", "full", False),
+        *(
+            pytest.param(*c, marks=pytest.mark.slow)
+            for c in ((3, "stdit", "none", False), (2, "stdit", "full", True), (3, "dit", "full", False))
+        ),
+    ],
+)
 def test_a_branch_sends_one_sum_in_forward_and_one_in_backward_and_a_replay_none(ranks, name, recompute, autocast, world):
     # An all-reduce is counted as a ring's. In backward the caption's gradient is summed once for all blocks.
     ring = 2 * (world - 1) / world * SHAPE.width * (2 if autocast else 8) * SHAPE.batch
