@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opensora_dist.config.train import ModelConfig, OptimConfig, ParallelConfig, SpConfig, ZeroConfig
@@ -24,6 +25,7 @@ from opensora_dist.parallel.sequence.layout import SequenceParallel
 from opensora_dist.parallel.sequence.local import whole
 from opensora_dist.parallel.sequence.traffic import SentBytes
 from opensora_dist.parallel.zero.deepspeed import import_deepspeed
+from opensora_dist.parallel.zero.fragments import Fragments, Span
 from opensora_dist.parallel.zero.registry import build_backend
 from opensora_dist.train.ema import Ema
 
@@ -317,6 +319,17 @@ def plain_gradient():
     """What ``first_gradient`` returns, of one process with plain torch in float32."""
     found = plain("float32", 1, clip=1e9)
     return found["norms"][0], found["exp_avg"]
+
+
+def offloaded_fragments():
+    """Pieces in CPU memory, of ranks whose mesh is one of GPUs, to rows and back: the pieces, the rows, and what came back."""
+    rank, mesh = dist.get_rank(), DeviceMesh.from_group(dist.group.WORLD, "cuda")
+    span = Span(start=0, stop=7) if rank == 0 else Span(start=7, stop=10)
+    fragments = Fragments({"w": span}, shapes={"w": torch.Size((5, 2))}, mesh=mesh)
+    piece = torch.arange(10.0)[span.start : span.stop]
+    rows, back = fragments.to_rows({"w": piece}), torch.zeros_like(piece)
+    fragments.from_rows(rows, {"w": back})
+    return piece, rows["w"].to_local(), back
 
 
 def assert_same_gradient(found, wanted, *, dtype):

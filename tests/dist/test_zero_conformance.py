@@ -114,6 +114,12 @@ def test_inference_uses_the_weights_it_is_given_and_puts_the_live_ones_back_bitw
         assert not found["moved"]
 
 
+def test_fragments_in_cpu_memory_stay_there_whatever_the_mesh(ranks):
+    for rank, (piece, rows, back) in enumerate(ranks.run(zero_cases.offloaded_fragments, world=2)):
+        assert rows.device.type == "cpu" and rows.flatten().tolist() == ([*range(6)], [*range(6, 10)])[rank]
+        assert back.tolist() == piece.tolist()
+
+
 def _reduced(counts):
     return sum(bytes_ for name, bytes_ in counts.items() if "reduce" in name)
 
