@@ -61,9 +61,8 @@ CHAIN = [Leg(world=4, sp=2, accum=2), Leg(world=2, sp=1, accum=1), Leg(world=1, 
 STEPS = sum(leg.steps for leg in CHAIN)
 
 PAIRS = list(product(BACKENDS, BACKENDS))
-# Each backend and stage once on either side, most with the other library.
-_THERE = [3, 5, 1, 6, 7, 2, 4, 0]
-QUICK = [(one, BACKENDS[there]) for one, there in zip(BACKENDS, _THERE)]
+# Each backend and stage once, with another stage of the other library: it reads what that wrote, and the other way round.
+QUICK = [(BACKENDS[one], BACKENDS[other]) for one, other in ((0, 5), (1, 4), (2, 7), (3, 6))]
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +249,6 @@ def test_the_table_in_the_docs_has_every_pair():
     assert len(errors) == len(PAIRS) and all(math.isfinite(error) and error <= TOLERANCE for error in errors)
 
 
-def test_the_quick_pairs_have_every_backend_on_both_sides():
-    assert {one for one, _ in QUICK} == {other for _, other in QUICK} == set(BACKENDS)
-    assert sum(one.name != other.name for one, other in QUICK) >= 4
+def test_the_quick_pairs_have_every_backend_with_the_other_library():
+    assert {backend for pair in QUICK for backend in pair} == set(BACKENDS)
+    assert all(one.name != other.name for one, other in QUICK)

@@ -135,8 +135,17 @@ def test_training_is_that_of_an_order_planned_with_the_substitutes_on_whole_data
     torch.testing.assert_close(tensors(tmp_path), tensors(one_process), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-@pytest.mark.parametrize("shared", [(), ("parallel.grad_accum=2",), DSP], ids=["dp2", "dp2-accum2", "sp2"])
+@pytest.mark.parametrize(
+    "shared, stage",
+    [
+        pytest.param((), 0, id="dp2-0"),
+        pytest.param((), 3, id="dp2-3", marks=pytest.mark.slow),
+        pytest.param(("parallel.grad_accum=2",), 0, id="dp2-accum2-0", marks=pytest.mark.slow),
+        pytest.param(("parallel.grad_accum=2",), 3, id="dp2-accum2-3"),
+        pytest.param(DSP, 0, id="sp2-0", marks=pytest.mark.slow),
+        pytest.param(DSP, 3, id="sp2-3"),
+    ],
+)
 def test_two_ranks_take_the_same_substitutes_as_one_process(ranks, damaged, one_process, tmp_path, shared, stage, promise):
     args = overrides(damaged[0], tmp_path, *RUN, *shared, f"parallel.zero.stage={stage}")
     ranks.run(train_here, args, _watched, str(tmp_path / "keys"), world=2)
