@@ -48,7 +48,9 @@ def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
 def train_here(given: list[str], hook: Callable[..., Any] | None = None, *args: Any) -> None:
     """One rank of a run, in the process group of the caller. ``hook(*args)`` is a context manager that stays open around it."""
     config = load_config(TrainConfig, None, overrides=given)
-    mesh = build_mesh(torch.device("cpu"), dp_replicate=config.parallel.dp_replicate, sp=config.parallel.sp, tp=config.parallel.tp, timeout_s=60)
+    mesh = build_mesh(
+        torch.device("cpu"), dp_replicate=config.parallel.dp_replicate, sp=config.parallel.sp, tp=config.parallel.tp, timeout_s=60
+    )
     with lost_contact_said(timeout_s=60), hook(*args) if hook is not None else nullcontext():
         train_rank(config, mesh)
 

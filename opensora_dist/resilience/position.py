@@ -52,6 +52,7 @@ _COLLECTIVES: Final = (
 )
 _OURS: Final = {
     ("resilience/signals.py", "_read"): Place(what="the vote on stopping", waits=Waits.YES),
+    ("zero/replicated.py", "finish"): Place(what="all_reduce of gradients", waits=Waits.YES),
     ("train/logbook.py", "flush"): Place(what="a wait for the device", waits=Waits.PERHAPS),
     ("train/saving.py", "wait"): Place(what="a wait for the checkpoint's thread", waits=Waits.PERHAPS),
 }

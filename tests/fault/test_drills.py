@@ -70,7 +70,7 @@ def test_under_torchrun_a_run_goes_on_after_a_kill_and_after_a_hang(data, tmp_pa
     hang = json.loads((run_dir / "logs" / "hang.json").read_text())
     assert hang["ranks"] == [1] and len(events(run_dir, "hang")) == 1
     assert "rank 1 is held up in _strike (resilience/faults.py:" in hang["text"] and "step 27" in hang["text"]
-    assert "while rank 0 waits in backward" in hang["text"] and hang["text"] in ended.err
+    assert "while rank 0 waits in all_reduce of gradients" in hang["text"] and hang["text"] in ended.err
     assert found_s < 90
     for rank in range(2):
         stacks = (run_dir / "logs" / f"stacks-rank-{rank}.txt").read_text()
