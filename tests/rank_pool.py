@@ -7,6 +7,7 @@ rank raises, or the limit passes, the test fails with every rank's traceback and
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing as mp
 import os
 import signal
@@ -32,6 +33,7 @@ def _serve(rank: int, pipe: Connection) -> None:
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays, and need not be looked through after every test
     pipe.send(("ready", None))
     while True:
         function, args, world, store = pipe.recv()
@@ -47,6 +49,7 @@ def _serve(rank: int, pipe: Connection) -> None:
                 # Meshes of equal shape are equal to these caches, and the next test's groups have other names.
                 _clear_sharding_prop_cache()
                 clear_redistribute_planner_cache()
+                gc.collect()  # modules and meshes are cycles, and groups in them have threads
         except BaseException:  # noqa: BLE001 - it is shown by the test that asked
             answer = ("error", traceback.format_exc())
         pipe.send(answer)
