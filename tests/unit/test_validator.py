@@ -44,7 +44,9 @@ def make(tmp_path, monkeypatch):
             objective=None,
             options=SamplingOptions(sampler=None, steps=1, cfg_scale=1.0),
             keys=Keys(0),
-            mesh=SimpleNamespace(rank=rank, token_rank=rank, token_ranks=world, tp_rank=0, world=world, is_main=rank == 0, device=CPU),
+            mesh=SimpleNamespace(
+                rank=rank, token_rank=rank, token_ranks=world, tp_rank=0, world=world, is_main=rank == 0, device=CPU
+            ),
             shards=whole,
         )
 
