@@ -233,7 +233,9 @@ def _table(found):
 def test_every_pair_of_backends_goes_on_from_the_other_and_is_what_the_docs_list(ranks, data, whole, tmp_path):
     """Writes the docs' table into the file that OPENSORA_CROSS_RESUME_TABLE names, if it does."""
     found = {}
-    for pair in PAIRS:
+    for number, pair in enumerate(PAIRS):
+        if number % len(BACKENDS) == 0:
+            ranks.close()  # what runs leave in a rank adds up: new ones for each row
         found[pair] = _follow(ranks, data, whole, tmp_path / _id(pair), pair)
         assert found[pair].loss <= TOLERANCE, (pair, found[pair])
     if path := os.environ.get("OPENSORA_CROSS_RESUME_TABLE"):
@@ -245,8 +247,12 @@ def test_every_pair_of_backends_goes_on_from_the_other_and_is_what_the_docs_list
 def test_the_table_in_the_docs_has_every_pair():
     rows = re.findall(r"^\| ((?:native|deepspeed) \d) \| (.*) \|$", PAGE.read_text(), re.MULTILINE)
     assert [name for name, _ in rows] == [str(backend) for backend in BACKENDS]
-    errors = [float(error) for _, row in rows for error in row.split(" | ")]
-    assert len(errors) == len(PAIRS) and all(math.isfinite(error) and error <= TOLERANCE for error in errors)
+    cells = [cell for _, row in rows for cell in row.split(" | ")]
+    errors = [float(cell) for cell in cells if cell != "not run"]
+    assert len(cells) == len(PAIRS) and all(math.isfinite(error) and error <= TOLERANCE for error in errors)
+    # The page says how many are still to be run; a table made anew has none.
+    left = cells.count("not run")
+    assert not left or f"{left} have not been run here yet" in " ".join(PAGE.read_text().split())
 
 
 def test_the_quick_pairs_have_every_backend_with_the_other_library():
