@@ -22,6 +22,8 @@ from typing import Any
 
 LIMIT_S = 120.0
 _START_S = 60.0  # importing torch on a busy machine
+_CROWDED = 300
+"""Threads of a rank from which on it is replaced: groups that a test left behind keep theirs, and every later test is slower for it."""
 
 
 def _serve(rank: int, pipe: Connection) -> None:
@@ -61,6 +63,7 @@ class RankPool:
     def __init__(self, size: int) -> None:
         self._size = size
         self._processes: list[Any] = []
+        self._crowded = False
         self._pipes: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any, world: int, limit_s: float = LIMIT_S) -> list[Any]:
@@ -70,6 +73,8 @@ class RankPool:
         if dead:
             self.close()
             raise AssertionError(f"ranks ended between two tests, with exit codes {dead}; the next test gets new ones")
+        if self._crowded:
+            self.close()
         if not self._processes:
             self._start()
         with tempfile.TemporaryDirectory() as folder:
@@ -82,6 +87,7 @@ class RankPool:
             self.close()
             said = "\n".join(f"--- rank {rank}\n{text}" for rank, text in sorted(errors.items()))
             raise AssertionError(f"ranks {missing} gave no answer within {limit_s} s\n{said}" if missing else said)
+        self._crowded = any(_threads(process.pid) > _CROWDED for process in self._processes)
         return [answers[rank][1] for rank in range(world)]
 
     def close(self) -> None:
@@ -89,7 +95,7 @@ class RankPool:
         for process in self._processes:
             process.kill()
             process.join()
-        self._processes, self._pipes = [], []
+        self._processes, self._pipes, self._crowded = [], [], False
 
     def _start(self) -> None:
         context = mp.get_context("spawn")
@@ -118,3 +124,11 @@ class RankPool:
                 except EOFError:
                     answers[rank] = ("error", "the process died without a word")
         return answers
+
+
+def _threads(pid: int) -> int:
+    """Of a process; 0 where the system doesn't say."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return 0

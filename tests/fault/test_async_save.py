@@ -129,7 +129,6 @@ def test_an_error_of_the_run_leaves_a_write_under_way_the_time_to_end(ranks, dat
     assert (tmp_path / "checkpoints" / step_name(3) / "MANIFEST.json").is_file()
 
 
-@pytest.mark.skipif(not STALLS.is_file(), reason=f"not measured yet: python benchmarks/checkpoint.py --out {STALLS.name}")
 def test_the_measured_stall_of_a_save_beside_training_is_at_most_a_tenth_of_a_save_that_training_waits_for(promise):
     found = json.loads(STALLS.read_text())
     assert found["bar"] <= 0.10 and found["rows"]
