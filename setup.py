@@ -35,6 +35,7 @@ EXTRAS = {
 DEV = [
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
     "webdataset>=1.0.2,<2",
     "ruff>=0.8",
     "mypy>=1.13",
