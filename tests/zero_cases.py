@@ -24,7 +24,6 @@ from opensora_dist.parallel.mesh import build_mesh
 from opensora_dist.parallel.sequence.layout import SequenceParallel
 from opensora_dist.parallel.sequence.local import whole
 from opensora_dist.parallel.sequence.traffic import SentBytes
-from opensora_dist.parallel.zero.deepspeed import import_deepspeed
 from opensora_dist.parallel.zero.fragments import Fragments, Span
 from opensora_dist.parallel.zero.registry import build_backend
 from opensora_dist.train.ema import Ema
@@ -104,9 +103,6 @@ class Run:
     def __init__(self, case):
         self.case, parallel = case, case.parallel
         self.mesh = build_mesh(torch.device("cpu"), dp_replicate=1, sp=parallel.sp, timeout_s=60)
-        if case.backend == "deepspeed":
-            import_deepspeed(self.mesh.device)
-            count_from_zero()
         model = meta_model(case.dtype)
         sequences, grid = SequenceParallel(self.mesh, parallel.sp), model.token_grid(LATENT)
         self.shard, self.share = sequences.shard(grid), sequences.share(grid, patch=model.patch)
@@ -152,15 +148,6 @@ class Run:
     def state(self):
         """The canonical state, whole."""
         return {name: full(t).detach().clone() for name, t in self.backend.state_dict(ema=self.ema.shadow).items()}
-
-
-def count_from_zero():
-    """DeepSpeed numbers modules and parameters per process and compares them between ranks; ours have served other tests before."""
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-    from deepspeed.runtime.zero.partition_parameters import Init
-
-    Init.param_id = 0
-    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
 
 
 def full(tensor):

@@ -18,7 +18,6 @@ import torch
 from dataset_factory import write_dataset
 from torch.distributed.tensor import DTensor
 from training import GLOBAL_BATCH, SAMPLES, assert_same_tensors, events, metrics, overrides, tensors, train_here
-from zero_cases import count_from_zero
 
 from opensora_dist.checkpoint.store import read_tensors
 from opensora_dist.models.init import assign_weights
@@ -96,7 +95,6 @@ def _args(data, run_dir, backend, leg, *, upto):
 def _leg(args):
     """One rank's part of a leg: the keys of the samples that it saw, by step; and names of tensors that were not loaded exactly."""
     seen, inexact = {}, []
-    count_from_zero()  # ranks of the pool have had more or fewer models before
     with ExitStack() as stack:
         stack.enter_context(_weights_drawn())
         stack.enter_context(_samples_noted(seen))
