@@ -54,7 +54,7 @@ $(VENV)/.demo: setup.py | $(BIN)/python
 
 # DeepSpeed compiles nothing here: what it needs is compiled where it is first used, and the tests use none of that.
 $(VENV)/.dev: setup.py | $(BIN)/python
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install $(PIP_ARGS) --quiet -e '.[prepare,hf,track,deepspeed,dev]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install $(PIP_ARGS) --quiet -e '.[prepare,hf,track,deepspeed,safety,remote,ray,dev]'
 	touch $@
 
 # Two steps: colossalai 0.5.0 asks for torch<=2.5.1 and much that it never imports here, so it is installed with no look at what it

@@ -150,7 +150,7 @@ class Training:
     def step(self, between: Callable[[], None] = lambda: None) -> None:
         """One; ``between`` is called when forward is over."""
         with self.backend.forward_context(last_micro=True):
-            loss = micro_loss(self.backend.model, self.micro, objective=self.objective, keys=self.keys, step=0, shard=None)
+            loss = micro_loss(self.backend.model, [self.micro], objective=self.objective, keys=self.keys, step=0, shards=[None])
             between()
             self.backend.backward(loss)
         self.backend.clip(1.0)

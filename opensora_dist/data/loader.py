@@ -13,10 +13,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate, pairwise
 from types import TracebackType
 
 import torch
@@ -24,13 +25,13 @@ from torch import Tensor
 
 from opensora_dist.core.types import Region, Share, Thw
 from opensora_dist.data.index import Index
-from opensora_dist.data.order import GlobalBatch, Order, micro_rows, position_weights
+from opensora_dist.data.order import GlobalBatch, Order, micro_places, position_weights
 from opensora_dist.data.reader import Damage, RawSample, ShardReader
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What one data rank runs at once.
+    """Samples of one shape that one data rank runs at once: alone, or as a part of a pack.
 
     Args:
         latents_BCthw: Normalised, (latent - mean) / std; of ``region`` only.
@@ -69,6 +70,9 @@ class StepData:
     """One rank's part of a global batch; ``epoch`` and ``digest`` are those of the whole, as it was planned.
 
     Args:
+        micros: What the rank runs, in order.
+        packs: How many of ``micros`` are run at once, as one sequence, one pack after the other. Empty: each by itself.
+        shapes: How many samples of each latent shape the global batch has.
         substitute: For samples that can't be read, before the step that was got last from the loader is over.
     """
 
@@ -77,6 +81,14 @@ class StepData:
     digest: str
     micros: list[MicroBatch]
     substitute: Substitute
+    shapes: Mapping[Thw, int]
+    packs: tuple[int, ...] = ()
+
+    @property
+    def runs(self) -> list[range]:
+        """Which of ``micros`` are run at once."""
+        ends = accumulate(self.packs or [1] * len(self.micros), initial=0)
+        return [range(first, last) for first, last in pairwise(ends)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +148,8 @@ class Loader:
     ) -> None:
         self._shares = {latent: share(latent) for latent in order.latents}
         for mine in self._shares.values():
-            micro_rows(
-                range(order.global_batch), data_rank=mine.data_rank, data_size=mine.data_size, accum=accum, micro=0
+            micro_places(
+                [1] * order.global_batch, data_rank=mine.data_rank, data_size=mine.data_size, accum=accum, micro=0
             )  # divides?
         self.last_wait_s = 0.0
         self._index, self._order = index, order
@@ -153,7 +165,7 @@ class Loader:
         self._pool = ThreadPoolExecutor(max_workers=reader_threads, thread_name_prefix="shard-reader")
         self._thread = threading.local()
         self._readers: list[ShardReader] = []
-        self._pending: deque[Future[MicroBatch]] = deque()
+        self._pending: deque[Future[list[MicroBatch]]] = deque()
 
     def __iter__(self) -> Iterator[StepData]:
         todo = ((step, self._order.batch(step), micro) for step in self._steps for micro in range(self._accum))
@@ -161,16 +173,24 @@ class Loader:
             for _ in range(self._prefetch_batches):
                 self._submit_next(todo)
             for step in self._steps:
-                batch, wait_s, micros = self._order.batch(step), 0.0, []
+                batch, wait_s, micros, packs = self._order.batch(step), 0.0, [], []
                 for _ in range(self._accum):
                     began = time.perf_counter()
-                    micro = self._pending.popleft().result()
+                    pack = self._pending.popleft().result()
                     wait_s += time.perf_counter() - began
                     self._submit_next(todo)
-                    micros.append(self._to_device(micro))
+                    micros += [self._to_device(micro) for micro in pack]
+                    packs.append(len(pack))
                 self.last_wait_s = wait_s
-                substitute = partial(self._substitute, step, batch)
-                yield StepData(step=step, epoch=batch.epoch, digest=batch.digest, micros=micros, substitute=substitute)
+                yield StepData(
+                    step=step,
+                    epoch=batch.epoch,
+                    digest=batch.digest,
+                    micros=micros,
+                    substitute=partial(self._substitute, step, batch),
+                    shapes=batch.shapes,
+                    packs=tuple(packs),
+                )
         except BaseException:  # the consumer broke off, or a read failed; whether to wait for the threads, ``__exit__`` knows
             self._pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -197,22 +217,24 @@ class Loader:
         if (work := next(todo, None)) is not None:
             self._pending.append(self._pool.submit(self._load, *work))
 
-    def _load(self, step: int, batch: GlobalBatch, micro: int) -> MicroBatch:
-        """Runs in a reader thread."""
-        mine = self._shares[batch.latent]
-        places = micro_rows(
-            range(len(batch.rows)), data_rank=mine.data_rank, data_size=mine.data_size, accum=self._accum, micro=micro
-        )
-        rows = [batch.rows[place] for place in places]
+    def _load(self, step: int, batch: GlobalBatch, micro: int) -> list[MicroBatch]:
+        """The samples that are run at once, one part per shape. Runs in a reader thread."""
+        mine = self._shares[next(iter(batch.shapes))]  # which samples are whose is the same for all shapes of a batch
+        units, rows = [len(unit) for unit in batch.units], batch.rows
+        places = micro_places(units, data_rank=mine.data_rank, data_size=mine.data_size, accum=self._accum, micro=micro)
         if micro == 0 and self._damaged(step):
-            self._known[rows[0]] = Damage(shard=self._index.shard_path(rows[0]).name, reason="damaged by fault.bad_sample")
-        return self._assemble(batch, rows, places)
+            row = rows[places[0]]
+            self._known[row] = Damage(shard=self._index.shard_path(row).name, reason="damaged by fault.bad_sample")
+        parts: dict[Thw, list[int]] = {}
+        for place in places:
+            parts.setdefault(self._index.latent_shape(rows[place]), []).append(place)
+        return [self._assemble(batch, [rows[place] for place in part], part) for part in parts.values()]
 
     def _assemble(self, batch: GlobalBatch, rows: Sequence[int], places: Sequence[int]) -> MicroBatch:
-        """Samples in places of a global batch, in CPU memory. Runs in any thread."""
-        index, pin, region = self._index, self._device.type == "cuda", self._shares[batch.latent].region
-        tokens = max(int(index.text_tokens[row]) for row in batch.rows)  # of the global batch: all ranks share a shape
-        shape = (len(rows), index.spec.channels, *region.shape(batch.latent))
+        """Samples of one shape in places of a global batch, in CPU memory. Runs in any thread."""
+        index, pin, latent = self._index, self._device.type == "cuda", self._index.latent_shape(batch.rows[places[0]])
+        region, tokens = self._shares[latent].region, batch.text_tokens
+        shape = (len(rows), index.spec.channels, *region.shape(latent))
         latents = torch.empty(shape, dtype=self._dtype, pin_memory=pin)
         text = torch.zeros((len(rows), tokens, index.spec.text_width), dtype=self._dtype, pin_memory=pin)
         mask = torch.zeros((len(rows), tokens), dtype=torch.bool, pin_memory=pin)
@@ -229,7 +251,7 @@ class Loader:
         weights = position_weights(self._loss_weight, [p.t * p.h * p.w for p in positions])
         return MicroBatch(
             latents_BCthw=latents,
-            latent=batch.latent,
+            latent=latent,
             region=region,
             text_BYE=text,
             text_mask_BY=mask,
@@ -254,7 +276,7 @@ class Loader:
         """As ``Substitute`` says. Runs in the consumer's thread: it is rare, and what other ranks found bad is known only there."""
         wanted = {b: self._order.substitute(step, micro.places[b], attempt) for b in range(len(bad)) if bad[b]}
         found = {b: row for b, row in wanted.items() if row is not None}
-        others = self._assemble(batch, list(found.values()), [micro.places[b] for b in found])
+        others = self._assemble(batch, list(found.values()), [micro.places[b] for b in found]) if found else micro
         samples, keys, damage = list(micro.samples), list(micro.keys), list(micro.bad)
         for b in wanted:
             substitute = self._index.key[found[b]] if b in found else None

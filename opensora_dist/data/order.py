@@ -6,7 +6,7 @@ there is no state to save.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,21 +26,26 @@ MAX_ATTEMPTS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalBatch:
-    """The samples of one optimizer step, all of one shape.
+    """The samples of one optimizer step, in units that are dealt out to ranks and micro-batches as they are.
 
     Args:
-        rows: Rows of the index.
-        bucket: Their clip shape in pixels.
-        latent: Their latent shape.
+        units: Rows of the index, unit by unit: one sample, or those of a pack.
+        shapes: How many samples of each latent shape there are.
+        text_tokens: Of the longest caption, to which all are padded.
         epoch: How often the data set was gone through before.
         digest: xxh3-64 (hex) of their keys, for comparing runs.
     """
 
-    rows: tuple[int, ...]
-    bucket: Thw
-    latent: Thw
+    units: tuple[tuple[int, ...], ...]
+    shapes: Mapping[Thw, int]
+    text_tokens: int
     epoch: int
     digest: str
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """All rows, unit by unit: a *place* is a position in this."""
+        return tuple(row for unit in self.units for row in unit)
 
 
 class Order:
@@ -85,8 +90,13 @@ class Order:
         epoch, number = divmod(step, self.batches_per_epoch)
         rows = self._plan(epoch)[number].tolist()
         digest = xxhash.xxh3_64_hexdigest("\n".join(self._index.key[rows]).encode())
-        latent = self._index.latent_shape(rows[0])
-        return GlobalBatch(rows=tuple(rows), bucket=self._index.clip_shape(rows[0]), latent=latent, epoch=epoch, digest=digest)
+        return GlobalBatch(
+            units=tuple((row,) for row in rows),
+            shapes={self._index.latent_shape(rows[0]): len(rows)},
+            text_tokens=int(self._index.text_tokens[rows].max()),
+            epoch=epoch,
+            digest=digest,
+        )
 
     def substitute(self, step: int, place: int, attempt: int) -> int | None:
         """The row that stands in for a sample that can't be read: a pure function, so that all ranks that share it take the same.
@@ -101,8 +111,8 @@ class Order:
             None where there is no further one.
         """
         batch, tokens = self.batch(step), self._index.text_tokens
-        rows = self._index.buckets[batch.bucket]
-        fits = rows[(tokens[rows] <= tokens[list(batch.rows)].max()) & ~np.isin(rows, batch.rows)]
+        rows = self._index.buckets[self._index.clip_shape(batch.rows[place])]
+        fits = rows[(tokens[rows] <= batch.text_tokens) & ~np.isin(rows, batch.rows)]
         number = attempt * self.global_batch + place
         if attempt >= MAX_ATTEMPTS or number >= len(fits):
             return None
@@ -122,25 +132,25 @@ class Order:
         return np.argsort(draws.numpy(), kind="stable")
 
 
-def micro_rows(rows: Sequence[int], *, data_rank: int, data_size: int, accum: int, micro: int) -> tuple[int, ...]:
-    """The rows of one micro-batch of one data rank: contiguous slices, rank by rank, micro-batch by micro-batch.
+def micro_places(units: Sequence[int], *, data_rank: int, data_size: int, accum: int, micro: int) -> range:
+    """The places of one micro-batch of one data rank: contiguous slices, rank by rank, micro-batch by micro-batch.
 
     Args:
-        rows: A global batch.
+        units: Samples in each unit of a global batch.
         data_rank: Which of the ``data_size`` ranks that see different samples.
         accum: Micro-batches per step.
         micro: Which of them.
     Raises:
         ConfigError: The global batch does not divide.
     """
-    if len(rows) % (data_size * accum):
+    if len(units) % (data_size * accum):
         raise ConfigError(
-            f"data.global_batch={len(rows)} must be a multiple of data ranks x parallel.grad_accum = {data_size} x {accum}; "
+            f"data.global_batch={len(units)} must be a multiple of data ranks x parallel.grad_accum = {data_size} x {accum}; "
             f"use a multiple of {data_size * accum}, or another number of ranks or micro-batches"
         )
-    size = len(rows) // (data_size * accum)
+    size = len(units) // (data_size * accum)
     start = (data_rank * accum + micro) * size
-    return tuple(rows[start : start + size])
+    return range(sum(units[:start]), sum(units[: start + size]))
 
 
 def position_weights(rule: str, positions: Sequence[int]) -> list[float]:

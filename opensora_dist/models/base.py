@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from opensora_dist.models.layers import Block, CaptionEmbedder, FinalLayer, Patc
 from opensora_dist.models.positions import Positions
 from opensora_dist.parallel.sequence.base import Shard
 from opensora_dist.parallel.sequence.local import whole
+from opensora_dist.parallel.sequence.pack import Pack, Part, Tokens
 from opensora_dist.parallel.tensor.group import ALONE
 
 # Branches that start as the identity, so that an image model's weights stay what they were, and an output that starts at zero.
@@ -94,6 +96,7 @@ class VideoTransformer(nn.Module, ABC):
         time_TD = self.positions.time(grid.t, device=device, dtype=dtype)
         return space_SD[region.h0 * grid.w : region.h1 * grid.w], time_TD[region.t0 : region.t1]
 
+    @overload
     def forward(
         self,
         x_BCthw: Tensor,
@@ -103,28 +106,55 @@ class VideoTransformer(nn.Module, ABC):
         *,
         drop_caption_B: Tensor | None = None,
         shard: Shard | None = None,
-    ) -> Tensor:
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x_BCthw: Sequence[Tensor],
+        timestep_B: Tensor,
+        text_BYE: Tensor,
+        text_mask_BY: Tensor | None,
+        *,
+        drop_caption_B: Tensor | None = None,
+        shard: Sequence[Shard | None] | None = None,
+    ) -> list[Tensor]: ...
+
+    def forward(
+        self,
+        x_BCthw: Tensor | Sequence[Tensor],
+        timestep_B: Tensor,
+        text_BYE: Tensor,
+        text_mask_BY: Tensor | None,
+        *,
+        drop_caption_B: Tensor | None = None,
+        shard: Shard | Sequence[Shard | None] | None = None,
+    ) -> Tensor | list[Tensor]:
         """
         Args:
-            x_BCthw: Noised latents; of the region of ``shard`` only.
+            x_BCthw: Noised latents; of the region of ``shard`` only. A list of them, each of another shape, is a pack: all tokens are one
+                sequence, and everything else holds the samples of all shapes in the order of the list.
             timestep_B: What the objective calls the noise level, as given.
             text_BYE: Caption vectors; padding may hold anything.
             text_mask_BY: True (1) where a text token is valid, in any pattern; None if all are.
             drop_caption_B: bool, True where the null caption stands in; the mask stays the sample's.
-            shard: Where the samples are spread over ranks: this rank's part of them. None: they are whole.
+            shard: Where the samples are spread over ranks: this rank's part of them, of a pack one per shape. None: they are whole.
         Returns:
-            [B, out_channels, T, H, W] of the same region, in float32; float64 in a float64 model.
+            [B, out_channels, T, H, W] of the same region, in float32; float64 in a float64 model. Of a pack, a list of them.
         Raises:
             ConfigError: The patch doesn't divide the latents.
         """
-        local = self.token_grid(Thw(*x_BCthw.shape[2:]))
-        shard = whole(local) if shard is None else shard
-        assert shard.region.shape(shard.grid) == local, (shard, local)
+        packed = not isinstance(x_BCthw, Tensor)
+        parts_BCthw = list(x_BCthw) if not isinstance(x_BCthw, Tensor) else [x_BCthw]
+        given = list(shard) if isinstance(shard, Sequence) else [shard] * len(parts_BCthw)
+        grids = [self.token_grid(Thw(*x.shape[2:])) for x in parts_BCthw]
+        shards = [whole(local) if part is None else part for part, local in zip(given, grids, strict=True)]
+        assert all(part.region.shape(part.grid) == local for part, local in zip(shards, grids)), (shards, grids)
+        tokens: Tokens = shards[0]
+        if packed:
+            tokens = Pack(parts=tuple(Part(shard=part, batch=len(x)) for part, x in zip(shards, parts_BCthw)))
+        x, tpe = self._embed(parts_BCthw, shards, tokens=tokens)
         dtype = self.x_embedder.proj.weight.dtype
-        residual_dtype = torch.float32 if _autocast_is_on(x_BCthw.device) else dtype
-        x, tpe_tD = self.add_positions(
-            self.x_embedder(x_BCthw.to(dtype), grid=local), grid=shard.grid, region=shard.region, dtype=residual_dtype
-        )
         t_BD = self.t_embedder(timestep_B, dtype=dtype)
         if text_mask_BY is not None:
             text_mask_BY = text_mask_BY.bool()  # tokenizers give integers
@@ -135,11 +165,25 @@ class VideoTransformer(nn.Module, ABC):
         # Once for all blocks: in backward what they give for the caption is summed over ranks in one piece.
         text_BYD = self.tensor.enter(self.y_embedder(text_BYE))
         for i, block in enumerate(self.blocks):
-            x = block(
-                x, shard=shard, t_B6D=t_B6D, text_BYD=text_BYD, text_mask_BY=text_mask_BY, tpe_tD=tpe_tD if i == 0 else None
-            )
-        out = self._unpatchify(self.final_layer(x, t_BD=t_BD), grid=local)
-        return out.to(torch.float64 if dtype == torch.float64 else torch.float32)
+            x = block(x, shard=tokens, t_B6D=t_B6D, text_BYD=text_BYD, text_mask_BY=text_mask_BY, tpe_tD=tpe if i == 0 else None)
+        x = self.final_layer(x, shard=tokens, t_BD=t_BD)
+        pieces = tokens.split(x) if isinstance(tokens, Pack) else [x]
+        out_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        outputs = [self._unpatchify(piece, grid=local).to(out_dtype) for piece, local in zip(pieces, grids, strict=True)]
+        return outputs if packed else outputs[0]
+
+    def _embed(self, parts_BCthw: Sequence[Tensor], shards: Sequence[Shard], *, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        """The residual stream with its positions, and those that the first block is to add, as a block takes both."""
+        weight = self.x_embedder.proj.weight
+        residual_dtype = torch.float32 if _autocast_is_on(parts_BCthw[0].device) else weight.dtype
+        embedded = []
+        for x_BCthw, shard in zip(parts_BCthw, shards, strict=True):
+            x_BtsD = self.x_embedder(x_BCthw.to(weight.dtype), grid=shard.region.shape(shard.grid))
+            embedded.append(self.add_positions(x_BtsD, grid=shard.grid, region=shard.region, dtype=residual_dtype))
+        if not isinstance(tokens, Pack):
+            return embedded[0]
+        time = [tpe_tD[:, None].expand(x.shape) for x, tpe_tD in embedded if tpe_tD is not None]
+        return tokens.join([x for x, _ in embedded]), tokens.join(time)[0] if time else None
 
     def _unpatchify(self, x_BTSP: Tensor, *, grid: Thw) -> Tensor:
         pt, ph, pw = self.patch

@@ -17,7 +17,7 @@ from opensora_dist.core.types import Axis, Thw
 from opensora_dist.ops.attention import attention
 from opensora_dist.parallel.offload import Around
 from opensora_dist.parallel.recompute import Recompute, Store, recompute, tiled
-from opensora_dist.parallel.sequence.base import Shard
+from opensora_dist.parallel.sequence.pack import Tokens
 from opensora_dist.parallel.tensor.group import ALONE
 
 TIMESTEP_FREQUENCIES = 256
@@ -38,13 +38,17 @@ def modulate(x_BTSD: Tensor, *, shift_B11D: Tensor, scale_B11D: Tensor) -> Tenso
     return x_BTSD * (1 + scale_B11D) + shift_B11D
 
 
-def over_tokens(region: Callable[[Tensor], Tensor], x_BTSD: Tensor, *, tile_tokens: int | None) -> Tensor:
-    """``region`` on each token by itself: on all at once, or on so many at a time (those of all samples counted together)."""
+def over_tokens(region: Callable[..., Tensor], x_BTSD: Tensor, *of_tokens: Tensor, tile_tokens: int | None) -> Tensor:
+    """``region`` on each token by itself: on all at once, or on so many at a time (those of all samples counted together).
+
+    Args:
+        of_tokens: What else ``region`` is given for each token, or for all tokens of a sample: [B, T or 1, S or 1, D].
+    """
     if tile_tokens is None:
-        return region(x_BTSD)
+        return region(x_BTSD, *of_tokens)
     B, T, S, _ = x_BTSD.shape
-    x_B1LD = x_BTSD.flatten(1, 2)[:, None]
-    out_B1LD = tiled(region, x_B1LD, dim=2, size=max(1, tile_tokens // B))
+    xs_B1LD = (x.flatten(1, 2)[:, None].expand(-1, -1, T * S, -1) for x in (x_BTSD, *of_tokens))
+    out_B1LD = tiled(region, *xs_B1LD, dim=2, size=max(1, tile_tokens // B))
     return out_B1LD.view(B, T, S, out_B1LD.shape[-1])
 
 
@@ -91,11 +95,18 @@ class CrossAttention(nn.Module):
         k_BNYK, v_BNYK = self.kv_linear(text_BYD).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return k_BNYK, v_BNYK
 
-    def forward(self, x_BTSD: Tensor, *, kv_BNYK: tuple[Tensor, Tensor], text_mask_BY: Tensor | None) -> Tensor:
-        _, T, S, _ = x_BTSD.shape
-        q_BNLK = self.q_linear(x_BTSD).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        out_BNLK = attention(q_BNLK, *kv_BNYK, mask_BM=text_mask_BY)
-        out: Tensor = self.proj(out_BNLK.transpose(1, 2).flatten(2)).unflatten(1, (T, S))
+    def forward(self, x_BTSD: Tensor, *, shard: Tokens, kv_BNYK: tuple[Tensor, Tensor], text_mask_BY: Tensor | None) -> Tensor:
+        """
+        Args:
+            x_BTSD: Tokens of ``shard``, or of a pack all of them.
+        """
+        outputs = []
+        for q_BLC, samples in shard.clips(self.q_linear(x_BTSD)):
+            q_BNLK = q_BLC.view(*q_BLC.shape[:2], self.heads, -1).transpose(1, 2)
+            mask_BY = None if text_mask_BY is None else text_mask_BY[samples]
+            out_BNLK = attention(q_BNLK, *(x[samples] for x in kv_BNYK), mask_BM=mask_BY)
+            outputs.append(out_BNLK.transpose(1, 2).flatten(2))
+        out: Tensor = self.proj(shard.from_clips(outputs, like=x_BTSD))
         return out
 
     def flops(self, tokens: int, *, text_tokens: int) -> int:
@@ -133,7 +144,7 @@ class Block(nn.Module, ABC):
         self,
         x_BtsD: Tensor,
         *,
-        shard: Shard,
+        shard: Tokens,
         shift_B11D: Tensor,
         scale_B11D: Tensor,
         gate_B11D: Tensor,
@@ -154,7 +165,7 @@ class Block(nn.Module, ABC):
         self,
         x_BtsD: Tensor,
         *,
-        shard: Shard,
+        shard: Tokens,
         t_B6D: Tensor,
         text_BYD: Tensor,
         text_mask_BY: Tensor | None,
@@ -162,15 +173,15 @@ class Block(nn.Module, ABC):
     ) -> Tensor:
         """
         Args:
-            x_BtsD: Residual stream, of the tokens of ``shard``.
+            x_BtsD: Residual stream, of the tokens of ``shard``; [1, 1, L, D] of a pack, whose samples everything else is of.
             shard: Which tokens these are, and how they meet the others.
             t_B6D: The timestep's part of shift, scale and gate for attention and for the MLP.
             text_BYD: Embedded caption, which has entered ``tensor``.
             text_mask_BY: bool, True where a text token is valid; None if all are.
-            tpe_tD: Temporal positions of these frames, for the one block that adds them.
+            tpe_tD: Temporal positions of these frames, [t, D], for the one block that adds them; of a pack, of each token: [1, L, D].
         """
 
-        def run(x: Tensor, shard: Shard) -> Tensor:
+        def run(x: Tensor, shard: Tokens) -> Tensor:
             return self._run(x, shard=shard, t_B6D=t_B6D, text_BYD=text_BYD, text_mask_BY=text_mask_BY, tpe_tD=tpe_tD)
 
         def kept(store: Store | None) -> Tensor:
@@ -186,19 +197,19 @@ class Block(nn.Module, ABC):
         self,
         x_BtsD: Tensor,
         *,
-        shard: Shard,
+        shard: Tokens,
         t_B6D: Tensor,
         text_BYD: Tensor,
         text_mask_BY: Tensor | None,
         tpe_tD: Tensor | None,
     ) -> Tensor:
-        modulation_B611D = (self.scale_shift_table + t_B6D)[:, :, None, None]
+        modulation_B611D = shard.spread(self.scale_shift_table + t_B6D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation_B611D.unbind(1)
         kv_BNYK = self.cross_attn.keys_and_values(text_BYD)
         tp = self.tensor
 
         def cross_and_mlp(x: Tensor) -> Tensor:
-            attended = self.cross_attn(tp.enter(x), kv_BNYK=kv_BNYK, text_mask_BY=text_mask_BY)
+            attended = self.cross_attn(tp.enter(x), shard=shard, kv_BNYK=kv_BNYK, text_mask_BY=text_mask_BY)
             x = x + tp.leave(attended, self.cross_attn.proj, tape=shard.tape)
             x_mlp = tp.enter(modulate(self.norm2(x), shift_B11D=shift_mlp, scale_B11D=scale_mlp))
             # What is sent is outside: a tile is run again in backward.
@@ -315,11 +326,11 @@ class FinalLayer(nn.Module):
         self.tile_tokens: int | None = None
         """Tokens that it works on at once."""
 
-    def forward(self, x_BTSD: Tensor, *, t_BD: Tensor) -> Tensor:
-        shift, scale = (self.scale_shift_table + t_BD[:, None])[:, :, None, None].unbind(1)
+    def forward(self, x_BTSD: Tensor, *, shard: Tokens, t_BD: Tensor) -> Tensor:
+        shift_scale = shard.spread(self.scale_shift_table + t_BD[:, None]).unbind(1)
 
-        def patches(x: Tensor) -> Tensor:
+        def patches(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
             out: Tensor = self.linear(modulate(self.norm_final(x), shift_B11D=shift, scale_B11D=scale))
             return out
 
-        return over_tokens(patches, x_BTSD, tile_tokens=self.tile_tokens)
+        return over_tokens(patches, x_BTSD, *shift_scale, tile_tokens=self.tile_tokens)

@@ -270,7 +270,11 @@ def _watch(choice: AutoChoice | None, model: VideoTransformer) -> Callable[[Step
     if choice is None:
         return None
     watch = StepWatch(choice.predictions)
-    return lambda note: watch.note(model.token_grid(note.latent), note.step_s)
+
+    def of_one_shape(note: StepNote) -> dict[str, Any] | None:
+        return watch.note(model.token_grid(note.shapes[0]), note.step_s) if len(note.shapes) == 1 else None
+
+    return of_one_shape
 
 
 def _cost(model: VideoTransformer, latent: Thw, *, text_tokens: int) -> BatchCost:

@@ -31,7 +31,7 @@ class StepNote:
 
     Args:
         step: Optimizer steps done, this one included.
-        latent: Latent shape of its samples.
+        shapes: Latent shapes of its samples.
         samples: Samples of this step, over all ranks.
         tokens: Tokens of this step, over all ranks.
         flops: Model FLOPs of this step, forward and backward, over all ranks.
@@ -45,7 +45,7 @@ class StepNote:
 
     step: int
     lr: float
-    latent: Thw
+    shapes: tuple[Thw, ...]
     samples: int
     tokens: int
     flops: int
@@ -109,7 +109,7 @@ class Logbook:
         self._mesh, self._metrics, self._events, self._progress = mesh, metrics, events, progress
         self._trackers, self._peak_flops, self._watch = trackers, peak_flops, watch
         self._notes: list[StepNote] = []
-        self._seen: set[Thw] = set()
+        self._seen: set[tuple[Thw, ...]] = set()
 
     def event(self, name: str, **fields: object) -> None:
         """Notes something that happened once; the main rank writes it."""
@@ -186,10 +186,10 @@ class Logbook:
             self._progress.update(window)
 
     def _timed(self, notes: Sequence[StepNote]) -> Sequence[StepNote]:
-        """Those whose ``step_s`` is that of their shape: on a GPU of a window of one shape, which is not that shape's first."""
+        """Those whose ``step_s`` is that of their shapes: on a GPU of a window of steps alike, which is not the first of its kind."""
         if self._mesh.device.type != "cuda":
             return notes
-        shapes = {note.latent for note in notes}
+        shapes = {note.shapes for note in notes}
         known = shapes <= self._seen
         self._seen |= shapes
         return notes if known and len(shapes) == 1 else ()

@@ -139,14 +139,14 @@ class Trainer:
             clip_norm=self.config.optim.clip_norm,
         )
         self.ema.update(step=data.step, skipped=self.backend.skipped())
-        first = data.micros[0]
-        cost = self.cost(first.latent, first.text_BYE.shape[1])
-        samples = self.config.data.global_batch
+        text_tokens = data.micros[0].text_BYE.shape[1]
+        costs = [(count, self.cost(latent, text_tokens)) for latent, count in data.shapes.items()]
+        samples, tokens = sum(data.shapes.values()), sum(count * cost.tokens for count, cost in costs)
         self.state = TrainerState(
             step=data.step + 1,
             optimizer_steps=0,  # read from the device when it is saved
             samples=self.state.samples + samples,
-            tokens=self.state.tokens + samples * cost.tokens,
+            tokens=self.state.tokens + tokens,
             seed=self.state.seed,
             dataset_hash=self.state.dataset_hash,
         )
@@ -154,10 +154,10 @@ class Trainer:
         note = StepNote(
             step=self.state.step,
             lr=lr,
-            latent=first.latent,
+            shapes=tuple(data.shapes),
             samples=samples,
-            tokens=samples * cost.tokens,
-            flops=samples * cost.flops,
+            tokens=tokens,
+            flops=sum(count * cost.flops for count, cost in costs),
             step_s=now - self._edge_s,
             data_wait_s=wait_s,
             epoch=data.epoch,

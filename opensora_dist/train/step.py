@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,35 +81,60 @@ class StepResult:
 
 
 def micro_loss(
-    model: nn.Module, micro: MicroBatch, *, objective: Objective, keys: Keys, step: int, shard: Shard | None
+    model: nn.Module,
+    parts: Sequence[MicroBatch],
+    *,
+    objective: Objective,
+    keys: Keys,
+    step: int,
+    shards: Sequence[Shard | None],
 ) -> Tensor:
-    """The weighted loss sum of one micro-batch: this rank's share, to be summed over ranks and micro-batches as it is.
+    """The weighted loss sum of what is run at once: this rank's share, to be summed over ranks and micro-batches as it is.
 
     Args:
-        shard: The tokens of the samples that this rank holds, those of ``micro.region``; None: all.
+        parts: One micro-batch; several, each of another shape, are packed into one sequence.
+        shards: The tokens of each one's samples that this rank holds, those of its ``region``; None: all.
     """
-    channels = micro.latents_BCthw.shape[1]
-    draws = draw(keys, objective, samples=micro.samples, step=step, channels=channels, latent=micro.latent, region=micro.region)
-    return weighted_loss(model, micro, draws, objective=objective, shard=shard)
+    draws = [
+        draw(keys, objective, samples=m.samples, step=step, channels=m.latents_BCthw.shape[1], latent=m.latent, region=m.region)
+        for m in parts
+    ]
+    return weighted_loss(model, parts, draws, objective=objective, shards=shards)
 
 
-def weighted_loss(model: nn.Module, micro: MicroBatch, draws: Draws, *, objective: Objective, shard: Shard | None) -> Tensor:
+def weighted_loss(
+    model: nn.Module,
+    parts: Sequence[MicroBatch],
+    draws: Sequence[Draws],
+    *,
+    objective: Objective,
+    shards: Sequence[Shard | None],
+) -> Tensor:
     """``micro_loss`` of what has been drawn; works on fake tensors, too, which no number can be drawn of."""
-    x0_BCthw = micro.latents_BCthw
+    drawn = [_on_device(d, like=m.latents_BCthw) for m, d in zip(parts, draws, strict=True)]
+    noised = [objective.corrupt(m.latents_BCthw, d.noise_BCthw, d.level_B) for m, d in zip(parts, drawn, strict=True)]
+    packed = len(parts) > 1
+    outputs = model(
+        noised if packed else noised[0],
+        objective.timestep(torch.cat([d.level_B for d in drawn])),
+        torch.cat([m.text_BYE for m in parts]),
+        torch.cat([m.text_mask_BY for m in parts]),
+        drop_caption_B=torch.cat([d.drop_caption_B for d in drawn]),
+        shard=shards if packed else shards[0],
+    )
+    losses = []
+    for micro, d, output in zip(parts, drawn, outputs if packed else [outputs], strict=True):
+        loss_Bthw = objective.loss(output, x0=micro.latents_BCthw, noise=d.noise_BCthw, level_B=d.level_B)
+        losses.append((loss_Bthw.sum(dim=(1, 2, 3)) * micro.weight_B.to(loss_Bthw)).sum())
+    return torch.stack(losses).sum()
+
+
+def _on_device(draws: Draws, *, like: Tensor) -> Draws:
+    """Where the latents are, and noise in their precision."""
     noise, level_B, drop_caption_B = (
-        _to_device(t, x0_BCthw.device) for t in (draws.noise_BCthw, draws.level_B, draws.drop_caption_B)
+        _to_device(t, like.device) for t in (draws.noise_BCthw, draws.level_B, draws.drop_caption_B)
     )
-    noise = noise.to(x0_BCthw.dtype)
-    output = model(
-        objective.corrupt(x0_BCthw, noise, level_B),
-        objective.timestep(level_B),
-        micro.text_BYE,
-        micro.text_mask_BY,
-        drop_caption_B=drop_caption_B,
-        shard=shard,
-    )
-    loss_Bthw = objective.loss(output, x0=x0_BCthw, noise=noise, level_B=level_B)
-    return (loss_Bthw.sum(dim=(1, 2, 3)) * micro.weight_B.to(loss_Bthw)).sum()
+    return Draws(noise_BCthw=noise.to(like.dtype), level_B=level_B, drop_caption_B=drop_caption_B)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -136,11 +161,13 @@ def train_step(
             what is to be run, which replaces the micro-batch in ``data``.
     """
     losses = []
-    for i, micro in enumerate(data.micros):
-        data.micros[i] = micro = agree(micro)
-        shard = shards(micro.latent)
-        with backend.forward_context(last_micro=i == len(data.micros) - 1):
-            loss = micro_loss(backend.model, micro, objective=objective, keys=keys, step=data.step, shard=shard)
+    for run in data.runs:
+        for i in run:
+            data.micros[i] = agree(data.micros[i])
+        parts = [data.micros[i] for i in run]
+        mine = [shards(micro.latent) for micro in parts]
+        with backend.forward_context(last_micro=run.stop == len(data.micros)):
+            loss = micro_loss(backend.model, parts, objective=objective, keys=keys, step=data.step, shards=mine)
             backend.backward(loss)
         losses.append(loss.detach())
         del loss  # or its graph would live on while the next micro-batch builds its own

@@ -61,7 +61,7 @@ def _watched(kept: str, planned: str | None = None) -> Any:
 
         def rows(self: Order, step: int) -> Any:
             place = {key: row for row, key in enumerate(self._index.key)}
-            return replace(batch(self, step), rows=tuple(place[key] for key in plan[str(step)]))
+            return replace(batch(self, step), units=tuple((place[key],) for key in plan[str(step)]))
 
         stack.enter_context(mock.patch.object(Order, "batch", rows))
     return stack

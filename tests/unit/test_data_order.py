@@ -10,7 +10,7 @@ from dataset_factory import write_dataset
 from opensora_dist.core.errors import ConfigError, DataError
 from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index
-from opensora_dist.data.order import Order, micro_rows, position_weights
+from opensora_dist.data.order import Order, micro_places, position_weights
 from opensora_dist.parallel.keys import Keys
 
 SMALL, LARGE, RARE = Thw(2, 16, 24), Thw(4, 16, 16), Thw(8, 16, 16)
@@ -47,14 +47,14 @@ def test_a_batch_has_one_shape(index):
     o = order(index)
     for step in range(18):
         batch = o.batch(step)
-        assert {index.clip_shape(row) for row in batch.rows} == {batch.bucket}
-        assert {index.latent_shape(row) for row in batch.rows} == {batch.latent}
+        assert len({index.clip_shape(row) for row in batch.rows}) == 1
+        assert batch.shapes == {index.latent_shape(batch.rows[0]): len(batch.rows)}
         assert len(batch.rows) == 4
 
 
 def test_batches_of_all_buckets_are_mixed_and_epochs_differ(index):
     o = order(index)
-    buckets = [o.batch(step).bucket for step in range(9)]
+    buckets = [index.clip_shape(o.batch(step).rows[0]) for step in range(9)]
     assert sorted(buckets) != buckets
     assert [o.batch(s).rows for s in range(9)] != [o.batch(9 + s).rows for s in range(9)]
     assert {row for s in range(9 * 20) for row in o.batch(s).rows} == {
@@ -92,7 +92,7 @@ def test_plans_are_made_once_per_epoch(index, monkeypatch):
 
 def test_a_bucket_that_just_fills_a_batch_is_used(index):
     o = order(index, global_batch=3)
-    assert RARE in {o.batch(s).bucket for s in range(o.batches_per_epoch)}
+    assert RARE in {index.clip_shape(o.batch(s).rows[0]) for s in range(o.batches_per_epoch)}
 
 
 def test_a_global_batch_no_bucket_fills_is_refused_with_counts_and_ways_out(index):
@@ -104,17 +104,18 @@ def test_a_global_batch_no_bucket_fills_is_refused_with_counts_and_ways_out(inde
 
 @pytest.mark.parametrize("data_size, accum", [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2)])
 def test_all_layouts_cut_the_same_global_batch(data_size, accum):
-    rows = tuple(range(100, 116))
     parts = [
-        micro_rows(rows, data_rank=r, data_size=data_size, accum=accum, micro=m) for r in range(data_size) for m in range(accum)
+        micro_places([1] * 16, data_rank=r, data_size=data_size, accum=accum, micro=m)
+        for r in range(data_size)
+        for m in range(accum)
     ]
-    assert tuple(row for part in parts for row in part) == rows
+    assert [place for part in parts for place in part] == list(range(16))
     assert len({len(part) for part in parts}) == 1
 
 
 def test_a_global_batch_that_does_not_divide_is_refused():
     with pytest.raises(ConfigError, match=r"data.global_batch=8 must be a multiple of .* = 3 x 2; use a multiple of 6"):
-        micro_rows(range(8), data_rank=0, data_size=3, accum=2, micro=0)
+        micro_places([1] * 8, data_rank=0, data_size=3, accum=2, micro=0)
 
 
 @pytest.mark.parametrize("rule", ["sample", "token"])

@@ -429,7 +429,16 @@ def test_on_a_gpu_a_logged_step_has_its_part_of_the_time_that_the_device_took(mo
     book = Logbook(mesh=mesh, metrics=None, events=None, progress=None, trackers=None, peak_flops=None, watch=None)
     result = SimpleNamespace(loss=torch.ones(()), grad_norm=torch.ones(()), skipped=torch.zeros(()))
     for step, wait_s in ((1, 0.01), (2, 0.02)):
-        note = {"step": step, "lr": 0.1, "latent": Thw(1, 1, 1), "samples": 1, "tokens": 1, "flops": 1, "epoch": 0, "digest": ""}
+        note = {
+            "step": step,
+            "lr": 0.1,
+            "shapes": (Thw(1, 1, 1),),
+            "samples": 1,
+            "tokens": 1,
+            "flops": 1,
+            "epoch": 0,
+            "digest": "",
+        }
         book.add(StepNote(**note, step_s=0.1, data_wait_s=wait_s, bad_samples=0, result=result))
     monkeypatch.setattr("opensora_dist.train.logbook.time.perf_counter", iter([5.0, 6.0]).__next__)
     monkeypatch.setattr(dist, "all_gather", lambda ranks, local, group: ranks[0].copy_(local))

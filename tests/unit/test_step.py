@@ -67,7 +67,7 @@ def test_the_losses_and_gradients_of_all_regions_sum_to_those_of_the_whole(confi
 
     def loss_and_gradient(region):
         model.zero_grad()
-        loss = micro_loss(model, _micro(region), objective=objective, keys=Keys(3), step=4, shard=None)
+        loss = micro_loss(model, [_micro(region)], objective=objective, keys=Keys(3), step=4, shards=[None])
         loss.backward()
         return loss.item(), model.mix.grad.clone()
 
@@ -79,7 +79,9 @@ def test_the_losses_and_gradients_of_all_regions_sum_to_those_of_the_whole(confi
 
 
 def _step(micros):
-    return StepData(step=0, epoch=0, digest="", micros=micros, substitute=lambda *_: pytest.fail("nothing is bad"))
+    return StepData(
+        step=0, epoch=0, digest="", micros=micros, substitute=lambda *_: pytest.fail("nothing is bad"), shapes={LATENT: 2}
+    )
 
 
 @pytest.mark.parametrize("positions", [1, 7, 1000])
@@ -89,7 +91,7 @@ def test_a_loss_over_tiles_of_positions_is_the_same_sum_with_the_same_gradient(c
     model, found = _Pointwise(CHANNELS * objective.channel_multiplier), []
     for of in (objective, TiledLoss(of=objective, positions=positions)):
         model.zero_grad()
-        loss = micro_loss(model, _micro(Region(0, 4, 0, 3)), objective=of, keys=Keys(3), step=4, shard=None)
+        loss = micro_loss(model, [_micro(Region(0, 4, 0, 3))], objective=of, keys=Keys(3), step=4, shards=[None])
         loss.backward()
         found.append((loss.item(), model.mix.grad.clone()))
     (wanted, wanted_gradient), (tiled, gradient) = found

@@ -44,11 +44,11 @@ def test_a_substitute_is_of_the_same_bucket_new_to_the_batch_and_has_no_longer_t
     order = _order(index, seed=seed, global_batch=global_batch)
     batch, found = order.batch(step), _all(order, step)
     longest = max(index.text_tokens[row] for row in batch.rows)
-    assert {index.clip_shape(row) for row in found.values()} <= {batch.bucket}
+    assert {index.clip_shape(row) for row in found.values()} <= {index.clip_shape(batch.rows[0])}
     assert not set(found.values()) & set(batch.rows)
     assert all(index.text_tokens[row] <= longest for row in found.values())
     assert len(set(found.values())) == len(found), "two places or attempts get the same one"
-    fit = [r for r in index.buckets[batch.bucket] if r not in batch.rows and index.text_tokens[r] <= longest]
+    fit = [r for r in index.buckets[index.clip_shape(batch.rows[0])] if r not in batch.rows and index.text_tokens[r] <= longest]
     assert len(found) == min(len(fit), MAX_ATTEMPTS * global_batch)
 
 
@@ -60,7 +60,7 @@ def test_whoever_asks_gets_the_same_whatever_was_asked_before(index):
 
 
 def test_substitutes_depend_on_step_and_seed(index):
-    steps = [step for step in range(12) if _order(index).batch(step).bucket == WIDE]
+    steps = [step for step in range(12) if index.clip_shape(_order(index).batch(step).rows[0]) == WIDE]
     first = {order.substitute(step, 0, 0) for order in (_order(index), _order(index, seed=1)) for step in steps}
     assert len(first) > len(steps) / 2
 
@@ -92,7 +92,7 @@ def test_what_is_substituted_is_what_a_batch_with_that_sample_would_hold(index, 
         planned = order.batch(step.step)
         with monkeypatch.context() as patch:
             other = _order(index)
-            patch.setattr(other, "batch", lambda _step, b=replace(planned, rows=(*planned.rows[:3], row)): b)
+            patch.setattr(other, "batch", lambda _step, b=replace(planned, units=(*planned.units[:3], (row,))): b)
             (wanted,) = next(iter(_loader(index, order=other))).micros
         tokens = wanted.text_BYE.shape[1]
         for name in before:

@@ -12,7 +12,7 @@ from torch import Tensor
 from opensora_dist.core.types import Axis, Region, Thw
 from opensora_dist.models.base import VideoTransformer
 from opensora_dist.models.layers import Block, modulate
-from opensora_dist.parallel.sequence.base import Shard
+from opensora_dist.parallel.sequence.pack import Tokens
 from opensora_dist.parallel.tensor.linear import part_of
 
 
@@ -23,7 +23,7 @@ class DiTBlock(Block):
         self,
         x_BtsD: Tensor,
         *,
-        shard: Shard,
+        shard: Tokens,
         shift_B11D: Tensor,
         scale_B11D: Tensor,
         gate_B11D: Tensor,

@@ -13,7 +13,7 @@ from opensora_dist.config.train import ModelConfig
 from opensora_dist.core.types import Axis, Region, Thw
 from opensora_dist.models.base import ModelIo, VideoTransformer
 from opensora_dist.models.layers import Block, SelfAttention, modulate
-from opensora_dist.parallel.sequence.base import Shard
+from opensora_dist.parallel.sequence.pack import Tokens
 from opensora_dist.parallel.tensor.linear import part_of
 
 
@@ -28,7 +28,7 @@ class STDiTBlock(Block):
         self,
         x_BtsD: Tensor,
         *,
-        shard: Shard,
+        shard: Tokens,
         shift_B11D: Tensor,
         scale_B11D: Tensor,
         gate_B11D: Tensor,

@@ -179,6 +179,19 @@ class Shard:
         """This shard within a region that is computed again in backward; without a tape, one that is not."""
         return replace(self, tape=tape)
 
+    def spread(self, values_BMD: Tensor) -> Tensor:
+        """M vectors of each sample for each of its tokens, [B, M, 1, 1, D]."""
+        return values_BMD[:, :, None, None]
+
+    def clips(self, x_BtsD: Tensor) -> list[tuple[Tensor, slice]]:
+        """[B, t s, D] of samples of one shape, and which samples these are: here all, of any piece of the tokens."""
+        return [(x_BtsD.flatten(1, 2), slice(None))]
+
+    def from_clips(self, clips_BlD: Sequence[Tensor], *, like: Tensor) -> Tensor:
+        """Back from ``clips``, to the tokens of ``like``."""
+        (x_BlD,) = clips_BlD
+        return x_BlD.view(*like.shape[:3], -1)
+
     def branch(
         self, attn: Projections, x_BtsD: Tensor, axis: Axis, *, first: First | None = None, before: Before, then: Then
     ) -> Tensor:

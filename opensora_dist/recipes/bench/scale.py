@@ -181,7 +181,7 @@ def _step(backend: ZeroBackend, ema: Ema, shape: _Shape, live: LiveTensors, *, s
     micros = shape.micros()
     for i, micro in enumerate(micros):
         with backend.forward_context(last_micro=i == len(micros) - 1):
-            loss = weighted_loss(backend.model, micro, shape.draws(micro), objective=objective, shard=shape.shard)
+            loss = weighted_loss(backend.model, [micro], [shape.draws(micro)], objective=objective, shards=[shape.shard])
             forward = live.now
             whole = [p for p in backend.model.parameters() if not isinstance(p, DTensor)] if sharded else []
             gathered = sum(p.untyped_storage().nbytes() for p in whole)
