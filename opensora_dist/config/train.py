@@ -109,11 +109,47 @@ class RectifiedFlowConfig(Section):
 ObjectiveConfig = Annotated[IddpmConfig | RectifiedFlowConfig, Field(discriminator="name")]
 
 
-class DataConfig(Section):
-    """The prepared data set and the batch."""
+class MixtureConfig(Section):
+    """One data set of several that are trained on together."""
 
-    path: str | None = Field(None, description="Folder made by `opensora-dist data prepare`.")
-    global_batch: int = Field(8, ge=1, description="Samples per optimizer step, over all ranks and micro-batches.")
+    path: str = Field(description="As data.path.")
+    name: str | None = Field(None, description="What its samples' keys begin with; default: the folder's name.")
+    weight: float | None = Field(
+        None, gt=0, description="Its share of the samples, relative to the others; default: how many it has."
+    )
+
+
+class CacheConfig(Section):
+    """Where shards of remote data sets are kept on this machine."""
+
+    path: str = Field("~/.cache/opensora-dist/shards", description="Folder, shared by the ranks of a machine.")
+    max_gib: float = Field(200.0, gt=0, description="The shards used least recently go first beyond this.")
+    prefetch_shards: int = Field(4, ge=0, description="Shards fetched ahead of the reader.")
+
+
+class DataConfig(Section):
+    """The data sets and the batch."""
+
+    path: str | None = Field(
+        None,
+        description="Folder or URL (s3://, gs://, https://, pipe:) of a data set made by `opensora-dist data prepare`, or of WebDataset tars.",
+    )
+    mixture: tuple[MixtureConfig, ...] = Field((), description="Several data sets, instead of data.path.")
+    batching: Literal["samples", "tokens", "packed"] = Field(
+        "samples",
+        description="What a unit of a batch is. samples: one sample; tokens: as many samples of one shape as data.unit_tokens takes; "
+        "packed: samples of any shapes in one sequence of at most data.unit_tokens.",
+    )
+    global_batch: int = Field(8, ge=1, description="Units per optimizer step, over all ranks and micro-batches.")
+    unit_tokens: int | None = Field(None, ge=1, description="Tokens of a unit at most; for batching=tokens and packed.")
+    image_share: float | None = Field(
+        None, ge=0, le=1, description="Share of the samples that are images (one frame); default: as the data sets have them."
+    )
+    shuffle_shards: int | None = Field(
+        None, ge=1, description="Samples are shuffled among so many shards at a time, for remote data; default: among all."
+    )
+    allow_pipe: bool = Field(False, description="Lets data.path name a shell command (pipe:...), whose output is a shard.")
+    cache: CacheConfig = CacheConfig()
     loss_weight: Literal["sample", "token"] = Field("sample", description="What counts once in the loss: a sample, or a token.")
     reader_threads: int = Field(1, ge=1, le=8, description="Threads that read shards.")
     prefetch_batches: int = Field(2, ge=1, description="Micro-batches read ahead.")
