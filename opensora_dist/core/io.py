@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import uuid
@@ -108,6 +109,52 @@ def exclusive_lock(path: Path, *, busy: OpensoraError) -> Iterator[None]:
                 raise
             _log.warning("%s can't be locked (%s); see to it that no second process writes to %s", path, error, path.parent)
         yield
+
+
+class FileWindow(io.RawIOBase):
+    """Some bytes of a file, to be read as a file of their own: a tar's member, without a copy of it.
+
+    Args:
+        path: The file.
+        offset, num_bytes: Which of its bytes.
+        name: What it is called in errors.
+    """
+
+    def __init__(self, path: Path, *, offset: int, num_bytes: int, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the window
+        self._offset, self._num_bytes, self._place = offset, num_bytes, 0
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+        super().close()
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As of any file."""
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._num_bytes}[whence]
+        self._place = max(0, start + offset)
+        return self._place
+
+    def tell(self) -> int:
+        """As of any file."""
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        """As of any raw file."""
+        view = memoryview(buffer).cast("B")[: max(0, self._num_bytes - self._place)]
+        count = os.preadv(self._file.fileno(), [view], self._offset + self._place)
+        self._place += count
+        return count
 
 
 def hash_bytes(data: bytes | bytearray | memoryview) -> str:

@@ -1,39 +1,48 @@
-"""Video files in and out (PyAV), and contact sheets. Frames are uint8 RGB arrays of shape [T, H, W, 3]."""
+"""Video files in and out (PyAV), images in (Pillow), and contact sheets. Frames are uint8 RGB arrays of shape [T, H, W, 3]."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
 from av.error import FFmpegError
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from opensora_dist.core.errors import DataError
 from opensora_dist.core.io import atomic_path
 
 Frames = NDArray[np.uint8]
 SHEET_COLUMNS = 8
+VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp"})
 
 
-def iter_frames(path: Path) -> Iterator[tuple[float, NDArray[np.uint8]]]:
-    """Decodes a video frame by frame: (seconds from the first frame, frame [H, W, 3]).
+def iter_frames(file: Path | BinaryIO) -> Iterator[tuple[float, NDArray[np.uint8]]]:
+    """Decodes a video frame by frame: (seconds from the first frame, frame [H, W, 3]). An image is a video of one frame.
 
     Counts and durations in containers lie, so nothing here trusts them.
 
+    Args:
+        file: A path, or a seekable file with a ``name``; an image where that ends as one.
     Raises:
         DataError: The file is missing, empty, has no video stream, or breaks off in the middle.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; check the path in the caption table")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty (0 bytes); fetch or render it again")
+    path = file if isinstance(file, Path) else Path(file.name)
+    if file is path:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; check the path in the caption table")
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty (0 bytes); fetch or render it again")
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        yield 0.0, _read_image(file, path)
+        return
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(file) if isinstance(file, Path) else file) as container:
             if not container.streams.video:
                 raise DataError(f"{path}: no video stream; expected a video file")
             stream = container.streams.video[0]
@@ -48,6 +57,23 @@ def iter_frames(path: Path) -> Iterator[tuple[float, NDArray[np.uint8]]]:
                 yield time_s - first, np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90) % 4))
     except FFmpegError as error:
         raise DataError(f"{path}: can't be decoded ({error}); re-encode it, or leave it out") from error
+
+
+def _read_image(file: Path | BinaryIO, path: Path) -> NDArray[np.uint8]:
+    """An image as it is meant to be seen, [H, W, 3]: turned as its camera says, on white where it is transparent, of an animation the
+    first picture."""
+    try:
+        with Image.open(file) as image:
+            image.load()
+            if image.mode.startswith("I;16"):  # Pillow cuts these off at 255
+                return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+            turned = ImageOps.exif_transpose(image)
+            if turned.has_transparency_data:
+                turned = turned.convert("RGBA")
+                turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned)
+            return np.array(turned.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: can't be decoded ({error}); write it again, or leave it out") from error
 
 
 def read_video(path: Path) -> tuple[Frames, float]:

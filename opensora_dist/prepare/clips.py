@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,8 +72,8 @@ def resize_and_crop(frame: NDArray[np.uint8], *, height: int, width: int) -> NDA
     return frame[top : top + height, left : left + width]
 
 
-def cut_clip(path: Path, *, fps: float, buckets: Sequence[Thw]) -> Frames:
-    """The clip at the start of a video, uint8 [T, H, W, 3] of one of the buckets.
+def cut_clip(file: Path | BinaryIO, *, fps: float, buckets: Sequence[Thw]) -> Frames:
+    """The clip at the start of a video, uint8 [T, H, W, 3] of one of the buckets. An image gives one frame.
 
     Decoding stops at the last frame that could matter, and full-size frames aren't kept: how many frames a video has is known
     only at its end, so each frame is cut at once for every size that may yet be chosen.
@@ -84,7 +85,7 @@ def cut_clip(path: Path, *, fps: float, buckets: Sequence[Thw]) -> Frames:
     choices: list[Thw] = []  # for each length, what is chosen once the video has that many frames
     cuts: dict[tuple[int, int], list[NDArray[np.uint8]]] = {}
     enough, had = lengths[-1], 0
-    for frame in sample_frames(iter_frames(path), fps=fps):
+    for frame in sample_frames(iter_frames(file), fps=fps):
         if not choices:
             height, width = frame.shape[:2]
             picks = [choose_bucket(buckets, frames=length, height=height, width=width) for length in lengths]
@@ -98,7 +99,7 @@ def cut_clip(path: Path, *, fps: float, buckets: Sequence[Thw]) -> Frames:
             break
     if had < lengths[0]:
         raise DataError(
-            f"{path}: has {had} frames at {fps:g} per second, the shortest bucket needs {lengths[0]}; "
+            f"{file if isinstance(file, Path) else file.name}: has {had} frames at {fps:g} per second, the shortest bucket needs {lengths[0]}; "
             "raise clip.fps, or add a shorter bucket to clip.buckets"
         )
     bucket = [choice for length, choice in zip(lengths, choices, strict=True) if length <= had][-1]

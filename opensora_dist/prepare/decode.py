@@ -13,7 +13,7 @@ from opensora_dist.core.errors import DataError
 from opensora_dist.core.types import Thw
 from opensora_dist.core.video import Frames
 from opensora_dist.prepare.clips import cut_clip
-from opensora_dist.prepare.sources import Source
+from opensora_dist.prepare.sources import Source, image_problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +72,12 @@ def _start_worker() -> None:
 def _decode(source: Source, fps: float, buckets: Sequence[Thw]) -> Frames | Drop:
     if source.caption is None:
         return Drop(source=source.name, reason="no caption: its row has none, or there is no .txt beside it")
+    if problem := image_problem(source, buckets):
+        return Drop(source=source.name, reason=problem)
     try:
-        return cut_clip(source.path, fps=fps, buckets=buckets)
+        return cut_clip(source.open(), fps=fps, buckets=buckets)
     except DataError as error:
-        return Drop(source=source.name, reason=str(error).removeprefix(f"{source.path}: "))
+        return Drop(source=source.name, reason=str(error).removeprefix(f"{source.label}: "))
     except Exception as error:
-        error.add_note(f"while decoding {source.path}")
+        error.add_note(f"while decoding {source.label}")
         raise

@@ -1,35 +1,43 @@
-"""Which videos a folder holds, and what is said about each."""
+"""Which videos and images a folder holds, and what is said about each."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Literal, cast
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from opensora_dist.core.errors import DataError
+from opensora_dist.core.io import FileWindow
+from opensora_dist.core.types import Thw
+from opensora_dist.core.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
-VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
 _TABLES = ("metadata.parquet", "metadata.csv")
 _WAYS = (
     "supply captions in metadata.parquet or metadata.csv with columns path,text (paths relative to the folder), "
-    "or in a .txt file beside each video (clip.mp4, clip.txt)"
+    "or in a .txt file beside each (clip.mp4, clip.txt)"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One video file.
+    """One video or image.
 
     Args:
-        path: The file.
-        name: Its path relative to the scanned folder, with "/": its identity.
+        path: The file, or the tar that holds it.
+        name: Its path relative to the scanned folder, with "/", a tar's name being that of a folder: its identity.
         caption: None where nobody said anything about it; an empty caption is one.
         num_bytes, mtime_ns: What tells a changed file from the same one; -1 where a table lists a file that isn't there.
+        kind: An image is a clip of one frame.
+        member: Its name in a tar; None for a file of its own.
+        offset: Where its bytes begin in the tar.
     """
 
     path: Path
@@ -37,27 +45,53 @@ class Source:
     caption: str | None
     num_bytes: int
     mtime_ns: int
+    kind: Literal["video", "image"] = "video"
+    member: str | None = None
+    offset: int = 0
+
+    @property
+    def label(self) -> str:
+        """What errors of ``iter_frames(source.open())`` begin with."""
+        return str(self.path) if self.member is None else f"{self.path}/{self.member}"
+
+    def open(self) -> Path | BinaryIO:
+        """What ``core.video.iter_frames`` decodes: the path, or a seekable file, which is closed as it is let go of."""
+        if self.member is None:
+            return self.path
+        window = FileWindow(self.path, offset=self.offset, num_bytes=self.num_bytes, name=self.label)
+        return cast(BinaryIO, window)
+
+
+def image_problem(source: Source, buckets: Iterable[Thw]) -> str | None:
+    """Why an image gives no sample whatever it shows, or None."""
+    if source.kind == "video" or any(bucket.t == 1 for bucket in buckets):
+        return None
+    return "an image, and no bucket has one frame; add [1, height, width] to clip.buckets"
 
 
 def scan_sources(folder: Path) -> list[Source]:
-    """The videos of a folder with their captions, sorted by name.
+    """The videos and images of a folder with their captions, sorted by name.
 
-    A table decides which files count where there is one; else every video file below the folder does.
+    A table decides which files count where there is one; else every video and image file below the folder does, and those in tars.
 
     Raises:
-        DataError: No such folder, no videos, no captions, or a table that can't be used.
+        DataError: No such folder, nothing in it, no captions, or a table or tar that can't be used.
     """
     if not folder.is_dir():
-        raise DataError(f"input.path={str(folder)!r}: no such folder; give the folder that holds the videos")
+        raise DataError(f"input.path={str(folder)!r}: no such folder; give the folder that holds the videos or images")
     tables = [folder / name for name in _TABLES if (folder / name).is_file()]
     if len(tables) > 1:
         raise DataError(f"{folder}: both {' and '.join(_TABLES)} are there, and they may disagree; keep one")
     captions = _read_table(tables[0]) if tables else _read_text_files(folder)
     if not captions:
-        where = f"{tables[0]} lists no video" if tables else f"no video in {folder} ({', '.join(sorted(VIDEO_SUFFIXES))})"
+        where = (
+            f"{tables[0]} lists no video or image"
+            if tables
+            else f"no video or image in {folder} ({', '.join(sorted(_SUFFIXES))})"
+        )
         raise DataError(f"input.path={str(folder)!r}: {where}")
     if all(caption is None for caption in captions.values()):
-        raise DataError(f"input.path={str(folder)!r}: none of {len(captions)} videos has a caption; {_WAYS}")
+        raise DataError(f"input.path={str(folder)!r}: none of {len(captions)} videos and images has a caption; {_WAYS}")
     return [_source(folder, name, captions[name]) for name in sorted(captions)]
 
 
@@ -65,18 +99,23 @@ def _source(folder: Path, name: str, caption: str | None) -> Source:
     path = folder / name
     try:
         stat = path.stat()
+        num_bytes, mtime_ns = stat.st_size, stat.st_mtime_ns
     except OSError:  # decoding will say what is the matter with it
-        return Source(path=path, name=name, caption=caption, num_bytes=-1, mtime_ns=-1)
-    return Source(path=path, name=name, caption=caption, num_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)
+        num_bytes, mtime_ns = -1, -1
+    return Source(path=path, name=name, caption=caption, num_bytes=num_bytes, mtime_ns=mtime_ns, kind=_kind(name))
+
+
+def _kind(name: str) -> Literal["video", "image"]:
+    return "image" if Path(name).suffix.lower() in IMAGE_SUFFIXES else "video"
 
 
 def _read_text_files(folder: Path) -> dict[str, str | None]:
-    """Name to caption of every video below ``folder``."""
+    """Name to caption of every video and image below ``folder``."""
     captions: dict[str, str | None] = {}
     for parent, _, files in os.walk(folder):
         for file in files:
             path = Path(parent, file)
-            if path.suffix.lower() not in VIDEO_SUFFIXES or file.startswith("."):
+            if path.suffix.lower() not in _SUFFIXES or file.startswith("."):
                 continue
             name = path.relative_to(folder).as_posix()
             if not _is_utf8(name):

@@ -75,7 +75,7 @@ def test_no_such_folder(tmp_path: Path) -> None:
 
 def test_no_videos(tmp_path: Path) -> None:
     touch(tmp_path, "a.doc")
-    with pytest.raises(DataError, match=r"no video in .*\.mp4"):
+    with pytest.raises(DataError, match=r"no video or image in .*\.mp4"):
         scan_sources(tmp_path)
 
 
