@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 import re
 import statistics
@@ -28,6 +27,7 @@ from opensora_dist.core.layout import (
 from opensora_dist.observe.charts import Series, line_chart, smooth
 from opensora_dist.observe.jsonl import Record, read_records
 from opensora_dist.observe.page import page
+from opensora_dist.observe.parts import definitions, details, esc, flat, plain, table, tile
 from opensora_dist.observe.progress import format_count, format_seconds
 
 # Bytes of video in the page; a browser takes more, a mail server doesn't. The newest steps come first.
@@ -59,8 +59,8 @@ def write_report(run_dir: Path) -> Path:
             _sequence(events),
             _samples(run_dir / SAMPLES_DIR),
             _evaluation(_read_object(run_dir / EVALUATION_NAME)),
-            _details("Configuration", f"<pre>{_yaml(config_text)}</pre>" if config_text else ""),
-            _details("Environment", _definitions(environment) if environment else ""),
+            details("Configuration", f"<pre>{_yaml(config_text)}</pre>" if config_text else ""),
+            details("Environment", definitions(environment) if environment else ""),
             _events(events),
             f"<footer>Written by opensora-dist, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. "
             "Move the pointer over a chart to read its values.</footer>",
@@ -83,44 +83,43 @@ def _header(name: str, run_dir: Path, metrics: Sequence[Record], events: Sequenc
             f'<p class="warn">{len(bad)} of {len(metrics)} steps had a loss or gradient that was not finite: step {shown}.</p>'
         )
     return (
-        f'<header><h1>{_esc(name)}<span class="badge">{_esc(state)}</span></h1>'
-        f"<p>{_esc(run_dir.name)}{_esc(since)}{_esc(until)}</p>{warning}</header>"
+        f'<header><h1>{esc(name)}<span class="badge">{esc(state)}</span></h1>'
+        f"<p>{esc(run_dir.name)}{esc(since)}{esc(until)}</p>{warning}</header>"
     )
 
 
 def _tiles(metrics: Sequence[Record], events: Sequence[Record], *, planned_steps: Any) -> str:
     tiles: list[str] = []
 
-    def tile(value: str, label: str, note: str = "", *, bad: bool = False) -> None:
-        small = f"<small>{_esc(note)}</small>" if note else ""
-        tiles.append(f'<div class="tile{" bad" if bad else ""}"><span>{_esc(label)}</span><b>{_esc(value)}</b>{small}</div>')
+    def add(value: str, label: str, note: str = "", *, bad: bool = False) -> None:
+        tiles.append(tile(label, value, note, bad=bad))
 
     if metrics:
         last = metrics[-1]
-        tile(f"{last['step']:,}", "Steps", f"of {planned_steps:,}" if isinstance(planned_steps, int) else "")
+        add(f"{last['step']:,}", "Steps", f"of {planned_steps:,}" if isinstance(planned_steps, int) else "")
         losses = smooth(_column(metrics, "loss"), span=_span(metrics))
         loss = next((v for v in reversed(losses) if v is not None), None)
-        tile(f"{loss:.4f}" if loss is not None else "none", "Loss", "smoothed", bad=bool(last.get("nonfinite")))
+        add(f"{loss:.4f}" if loss is not None else "none", "Loss", "smoothed", bad=bool(last.get("nonfinite")))
         seconds = [m["step_s"] for m in metrics if m.get("step_s")]
         if seconds:
             rates = [m["samples"] / m["step_s"] for m in metrics if m.get("step_s") and m.get("samples")]
             tokens = [m["tokens"] / m["step_s"] for m in metrics if m.get("step_s") and m.get("tokens")]
             if rates:
-                tile(format_count(statistics.median(rates)), "Samples/s", "median")
+                add(format_count(statistics.median(rates)), "Samples/s", "median")
             if tokens:
-                tile(format_count(statistics.median(tokens)), "Tokens/s", "median")
+                add(format_count(statistics.median(tokens)), "Tokens/s", "median")
             wait = 100 * sum(m.get("data_wait_s") or 0.0 for m in metrics) / sum(seconds)
-            tile(f"{wait:.1f}%", "Waiting for data", "of step time")
-            tile(format_seconds(sum(seconds)), "Training time", f"median step {statistics.median(seconds):.3g} s")
+            add(f"{wait:.1f}%", "Waiting for data", "of step time")
+            add(format_seconds(sum(seconds)), "Training time", f"median step {statistics.median(seconds):.3g} s")
         mfu = [v for v in _column(metrics, "mfu") if v is not None]
         if mfu:
-            tile(f"{100 * statistics.median(mfu):.1f}%", "MFU", "median")
+            add(f"{100 * statistics.median(mfu):.1f}%", "MFU", "median")
         memory = [v for v in _column(metrics, "memory_bytes") if v is not None]
         if memory:
-            tile(f"{max(memory) / 2**30:.2f} GiB", "Peak memory", "per rank")
+            add(f"{max(memory) / 2**30:.2f} GiB", "Peak memory", "per rank")
     parameters = next((e["parameters"] for e in reversed(events) if isinstance(e.get("parameters"), int)), None)
     if parameters is not None:
-        tile(format_count(parameters), "Parameters", f"{parameters:,}")
+        add(format_count(parameters), "Parameters", f"{parameters:,}")
     return f'<section class="tiles">{"".join(tiles)}</section>' if tiles else ""
 
 
@@ -171,9 +170,9 @@ def _samples(folder: Path) -> str:
                 content = f'<video {play}controls loop muted playsinline preload="auto" src="{source}"></video>'
             elif video.is_file():
                 content = '<div class="empty">left out: the page is large enough</div>'
-            figures.append(f'<figure class="video">{content}<p>{_esc(entry["prompt"])}</p></figure>')
+            figures.append(f'<figure class="video">{content}<p>{esc(entry["prompt"])}</p></figure>')
         label = step.name.removeprefix("step-").lstrip("0") or "0"
-        groups.append(f'<h3>Step {_esc(label)}</h3><div class="videos">{"".join(figures)}</div>')
+        groups.append(f'<h3>Step {esc(label)}</h3><div class="videos">{"".join(figures)}</div>')
     older = f"<details><summary>Earlier steps ({len(groups) - 1})</summary>" if len(groups) > 1 else ""
     rest = f'{older}<div style="padding: 0 16px 16px">{"".join(groups[1:])}</div></details>' if older else ""
     return f"<h2>Validation videos</h2>{groups[0]}{'<h3></h3>' if rest else ''}{rest}"
@@ -182,17 +181,14 @@ def _samples(folder: Path) -> str:
 def _evaluation(result: Mapping[str, Any] | None) -> str:
     if result is None:
         return ""
-    tiles = [
-        f'<div class="tile"><span>{_esc(name)}</span><b>{100 * rate:.0f}%</b></div>'
-        for name, rate in result.get("rates", {}).items()
-    ]
+    tiles = [tile(name, f"{100 * rate:.0f}%") for name, rate in result.get("rates", {}).items()]
     parts = [f'<section class="tiles">{"".join(tiles)}</section>'] if tiles else []
     rest = {name: value for name, value in result.items() if name != "rates" and not isinstance(value, list)}
     if rest:
-        parts.append(f'<p class="note">{_esc(", ".join(f"{n} {_plain(v)}" for n, v in _flat(rest) if v is not None))}</p>')
+        parts.append(f'<p class="note">{esc(", ".join(f"{n} {plain(v)}" for n, v in flat(rest) if v is not None))}</p>')
     for name, value in result.items():
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-            parts.append(f"<h3>{_esc(name.replace('_', ' '))}</h3>{_table(value)}")
+            parts.append(f"<h3>{esc(name.replace('_', ' '))}</h3>{table(value)}")
     return f"<h2>Evaluation</h2>{''.join(parts)}" if parts else ""
 
 
@@ -208,7 +204,7 @@ def _sequence(events: Sequence[Record]) -> str:
         row.update({k: v for k, v in event.items() if k not in ("time", "event", "bucket")})
     if not rows:
         return ""
-    table = [
+    lines = [
         {
             "bucket (tokens)": bucket,
             "scheme": row.get("scheme"),
@@ -224,64 +220,22 @@ def _sequence(events: Sequence[Record]) -> str:
         "measured step is longer by norms, softmax, the optimizer and all else. Measured is the median of a bucket's third to tenth step; "
         "on a GPU, of windows between two log lines in which no other bucket came, and not its first."
     )
-    return f'<h2>Sequence parallelism</h2>{_table(table)}<p class="note">{_esc(note)}</p>'
+    return f'<h2>Sequence parallelism</h2>{table(lines)}<p class="note">{esc(note)}</p>'
 
 
 def _events(events: Sequence[Record]) -> str:
     if not events:
-        return _details("Events", "")
+        return details("Events", "")
     rows = [
         {
             "time": _time(e["time"]),
             "event": str(e["event"]).replace("_", " "),
-            "details": ", ".join(f"{k}={_plain(v)}" for k, v in e.items() if k not in ("time", "event")),
+            "details": ", ".join(f"{k}={plain(v)}" for k, v in e.items() if k not in ("time", "event")),
         }
         for e in events[-_LAST_EVENTS:]
     ]
     left_out = f" (last {_LAST_EVENTS} of {len(events)})" if len(events) > _LAST_EVENTS else f" ({len(events)})"
-    return _details(f"Events{left_out}", _table(rows, card=False))
-
-
-def _details(title: str, content: str) -> str:
-    if not content:
-        return f'<h2>{_esc(title)}</h2><p class="empty">Not recorded.</p>'
-    heading = "<h2>Record</h2>" if title == "Configuration" else ""
-    return f"{heading}<details{' open' if title == 'Configuration' else ''}><summary>{_esc(title)}</summary>{content}</details>"
-
-
-def _table(rows: Sequence[Mapping[str, Any]], *, card: bool = True) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    head = "".join(f"<th>{_esc(c.replace('_', ' '))}</th>" for c in columns)
-    lines = ["<tr>" + "".join(_cell(row.get(c)) for c in columns) + "</tr>" for row in rows]
-    table = f'<div class="scroll tall"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-    return f'<div class="card">{table}</div>' if card else table
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return f'<td class="{"yes" if value else "no"}">{"yes" if value else "no"}</td>'
-    if isinstance(value, float):
-        return f'<td class="num">{value:.4g}</td>'
-    return f'<td class="{"num" if isinstance(value, int) else "value"}">{_esc(_plain(value))}</td>'
-
-
-def _definitions(values: Mapping[str, Any]) -> str:
-    rows = [
-        f'<tr><td class="name">{_esc(name)}</td><td class="value">{_esc(_plain(value))}</td></tr>'
-        for name, value in _flat(values)
-    ]
-    return f'<div class="scroll"><table><tbody>{"".join(rows)}</tbody></table></div>'
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Leaves of nested dicts with dotted names."""
-    leaves: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            leaves += _flat(value, f"{prefix}{name}.")
-        else:
-            leaves.append((f"{prefix}{name}", value))
-    return leaves
+    return details(f"Events{left_out}", table(rows, card=False))
 
 
 def _yaml(text: str) -> str:
@@ -290,11 +244,11 @@ def _yaml(text: str) -> str:
     for line in text.splitlines():
         match = re.match(r"^(\s*(?:- )?)([\w.-]+)(:)(\s.*|)$", line)
         if line.lstrip().startswith("#"):
-            lines.append(f'<span class="c">{_esc(line)}</span>')
+            lines.append(f'<span class="c">{esc(line)}</span>')
         elif match:
-            lines.append(f'{_esc(match[1])}<span class="k">{_esc(match[2])}</span>:{_esc(match[4])}')
+            lines.append(f'{esc(match[1])}<span class="k">{esc(match[2])}</span>:{esc(match[4])}')
         else:
-            lines.append(_esc(line))
+            lines.append(esc(line))
     return "\n".join(lines)
 
 
@@ -338,15 +292,3 @@ def _read_object(path: Path) -> dict[str, Any] | None:
 
 def _time(text: Any) -> str:
     return str(text)[:19].replace("T", " ")
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, (list, tuple)) and all(not isinstance(v, (dict, list)) for v in value):
-        return " ".join(map(str, value))
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _esc(text: Any) -> str:
-    return html.escape(str(text), quote=True)
