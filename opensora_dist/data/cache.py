@@ -1,0 +1,357 @@
+"""Shards of remote data sets on this machine's disk: whole files, the least recently used of which go first.
+
+The folder is shared by all processes of the machine, and by all data sets. A file that is there is whole: it is written under another
+name, checked, made durable and renamed. Locks are the kernel's (flock), so those of a process that died are free.
+
+Files are given out as descriptors that hold a shared lock, so that who makes room sees what is in use and takes others. Where nothing
+else is left, a file in use loses its name: on Linux descriptors stay valid, and its space is free when the last is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import xxhash
+
+from opensora_dist.core.io import fsync
+from opensora_dist.core.logging import get_logger
+from opensora_dist.core.urls import redact
+
+_log = get_logger(__name__)
+_T = TypeVar("_T")
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ABANDONED_S = 3600.0  # a partial file that nobody wrote to for so long has no writer
+
+
+class FetchError(OSError):
+    """A shard can't be brought here. An ``OSError``, as it would be of a file on this machine: readers make it damage of samples."""
+
+
+class _GoneError(Exception):
+    """Trying again would not help."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A file that is to be in the cache.
+
+    Args:
+        path: Where it is or goes, below the cache's folder.
+        shown: What messages call it: its URL, without secrets.
+        read: Its bytes from a position on, piece by piece. Raises what the transport raises.
+        num_bytes: Its size, where known.
+        xxh3: Its xxh3-64 (hex), where known.
+    """
+
+    path: Path
+    shown: str
+    read: Callable[[int], Iterator[bytes]]
+    num_bytes: int | None = None
+    xxh3: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long a fetch is tried.
+
+    Args:
+        attempts: Transfers that are begun.
+        backoff_s: Pause after the first that failed; each next one is twice as long.
+        stall_s: Who waits for another process gives up after so long without a byte.
+    """
+
+    attempts: int = 5
+    backoff_s: float = 0.5
+    stall_s: float = 120.0
+
+
+class ShardCache:
+    """Files of remote data sets, at most so many bytes. Any thread and process may use it.
+
+    Args:
+        root: The cache's folder.
+        max_bytes: What all files may take together.
+    """
+
+    def __init__(self, root: Path, *, max_bytes: int, patience: Patience = Patience()) -> None:
+        self.root = root
+        self._max_bytes = max_bytes
+        self._patience = patience
+        self._told_small = False
+        root.mkdir(parents=True, exist_ok=True)
+
+    def has(self, wanted: Wanted) -> bool:
+        """Whether a file is here, by name and size."""
+        try:
+            size = wanted.path.stat().st_size
+        except OSError:
+            return False
+        return wanted.num_bytes is None or size == wanted.num_bytes
+
+    def open(self, wanted: Wanted, *, stopped: Callable[[], bool] = lambda: False) -> int:
+        """A descriptor to read a file with, fetched where it isn't here; the caller closes it.
+
+        Args:
+            stopped: Asked between pieces; a fetch for which it is true ends with an error.
+        Raises:
+            FetchError: It can't be had; says from where, how often it was tried and the way out.
+        """
+        if (fd := self._take(wanted)) is not None:
+            return fd
+        wanted.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._turn(wanted, stopped):
+            if (fd := self._take(wanted)) is None:
+                self._fetch(wanted, stopped)
+                fd = self._take(wanted)
+        if fd is None:
+            raise FetchError(
+                f"{wanted.shown}: was fetched to {wanted.path} and is gone again; does something else clean that folder?"
+            )
+        return fd
+
+    def _take(self, wanted: Wanted) -> int | None:
+        """The file if it is here and of the right size; a shared lock says that it is in use, its time that it was used last."""
+        try:
+            fd = os.open(wanted.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        if wanted.num_bytes is not None and os.fstat(fd).st_size != wanted.num_bytes:  # of a data set that was replaced
+            os.close(fd)
+            return None
+        _flock(fd, fcntl.LOCK_SH)
+        os.utime(fd)
+        return fd
+
+    @contextmanager
+    def _turn(self, wanted: Wanted, stopped: Callable[[], bool]) -> Iterator[None]:
+        """One process at a time fetches a file; the others wait as long as it grows."""
+        with open(_beside(wanted.path, "lock"), "w") as handle:
+            seen, since = _progress(wanted.path), time.monotonic()
+            while not _flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB):
+                if stopped():
+                    raise FetchError(f"{wanted.shown}: not fetched, as reading ended")
+                if (now := _progress(wanted.path)) != seen:
+                    seen, since = now, time.monotonic()
+                if time.monotonic() - since > self._patience.stall_s:
+                    raise FetchError(
+                        f"{wanted.shown}: another process of this machine fetches it to {wanted.path} and got nothing for "
+                        f"{self._patience.stall_s:.0f} s; end that process, or see whether the store answers"
+                    )
+                time.sleep(0.02)
+            yield
+
+    def _fetch(self, wanted: Wanted, stopped: Callable[[], bool]) -> None:
+        for left in wanted.path.parent.glob(f".{wanted.path.name}.partial-*"):  # of a fetcher that died: this one has the lock
+            left.unlink(missing_ok=True)
+        self._make_room(wanted)
+        partial = _beside(wanted.path, f"partial-{uuid.uuid4().hex[:8]}")
+        try:
+            with open(partial, "w+b", buffering=0) as handle:
+                os.truncate(handle.fileno(), wanted.num_bytes or 0)  # takes its room, as others who make room see it
+                self._transfer(handle.fileno(), wanted, stopped)
+                os.fsync(handle.fileno())
+            os.replace(partial, wanted.path)
+            fsync(wanted.path.parent)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise FetchError(
+                    f"{wanted.shown}: no space left in {self.root}; free some there, name another disk with data.cache.path, or lower "
+                    f"data.cache.max_gib (now {self._max_bytes / 2**30:g}) below what the disk holds"
+                ) from error
+            raise
+        finally:
+            partial.unlink(missing_ok=True)
+        if wanted.num_bytes is None:
+            self._make_room(wanted)
+
+    def _transfer(self, fd: int, wanted: Wanted, stopped: Callable[[], bool]) -> None:
+        """Attempts with growing pauses. A later one goes on where the last ended, if the hash of the whole will tell whether that fits."""
+        done, digest = 0, xxhash.xxh3_64()
+        for attempt in range(1, self._patience.attempts + 1):
+            if wanted.xxh3 is None or done == wanted.num_bytes:
+                done, digest = 0, xxhash.xxh3_64()
+            try:
+                for piece in wanted.read(done):
+                    if stopped():
+                        raise FetchError(f"{wanted.shown}: not fetched, as reading ended")
+                    _write(fd, piece, done)
+                    digest.update(piece)
+                    done += len(piece)
+                os.truncate(fd, done)
+                _verify(wanted, done, digest.hexdigest())
+                return
+            except (FetchError, _DiskError):
+                raise
+            except transport_errors() as error:
+                why = f"{type(error).__name__}: {error}"
+                if attempt == self._patience.attempts or is_final(error):
+                    raise FetchError(_gave_up(wanted.shown, attempt, why)) from error
+            pause = self._patience.backoff_s * 2 ** (attempt - 1)
+            _log.warning("%s: %s; attempt %d follows in %.1f s", wanted.shown, why, attempt + 1, pause)
+            time.sleep(pause)
+
+    def _make_room(self, wanted: Wanted) -> None:
+        """Removes the files used least recently until ``wanted`` fits; those in use last."""
+        need = wanted.num_bytes or 0
+        if need > self._max_bytes:
+            raise FetchError(
+                f"{wanted.shown}: has {need / 2**30:.2f} GiB, more than all of data.cache.max_gib={self._max_bytes / 2**30:g}; raise it"
+            )
+        with open(self.root / ".lock", "w") as handle:
+            _flock(handle.fileno(), fcntl.LOCK_EX)
+            files = sorted(_files(self.root), key=lambda file: file[1])
+            over = sum(size for _, _, size in files) + need - self._max_bytes
+            candidates = [file for file in files if file[0] != wanted.path]
+            for free_only in (True, False):
+                for path, used, size in candidates:
+                    if over <= 0:
+                        return
+                    if ".partial-" in path.name and time.time() - used < _ABANDONED_S:
+                        continue
+                    if _remove(path, free_only=free_only):
+                        over -= size
+                if over > 0 and free_only and not self._told_small:
+                    self._told_small = True
+                    _log.warning(
+                        "data.cache.max_gib=%g is less than the shards that readers hold open; files in use are replaced (their readers go on)",
+                        self._max_bytes / 2**30,
+                    )
+
+
+def retried(call: Callable[[], _T], *, shown: str, patience: Patience) -> _T:
+    """What a small request answers, tried as often as a transfer is.
+
+    Raises:
+        FetchError: As ``ShardCache.open``.
+    """
+    for attempt in range(1, patience.attempts + 1):
+        try:
+            return call()
+        except transport_errors() as error:
+            why = f"{type(error).__name__}: {error}"
+            if attempt == patience.attempts or is_final(error):
+                raise FetchError(_gave_up(shown, attempt, why)) from error
+        time.sleep(patience.backoff_s * 2 ** (attempt - 1))
+    raise AssertionError("the last attempt answers or raises")
+
+
+class _DiskError(OSError):
+    """Of this machine's disk, not of the transport."""
+
+
+def transport_errors() -> tuple[type[BaseException], ...]:
+    """What transports raise, of those that are loaded."""
+    kinds: list[type[BaseException]] = [OSError, EOFError, ValueError, asyncio.TimeoutError, _GoneError]
+    for module, name in (
+        ("aiohttp", "ClientError"),
+        ("botocore.exceptions", "BotoCoreError"),
+        ("botocore.exceptions", "ClientError"),
+        ("gcsfs.retry", "HttpError"),
+        ("google.auth.exceptions", "GoogleAuthError"),
+    ):
+        if module in sys.modules:
+            kinds.append(getattr(sys.modules[module], name))
+    return tuple(kinds)
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether trying again can't help: not there, not allowed. fsspec's http calls whatever went wrong "not found": its cause counts."""
+    cause = error.__cause__
+    status = getattr(error, "status", getattr(cause, "status", None))
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in (408, 425, 429)
+    if isinstance(error, FileNotFoundError) and cause is not None and not isinstance(cause, OSError | KeyError):
+        return type(cause).__module__.startswith(("botocore", "gcsfs"))
+    return isinstance(error, FileNotFoundError | PermissionError | _GoneError)
+
+
+def _gave_up(shown: str, attempts: int, why: str) -> str:
+    tried = f"{attempts} attempt{'s' if attempts > 1 else ''}"
+    return (
+        f"{shown}: can't be fetched, after {tried} ({redact(why)}); see that it is there, that this machine reaches it and "
+        "that the credentials in the environment allow it (docs/remote.md)"
+    )
+
+
+def _verify(wanted: Wanted, num_bytes: int, xxh3: str) -> None:
+    if wanted.num_bytes is not None and num_bytes != wanted.num_bytes:
+        raise EOFError(f"{num_bytes:,} bytes came, the index says {wanted.num_bytes:,}")
+    if wanted.xxh3 is not None and xxh3 != wanted.xxh3:
+        raise EOFError(f"its xxh3 is {xxh3}, the index says {wanted.xxh3}")
+
+
+def _write(fd: int, piece: bytes, offset: int) -> None:
+    view = memoryview(piece)
+    try:
+        while view:
+            count = os.pwrite(fd, view, offset)
+            view, offset = view[count:], offset + count
+    except OSError as error:
+        raise _DiskError(error.errno, error.strerror) from error
+
+
+def _flock(fd: int, how: int) -> bool:
+    """Whether the lock was had. Where there are no locks, as on some cluster file systems, everyone has it: renames are atomic still."""
+    try:
+        fcntl.flock(fd, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}")
+
+
+def _progress(path: Path) -> float:
+    """When something was last written for a file."""
+    times = [0.0]
+    for partial in path.parent.glob(f".{path.name}.partial-*"):
+        try:
+            times.append(partial.stat().st_mtime)
+        except FileNotFoundError:
+            continue
+    return max(times)
+
+
+def _files(root: Path) -> Iterator[tuple[Path, float, int]]:
+    """Shards and partial files: path, when last used, size. Indexes and locks stay."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            if name.endswith(".tar") or ".tar.partial-" in name:
+                path = Path(folder, name)
+                try:
+                    status = path.stat()
+                except FileNotFoundError:
+                    continue
+                yield path, status.st_mtime, status.st_size
+
+
+def _remove(path: Path, *, free_only: bool) -> bool:
+    """Unlinks a file that nobody has open (or any); says whether it did."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        if free_only and not _flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            return False
+        path.unlink(missing_ok=True)
+        return True
+    finally:
+        os.close(fd)
