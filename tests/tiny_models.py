@@ -1,0 +1,111 @@
+"""Checkpoints of vision-language models with a few thousand random weights, saved by transformers as published ones are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+WORDS = (
+    "Describe this video in one short sentence detail subjects actions setting light camera . : , "
+    "a red blue green circle square triangle moves left right up down over under slowly quickly on white black grey floor wall"
+).split()
+SPECIAL = [
+    *("<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "<|im_start|>", "<|im_end|>"),
+    *("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
+]
+VOCABULARY = [*SPECIAL, "USER", "ASSISTANT", "system", "user", "assistant", *WORDS]
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ content['text'] }}{% endif %}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_TEXT = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tokenizer():
+    """Whole words, one id each."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIAL[4:],
+    )
+
+
+def save_llava(folder: Path, *, template: str | None = LLAVA_TEMPLATE) -> Path:
+    """LLaVA-1.5: CLIP's vision tower, 28 x 28 pixels as four patches, and a Llama."""
+    transformers = pytest.importorskip("transformers")
+    tower = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = transformers.LlavaConfig(
+        vision_config=tower, text_config=transformers.LlamaConfig(**_TEXT), image_token_id=VOCABULARY.index("<image>")
+    )
+    _save(transformers.LlavaForConditionalGeneration(config), folder)
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    transformers.LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_qwen2_vl(folder: Path, *, template: str | None = QWEN_TEMPLATE) -> Path:
+    """Qwen2-VL: images of any size as patches of 14 x 14, merged by fours, and a Qwen2 with positions in three dimensions.
+
+    Its parts are saved one by one, as on the hub: the whole processor can't be built without torchvision.
+    """
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen2VLConfig(
+        text_config={**_TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+        vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14},
+        image_token_id=VOCABULARY.index("<|image_pad|>"),
+        video_token_id=VOCABULARY.index("<|video_pad|>"),
+        vision_start_token_id=VOCABULARY.index("<|vision_start|>"),
+        vision_end_token_id=VOCABULARY.index("<|vision_end|>"),
+    )
+    _save(transformers.Qwen2VLForConditionalGeneration(config), folder)
+    transformers.Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56).save_pretrained(folder)
+    words = tokenizer()
+    words.chat_template = template
+    words.save_pretrained(folder)
+    return folder
+
+
+def _save(model, folder: Path) -> None:
+    """Larger weights than a fresh model has, so that what it says depends on what it sees; it never ends before it must."""
+    draws = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5 * 2, generator=draws)
+        head = model.get_output_embeddings().weight
+        head[: VOCABULARY.index(WORDS[0])] *= 0.01
+    model.save_pretrained(folder)
