@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +34,14 @@ def layer_norm(width: int) -> nn.LayerNorm:
     return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
 
-def modulate(x_BTSD: Tensor, *, shift_B11D: Tensor, scale_B11D: Tensor) -> Tensor:
+def modulate(x_BTSD: Tensor, shift_B11D: Tensor, scale_B11D: Tensor) -> Tensor:
     """adaLN's affine map, the same for every token of a sample."""
     return x_BTSD * (1 + scale_B11D) + shift_B11D
+
+
+def gated(x_BTSD: Tensor, branch_BTSD: Tensor, gate_B11D: Tensor) -> Tensor:
+    """What a branch adds to the residual stream."""
+    return x_BTSD + gate_B11D * branch_BTSD
 
 
 def over_tokens(region: Callable[..., Tensor], x_BTSD: Tensor, *of_tokens: Tensor, tile_tokens: int | None) -> Tensor:
@@ -100,14 +106,15 @@ class CrossAttention(nn.Module):
         Args:
             x_BTSD: Tokens of ``shard``, or of a pack all of them.
         """
-        outputs = []
-        for q_BLC, samples in shard.clips(self.q_linear(x_BTSD)):
-            q_BNLK = q_BLC.view(*q_BLC.shape[:2], self.heads, -1).transpose(1, 2)
-            mask_BY = None if text_mask_BY is None else text_mask_BY[samples]
-            out_BNLK = attention(q_BNLK, *(x[samples] for x in kv_BNYK), mask_BM=mask_BY)
-            outputs.append(out_BNLK.transpose(1, 2).flatten(2))
-        out: Tensor = self.proj(shard.from_clips(outputs, like=x_BTSD))
+        masks = () if text_mask_BY is None else (text_mask_BY,)
+        attended = shard.each(self._attend, self.q_linear(x_BTSD), of=(*kv_BNYK, *masks))
+        out: Tensor = self.proj(attended)
         return out
+
+    def _attend(self, q_BTSC: Tensor, k_BNYK: Tensor, v_BNYK: Tensor, mask_BY: Tensor | None = None) -> Tensor:
+        B, T, S, C = q_BTSC.shape
+        q_BNLK = q_BTSC.reshape(B, T * S, self.heads, C // self.heads).transpose(1, 2)
+        return attention(q_BNLK, k_BNYK, v_BNYK, mask_BM=mask_BY).transpose(1, 2).reshape(q_BTSC.shape)
 
     def flops(self, tokens: int, *, text_tokens: int) -> int:
         """Forward FLOPs for one sample."""
@@ -203,7 +210,7 @@ class Block(nn.Module, ABC):
         text_mask_BY: Tensor | None,
         tpe_tD: Tensor | None,
     ) -> Tensor:
-        modulation_B611D = shard.spread(self.scale_shift_table + t_B6D)
+        modulation_B611D = (self.scale_shift_table + t_B6D)[:, :, None, None]
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation_B611D.unbind(1)
         kv_BNYK = self.cross_attn.keys_and_values(text_BYD)
         tp = self.tensor
@@ -211,10 +218,10 @@ class Block(nn.Module, ABC):
         def cross_and_mlp(x: Tensor) -> Tensor:
             attended = self.cross_attn(tp.enter(x), shard=shard, kv_BNYK=kv_BNYK, text_mask_BY=text_mask_BY)
             x = x + tp.leave(attended, self.cross_attn.proj, tape=shard.tape)
-            x_mlp = tp.enter(modulate(self.norm2(x), shift_B11D=shift_mlp, scale_B11D=scale_mlp))
+            x_mlp = tp.enter(shard.each(modulate, self.norm2(x), of=(shift_mlp, scale_mlp)))
             # What is sent is outside: a tile is run again in backward.
             hidden = over_tokens(self.mlp, x_mlp, tile_tokens=self.tile_tokens)
-            return x + gate_mlp * tp.leave(hidden, self.mlp.fc2, tape=shard.tape)
+            return shard.each(gated, x, tp.leave(hidden, self.mlp.fc2, tape=shard.tape), of=(gate_mlp,))
 
         return self.mix_tokens(
             x_BtsD,
@@ -327,10 +334,10 @@ class FinalLayer(nn.Module):
         """Tokens that it works on at once."""
 
     def forward(self, x_BTSD: Tensor, *, shard: Tokens, t_BD: Tensor) -> Tensor:
-        shift_scale = shard.spread(self.scale_shift_table + t_BD[:, None]).unbind(1)
+        shift_scale = (self.scale_shift_table + t_BD[:, None])[:, :, None, None].unbind(1)
 
         def patches(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-            out: Tensor = self.linear(modulate(self.norm_final(x), shift_B11D=shift, scale_B11D=scale))
+            out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
             return out
 
-        return over_tokens(patches, x_BTSD, *shift_scale, tile_tokens=self.tile_tokens)
+        return shard.each(partial(over_tokens, patches, tile_tokens=self.tile_tokens), x_BTSD, of=shift_scale)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opensora_dist.core.types import Axis, Region, Thw
 from opensora_dist.models.base import VideoTransformer
-from opensora_dist.models.layers import Block, modulate
+from opensora_dist.models.layers import Block, gated, modulate
 from opensora_dist.parallel.sequence.pack import Tokens
 from opensora_dist.parallel.tensor.linear import part_of
 
@@ -35,14 +35,14 @@ class DiTBlock(Block):
         tp = self.tensor
 
         def modulated(x: Tensor, _frames: slice) -> Tensor:
-            return tp.enter(modulate(self.norm1(x), shift_B11D=shift_B11D, scale_B11D=scale_B11D))
+            return tp.enter(shard.each(modulate, self.norm1(x), of=(shift_B11D, scale_B11D)))
 
         return shard.branch(
             part_of(self.attn),
             x_BtsD,
             Axis.JOINT,
             before=modulated,
-            then=lambda x, out: then(x + gate_B11D * tp.leave(out, self.attn.proj, tape=shard.tape)),
+            then=lambda x, out: then(shard.each(gated, x, tp.leave(out, self.attn.proj, tape=shard.tape), of=(gate_B11D,))),
         )
 
     def mix_flops(self, grid: Thw) -> int:

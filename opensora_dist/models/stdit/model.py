@@ -12,7 +12,7 @@ from torch import Tensor
 from opensora_dist.config.train import ModelConfig
 from opensora_dist.core.types import Axis, Region, Thw
 from opensora_dist.models.base import ModelIo, VideoTransformer
-from opensora_dist.models.layers import Block, SelfAttention, modulate
+from opensora_dist.models.layers import Block, SelfAttention, gated, modulate
 from opensora_dist.parallel.sequence.pack import Tokens
 from opensora_dist.parallel.tensor.linear import part_of
 
@@ -43,11 +43,11 @@ class STDiTBlock(Block):
                 x,
                 Axis.SPACE,
                 before=modulated,
-                then=lambda x, out: x + gate_B11D * tp.leave(out, self.attn.proj, tape=tape),
+                then=lambda x, out: shard.each(gated, x, tp.leave(out, self.attn.proj, tape=tape), of=(gate_B11D,)),
             )
 
         def modulated(x: Tensor, _frames: slice) -> Tensor:
-            return tp.enter(modulate(self.norm1(x), shift_B11D=shift_B11D, scale_B11D=scale_B11D))
+            return tp.enter(shard.each(modulate, self.norm1(x), of=(shift_B11D, scale_B11D)))
 
         def positioned(x: Tensor, frames: slice) -> Tensor:
             # No norm and no modulation here, and positions reach the attention only, not the residual: that is the published model.
@@ -59,7 +59,7 @@ class STDiTBlock(Block):
             Axis.TIME,
             first=space,
             before=positioned,
-            then=lambda x, out: then(x + gate_B11D * tp.leave(out, self.attn_temp.proj, tape=tape)),
+            then=lambda x, out: then(shard.each(gated, x, tp.leave(out, self.attn_temp.proj, tape=tape), of=(gate_B11D,))),
         )
 
     def mix_flops(self, grid: Thw) -> int:

@@ -179,18 +179,13 @@ class Shard:
         """This shard within a region that is computed again in backward; without a tape, one that is not."""
         return replace(self, tape=tape)
 
-    def spread(self, values_BMD: Tensor) -> Tensor:
-        """M vectors of each sample for each of its tokens, [B, M, 1, 1, D]."""
-        return values_BMD[:, :, None, None]
+    def each(self, op: Callable[..., Tensor], *tokens_BtsD: Tensor, of: Sequence[Tensor]) -> Tensor:
+        """``op(*tokens, *of)`` where what a token meets is its own sample's: work on each token by itself.
 
-    def clips(self, x_BtsD: Tensor) -> list[tuple[Tensor, slice]]:
-        """[B, t s, D] of samples of one shape, and which samples these are: here all, of any piece of the tokens."""
-        return [(x_BtsD.flatten(1, 2), slice(None))]
-
-    def from_clips(self, clips_BlD: Sequence[Tensor], *, like: Tensor) -> Tensor:
-        """Back from ``clips``, to the tokens of ``like``."""
-        (x_BlD,) = clips_BlD
-        return x_BlD.view(*like.shape[:3], -1)
+        Args:
+            of: By sample, [B, ...].
+        """
+        return op(*tokens_BtsD, *of)
 
     def branch(
         self, attn: Projections, x_BtsD: Tensor, axis: Axis, *, first: First | None = None, before: Before, then: Then
@@ -235,6 +230,23 @@ class Scheme(ABC):
     @abstractmethod
     def attend(self, attn: Projections, x_BtsD: Tensor, axis: Axis, shard: Shard) -> Tensor:
         """Self-attention along a crossing ``axis``, from the residual layout to the residual layout."""
+
+    def attend_parts(
+        self,
+        attn: Projections,
+        xs_BtsD: Sequence[Tensor],
+        axis: Axis,
+        shards: Sequence[Shard],
+        *,
+        meanwhile: Callable[[], None],
+    ) -> list[Tensor]:
+        """``attend`` of the parts of a pack, which don't see each other; here one after the other.
+
+        Args:
+            meanwhile: Work of this rank alone, for while tokens travel; called once.
+        """
+        meanwhile()
+        return [self.attend(attn, x, axis, shard) for x, shard in zip(xs_BtsD, shards, strict=True)]
 
     def branch(
         self, attn: Projections, x_BtsD: Tensor, axis: Axis, shard: Shard, *, first: First | None, before: Before, then: Then

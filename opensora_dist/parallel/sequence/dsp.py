@@ -16,9 +16,8 @@ For a shard by rows, read rows and frames in place of frames and places.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +36,8 @@ from opensora_dist.parallel.sequence.base import (
     ranges,
     split_sizes,
 )
+from opensora_dist.parallel.sequence.dsp_ops import cat, leave, project
+from opensora_dist.parallel.sequence.dsp_parts import Parts
 from opensora_dist.parallel.sequence.rows import join, part
 from opensora_dist.parallel.sequence.transfer import Transfer
 
@@ -77,9 +78,20 @@ class Dsp(Scheme):
         return Traffic(forward=sent, backward=sent)
 
     def attend(self, attn: Projections, x_BtsD: Tensor, axis: Axis, shard: Shard) -> Tensor:
-        x_BtSD = _frames_first(x_BtsD, axis)
-        pipeline = _Pipeline(attn, shard, axis, like=x_BtSD, overlap=self._overlap, chunks=1)
-        return _frames_first(pipeline.arrive([pipeline.depart(0, x_BtSD, x_BtSD)], lambda _x, out: out), axis)
+        return self.attend_parts(attn, [x_BtsD], axis, [shard], meanwhile=lambda: None)[0]
+
+    def attend_parts(
+        self,
+        attn: Projections,
+        xs_BtsD: Sequence[Tensor],
+        axis: Axis,
+        shards: Sequence[Shard],
+        *,
+        meanwhile: Callable[[], None],
+    ) -> list[Tensor]:
+        parts = Parts(attn, [_frames_first(x, axis) for x in xs_BtsD], axis, shards, overlap=self._overlap)
+        meanwhile()
+        return [_frames_first(out, axis) for out in parts.arrive()]
 
     def branch(
         self, attn: Projections, x_BtsD: Tensor, axis: Axis, shard: Shard, *, first: First | None, before: Before, then: Then
@@ -87,7 +99,7 @@ class Dsp(Scheme):
         if not self._overlap:
             return super().branch(attn, x_BtsD, axis, shard, first=first, before=before, then=then)
         x_BtSD = _frames_first(x_BtsD, axis)
-        pipeline = _Pipeline(attn, shard, axis, like=x_BtSD, overlap=True, chunks=self._chunks)
+        pipeline = _Pipeline(attn, shard, axis, like=x_BtSD, chunks=self._chunks)
         departed = []
         # The gradient of a split is a copy, for one piece too.
         pieces = torch.split(x_BtSD, pipeline.held, dim=1) if len(pipeline.held) > 1 else (x_BtSD,)
@@ -125,9 +137,9 @@ class _Pipeline:
         chunks: Runs of frames, and of places; fewer where a rank has fewer.
     """
 
-    def __init__(self, attn: Projections, shard: Shard, axis: Axis, *, like: Tensor, overlap: bool, chunks: int) -> None:
+    def __init__(self, attn: Projections, shard: Shard, axis: Axis, *, like: Tensor, chunks: int) -> None:
         assert shard.links is not None
-        self._attn, self._exchange, self._tape, self._overlap = attn, shard.links.sp, shard.tape, overlap
+        self._attn, self._exchange, self._tape = attn, shard.links.sp, shard.tape
         self._batch, self._t, S, self._width = like.shape
         rank, lengths = self._exchange.rank, shard.lengths(axis)
         self._others = [r for r in range(len(lengths)) if r != rank]
@@ -159,7 +171,7 @@ class _Pipeline:
 
     def arrive(self, departed: Sequence[_Departed], then: Then) -> Tensor:
         """``then`` on all tokens, given the output of the attention."""
-        qkv_RE = self._project(departed)
+        qkv_RE = project(self._attn, [d.rows_RD[1] for d in departed], [(d.arriving_RD, d.transfer) for d in departed])
         heads, head_dim = self._attn.heads, self._attn.head_dim
         qkv_TBsE = qkv_RE.view(sum(map(sum, self._held_by)), self._batch, self._owned, 3 * heads * head_dim)
         own_tBsC, returning = [], []
@@ -167,14 +179,14 @@ class _Pipeline:
             T, B, s, _ = run_TBsE.shape
             qkv_BsNTK = run_TBsE.view(T, B, s, 3, heads, head_dim).permute(3, 1, 2, 4, 0, 5).flatten(1, 2)
             out_GTC = attention(*qkv_BsNTK.unbind(0)).transpose(1, 2).flatten(2)
-            own_RC, rest_RC = _Leave.apply(out_GTC, self._t, self._order())  # type: ignore[no-untyped-call]
+            own_RC, rest_RC = leave([out_GTC], [[(0, slice(0, self._t))], self._order()])
             own_tBsC.append(own_RC.view(self._t, B, s, heads * head_dim))
             transfer = self._transfer(
                 send=[sum(self._held_by[r]) * B * s for r in self._others],
                 recv=[self._t * B * len(places) for places in self._returning[j]],
             )
             returning.append((transfer, transfer.issue(self._attn.proj(rest_RC))))
-        own_RC = _cat(own_tBsC, dim=2).flatten(0, 2)
+        own_RC = cat(own_tBsC, dim=2).flatten(0, 2)
         *rest_RD, x_own_RD = self._residual(departed)
         done_own = self._apply(then, x_own_RD, self._attn.proj(own_RC), self._leaving[1])
         done_rest = [
@@ -188,34 +200,20 @@ class _Pipeline:
         send_rows, recv_rows = [0] * self._exchange.size, [0] * self._exchange.size
         for r, sent, received in zip(self._others, send, recv):
             send_rows[r], recv_rows[r] = sent, received
-        return Transfer(self._exchange, send_rows=send_rows, recv_rows=recv_rows, overlap=self._overlap, tape=self._tape)
+        return Transfer(self._exchange, send_rows=send_rows, recv_rows=recv_rows, overlap=True, tape=self._tape)
 
-    def _project(self, departed: Sequence[_Departed]) -> Tensor:
-        """QKV of all frames of the places owned, [T * G, E]: this rank's frames, then the others' run by run, in each by rank."""
-        dtype = compute_dtype(departed[0].arriving_RD)
-        weight, bias = self._attn.qkv.weight.to(dtype), self._attn.qkv.bias.to(dtype)
-        shared = _Shared()
-        own_RD = _cat([d.rows_RD[1] for d in departed], dim=0).to(dtype)
-        arriving = sum(len(d.arriving_RD) for d in departed)
-        qkv_RE: Tensor = _ProjectOwn.apply(own_RD, weight, bias, arriving, shared)  # type: ignore[no-untyped-call]
-        for d in departed:
-            arrived_RD = d.transfer.wait(d.arriving_RD)
-            qkv_RE = _ProjectRest.apply(qkv_RE, arrived_RD, weight, bias, shared)  # type: ignore[no-untyped-call]
-        shared.out_RE = None  # the nodes hold ``shared`` until backward, and under recomputation nothing is to be kept
-        return qkv_RE
-
-    def _order(self) -> list[slice]:
+    def _order(self) -> list[tuple[int, slice]]:
         """Where other ranks' frames lie along T, rank by rank: as they leave again."""
         sizes = [self._held_by[r][run] for run in range(len(self.held)) for r in self._others]
         spans = [slice(self._t + span.start, self._t + span.stop) for span in ranges(sizes)]
-        return [spans[run * len(self._others) + i] for i in range(len(self._others)) for run in range(len(self.held))]
+        return [(0, spans[run * len(self._others) + i]) for i in range(len(self._others)) for run in range(len(self.held))]
 
     def _residual(self, departed: Sequence[_Departed]) -> tuple[Tensor, ...]:
         """Rows of the residual: of the rest, run of places by run, and own."""
         only = departed[0]
         if len(departed) == len(self._returning) == 1 and only.residual_is_input:
             return only.rows_RD
-        return part(_cat([d.x_BtSD for d in departed], dim=1), [*self._returning, self._leaving[1]])
+        return part(cat([d.x_BtSD for d in departed], dim=1), [*self._returning, self._leaving[1]])
 
     def _apply(self, then: Then, x_RD: Tensor, out_RD: Tensor, group: Sequence[range]) -> Tensor:
         """``then`` on the rows of a group: at once for one sample, range by range where samples alternate in the rows."""
@@ -226,82 +224,4 @@ class _Pipeline:
         for places, x, out in zip(group, torch.split(x_RD, sizes), torch.split(out_RD, sizes)):
             x_BtsD, out_BtsD = (rows.view(t, B, len(places), D).transpose(0, 1) for rows in (x, out))
             done.append(then(x_BtsD, out_BtsD).transpose(0, 1).reshape(-1, D))
-        return _cat(done, dim=0)
-
-
-def _cat(tensors: Sequence[Tensor], *, dim: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=dim)
-
-
-class _Shared:
-    """What the nodes of one QKV projection share: in forward their output, in backward the rest's part of the weight gradient."""
-
-    def __init__(self) -> None:
-        self.out_RE: Tensor | None = None
-        self.rest: list[tuple[Tensor, Tensor]] = []
-
-
-class _ProjectOwn(torch.autograd.Function):
-    """QKV of own tokens, into the head of the buffer of all; in backward also the weight gradient of the rest.
-
-    So the transfer back is started before any weight gradient is computed, and has all of them to hide under.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, own_RD: Tensor, weight: Tensor, bias: Tensor, num_arriving: int, shared: _Shared) -> Tensor:
-        ctx.save_for_backward(own_RD, weight)
-        ctx.shared = shared
-        shared.out_RE = own_RD.new_empty((len(own_RD) + num_arriving, len(weight)))
-        return torch.addmm(bias, own_RD, weight.t(), out=shared.out_RE[: len(own_RD)])
-
-    @staticmethod
-    def backward(ctx: Any, grad_RE: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        own_RD, weight = ctx.saved_tensors
-        rest, ctx.shared.rest = ctx.shared.rest, []
-        grad_weight, grad_bias = torch.mm(grad_RE.t(), own_RD), grad_RE.sum(0)
-        for grad_rest_RE, rest_RD in rest:
-            grad_weight.addmm_(grad_rest_RE.t(), rest_RD)
-            grad_bias += grad_rest_RE.sum(0)
-        return torch.mm(grad_RE, weight), grad_weight, grad_bias, None, None
-
-
-class _ProjectRest(torch.autograd.Function):
-    """QKV of tokens that arrived, into the buffer after what is there; gives the buffer up to their end."""
-
-    @staticmethod
-    def forward(ctx: Any, before_RE: Tensor, rest_RD: Tensor, weight: Tensor, bias: Tensor, shared: _Shared) -> Tensor:
-        ctx.save_for_backward(rest_RD, weight)
-        ctx.shared, ctx.start = shared, len(before_RE)
-        assert shared.out_RE is not None
-        end = ctx.start + len(rest_RD)
-        torch.addmm(bias, rest_RD, weight.t(), out=shared.out_RE[ctx.start : end])
-        return shared.out_RE[:end]
-
-    @staticmethod
-    def backward(ctx: Any, grad_RE: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        rest_RD, weight = ctx.saved_tensors
-        grad_rest_RE = grad_RE[ctx.start :]
-        ctx.shared.rest.append((grad_rest_RE, rest_RD))
-        return grad_RE[: ctx.start], torch.mm(grad_rest_RE, weight), None, None, None
-
-
-class _Leave(torch.autograd.Function):
-    """The output of whole sequences as rows, positions outermost: of this rank's, which are first, and of the others in an order."""
-
-    @staticmethod
-    def forward(ctx: Any, out_GTD: Tensor, held: int, order: Sequence[slice]) -> tuple[Tensor, Tensor]:
-        ctx.held, ctx.order, ctx.shape = held, order, out_GTD.shape
-        D = out_GTD.shape[2]
-        out_TGD = out_GTD.transpose(0, 1)
-        rest_TGD = _cat([out_TGD[span] for span in order], dim=0)
-        return out_TGD[:held].reshape(-1, D), rest_TGD.reshape(-1, D)
-
-    @staticmethod
-    def backward(ctx: Any, grad_own_RD: Tensor, grad_rest_RD: Tensor) -> tuple[Tensor, None, None]:
-        G, T, D = ctx.shape
-        grad_GTD = grad_own_RD.new_empty(ctx.shape)
-        grad_GTD[:, : ctx.held] = grad_own_RD.view(ctx.held, G, D).transpose(0, 1)
-        sizes = [span.stop - span.start for span in ctx.order]
-        for span, rows_TGD in zip(ctx.order, torch.split(grad_rest_RD.view(T - ctx.held, G, D), sizes)):
-            grad_GTD[:, span] = rows_TGD.transpose(0, 1)
-        return grad_GTD, None, None
+        return cat(done, dim=0)

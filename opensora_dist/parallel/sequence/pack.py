@@ -11,9 +11,10 @@ Source: NaViT (Patch n' Pack), arXiv 2307.06304; segments of spatial and tempora
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,23 +43,27 @@ class Part:
         local = self.shard.region.shape(self.shard.grid)
         return self.batch, local.t, local.h * local.w
 
-    def sequences(self, x_BtsD: Tensor, axis: Axis) -> Tensor:
-        """[G, l, D], whole sequences along an axis that doesn't cross ranks; a view."""
-        if axis is Axis.SPACE:
-            return x_BtsD.flatten(0, 1)
-        return x_BtsD.transpose(1, 2).flatten(0, 1) if axis is Axis.TIME else x_BtsD.flatten(1, 2)
-
-    def residual(self, x_GlD: Tensor, axis: Axis) -> Tensor:
-        """Back from ``sequences``, [B, t, s, D]."""
+    def sequences(self, axis: Axis) -> tuple[int, int]:
+        """How many sequences an axis that doesn't cross ranks has, and their length: [G, l]."""
         B, t, s = self.shape
-        return x_GlD.view(B, s, t, -1).transpose(1, 2) if axis is Axis.TIME else x_GlD.view(B, t, s, -1)
+        return {Axis.SPACE: (B * t, s), Axis.TIME: (B * s, t), Axis.JOINT: (B, t * s)}[axis]
+
+    def in_order(self, x_BtsD: Tensor, axis: Axis) -> Tensor:
+        """Tokens in the order of these sequences: of time [B, s, t, D]; a view."""
+        return x_BtsD.transpose(1, 2) if axis is Axis.TIME else x_BtsD
+
+    def residual(self, x_RD: Tensor, axis: Axis) -> Tensor:
+        """Back from ``in_order``, whose dims may be one: [B, t, s, D]."""
+        B, t, s = self.shape
+        return x_RD.view(B, s, t, -1).transpose(1, 2) if axis is Axis.TIME else x_RD.view(B, t, s, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
     """What ``Shard`` is for samples of one shape, for a residual stream [1, 1, L, D] of several.
 
-    An attention that crosses ranks is done by its part's scheme, part by part, without overlap with the work around it.
+    Sequences that are whole here are attended to while tokens of those that cross ranks travel; the work before and after an attention
+    is not overlapped with them.
     """
 
     parts: tuple[Part, ...]
@@ -70,62 +75,117 @@ class Pack:
 
     def join(self, parts_BtsD: Sequence[Tensor]) -> Tensor:
         """The parts' tokens as one sequence."""
-        return torch.cat([x.flatten(0, 2) for x in parts_BtsD])[None, None]
+        x_LD: Tensor = _Join.apply(*parts_BtsD)  # type: ignore[no-untyped-call]
+        return x_LD[None, None]
 
-    def split(self, x_11LD: Tensor) -> list[Tensor]:
-        """Back from ``join``: [B, t, s, D] of each part."""
-        pieces = torch.split(x_11LD[0, 0], [prod(part.shape) for part in self.parts])
-        return [x.view(*part.shape, -1) for x, part in zip(pieces, self.parts, strict=True)]
+    def split(self, x_11LD: Tensor) -> tuple[Tensor, ...]:
+        """Back from ``join``: [B, t, s, D] of each part, views."""
+        pieces: tuple[Tensor, ...] = _Split.apply(x_11LD, [part.shape for part in self.parts])  # type: ignore[no-untyped-call]
+        return pieces
 
-    def clips(self, x_11LD: Tensor) -> list[tuple[Tensor, slice]]:
-        """[B, t s, D] of each part, and which samples of the pack it has."""
-        found, first = [], 0
-        for x_BtsD, part in zip(self.split(x_11LD), self.parts, strict=True):
-            found.append((x_BtsD.flatten(1, 2), slice(first, first + part.batch)))
+    def each(self, op: Callable[..., Tensor], *tokens_11LD: Tensor, of: Sequence[Tensor]) -> Tensor:
+        """As ``Shard.each``, part by part: what is of a sample is never written out for each of its tokens."""
+        outputs, first = [], 0
+        for part, *pieces in zip(self.parts, *map(self.split, tokens_11LD), strict=True):
+            samples = slice(first, first + part.batch)
+            outputs.append(op(*pieces, *(values[samples] for values in of)))
             first += part.batch
-        return found
-
-    def from_clips(self, clips_BlD: Sequence[Tensor], *, like: Tensor) -> Tensor:
-        """Back from ``clips``."""
-        return torch.cat([x.flatten(0, 1) for x in clips_BlD]).view(*like.shape[:3], -1)
-
-    def spread(self, values_BMD: Tensor) -> Tensor:
-        """M vectors of each sample for each of its tokens, [1, M, 1, L, D]."""
-        spread, first = [], 0
-        for part in self.parts:
-            B, t, s = part.shape
-            of_part = values_BMD[first : first + B].transpose(0, 1)[:, :, None]
-            spread.append(of_part.expand(-1, -1, t * s, -1).flatten(1, 2))
-            first += B
-        return torch.cat(spread, dim=1)[None, :, None]
+        return self.join(outputs)
 
     def branch(
         self, attn: Projections, x_11LD: Tensor, axis: Axis, *, first: First | None = None, before: Before, then: Then
     ) -> Tensor:
         """As ``Shard.branch``."""
         x = x_11LD if first is None else first(x_11LD)
-        inputs = self.split(before(x, slice(None)))
-        here = [i for i, part in enumerate(self.parts) if not part.shard.crosses(axis)]
-        done = dict(zip(here, self._attend_here(attn, [inputs[i] for i in here], axis, [self.parts[i] for i in here])))
-        outputs = [
-            done[i] if i in done else part.shard.scheme.attend(attn, inputs[i], axis, part.shard)
-            for i, part in enumerate(self.parts)
-        ]
-        return then(x, self.join(outputs))
+        input_11LD = before(x, slice(None))
+        crossing: dict[str, list[int]] = {}
+        for i, part in enumerate(self.parts):
+            if part.shard.crosses(axis):
+                crossing.setdefault(part.shard.scheme.name, []).append(i)
+        if not crossing and axis is not Axis.TIME:  # sequences as they lie in memory
+            return then(x, self._attend_in_place(attn, input_11LD, axis))
+        inputs = self.split(input_11LD)
+        here = sorted({*range(len(self.parts))}.difference(*crossing.values()))
+        outputs: dict[int, Tensor] = {}
 
-    def _attend_here(self, attn: Projections, inputs_BtsD: Sequence[Tensor], axis: Axis, parts: Sequence[Part]) -> list[Tensor]:
-        """Parts whose sequences are whole on this rank: one projection for all, one attention per shape."""
-        if not parts:
-            return []
-        sequences = [part.sequences(x, axis) for part, x in zip(parts, inputs_BtsD, strict=True)]
-        qkv_RE = attn.qkv(torch.cat([x.flatten(0, 1) for x in sequences]))
-        outputs = []
-        for x_GlD, rows_RE in zip(sequences, torch.split(qkv_RE, [x.shape[0] * x.shape[1] for x in sequences]), strict=True):
-            q, k, v = rows_RE.view(*x_GlD.shape[:2], 3, attn.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-            outputs.append(attention(q, k, v).transpose(1, 2).flatten(0, 1).flatten(1))
-        out_RD = attn.proj(torch.cat(outputs))
-        rows = torch.split(out_RD, [len(x) for x in outputs])
-        return [part.residual(x.view(*y.shape[:2], -1), axis) for part, x, y in zip(parts, rows, sequences, strict=True)]
+        def attend_here() -> None:
+            if here and not outputs:
+                outputs.update(zip(here, _attend_here(attn, [inputs[i] for i in here], axis, [self.parts[i] for i in here])))
+
+        for numbers in crossing.values():
+            shards = [self.parts[i].shard for i in numbers]
+            attended = shards[0].scheme.attend_parts(attn, [inputs[i] for i in numbers], axis, shards, meanwhile=attend_here)
+            outputs.update(zip(numbers, attended, strict=True))
+        attend_here()
+        return then(x, self.join([outputs[i] for i in range(len(self.parts))]))
+
+    def _attend_in_place(self, attn: Projections, x_11LD: Tensor, axis: Axis) -> Tensor:
+        """Nothing crosses ranks, and every sequence lies in one piece: no token is moved."""
+        shapes = [part.sequences(axis) for part in self.parts]
+        return attn.proj(_attended(attn, x_11LD[0, 0], shapes))[None, None]
+
+
+def _attend_here(attn: Projections, inputs_BtsD: Sequence[Tensor], axis: Axis, parts: Sequence[Part]) -> list[Tensor]:
+    """Parts whose sequences are whole on this rank: one projection for all, one attention per shape."""
+    in_order = [part.in_order(x, axis) for part, x in zip(parts, inputs_BtsD, strict=True)]
+    x_RD: Tensor = _Join.apply(*in_order)  # type: ignore[no-untyped-call]
+    out_RD = attn.proj(_attended(attn, x_RD, [part.sequences(axis) for part in parts]))
+    rows = torch.split(out_RD, [prod(part.shape) for part in parts])
+    return [part.residual(out, axis) for part, out in zip(parts, rows, strict=True)]
+
+
+def _attended(attn: Projections, x_RD: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """The attentions of sequences that lie one after the other, before the last projection: [R, C].
+
+    Args:
+        shapes: Sequences of a length, [G, l].
+    """
+    outputs = []
+    qkv_RE = attn.qkv(x_RD)
+    for (G, length), rows_RE in zip(shapes, torch.split(qkv_RE, [G * length for G, length in shapes]), strict=True):
+        q, k, v = rows_RE.view(G, length, 3, attn.heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        outputs.append(attention(q, k, v).transpose(1, 2).flatten(2))
+    out: Tensor = _Join.apply(*outputs)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Join(torch.autograd.Function):
+    """Tensors [..., D] of any strides as one [L, D]: one pass, and in backward none."""
+
+    @staticmethod
+    def forward(ctx: Any, *pieces: Tensor) -> Tensor:
+        ctx.shapes = [piece.shape for piece in pieces]
+        dtype = pieces[0].dtype
+        x_LD = pieces[0].new_empty((sum(piece.shape[:-1].numel() for piece in pieces), pieces[0].shape[-1]))
+        for view, piece in zip(_views(x_LD, ctx.shapes), pieces, strict=True):
+            assert piece.dtype == dtype
+            view.copy_(piece)
+        return x_LD
+
+    @staticmethod
+    def backward(ctx: Any, grad_LD: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_views(grad_LD.contiguous(), ctx.shapes))
+
+
+class _Split(torch.autograd.Function):
+    """Views of one sequence, [B, t, s, D] each; in backward one pass, whatever the strides of what comes."""
+
+    @staticmethod
+    def forward(ctx: Any, x_11LD: Tensor, shapes: Sequence[tuple[int, int, int]]) -> tuple[Tensor, ...]:
+        ctx.shape = x_11LD.shape
+        return tuple(_views(x_11LD[0, 0], [torch.Size((*shape, x_11LD.shape[-1])) for shape in shapes]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads_BtsD: Tensor) -> tuple[Tensor, None]:
+        grad = grads_BtsD[0].new_empty(ctx.shape)
+        for view, piece in zip(_views(grad[0, 0], [g.shape for g in grads_BtsD]), grads_BtsD, strict=True):
+            view.copy_(piece)
+        return grad, None
+
+
+def _views(x_LD: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    pieces = torch.split(x_LD, [shape[:-1].numel() for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 Tokens = Shard | Pack

@@ -1,74 +1,93 @@
-"""Tokens as rows that travel: the places of a residual in groups, each group one contiguous block of memory."""
+"""Tokens as rows that travel: the places of residuals in blocks, each block one contiguous piece of memory."""
 
 # B batch, t frames, S places, D width; R rows: for one range of places after the other, [t, B, places of the range]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Groups = Sequence[Sequence[range]]
-"""Ranges of places, in groups; each place is in exactly one range."""
+"""Ranges of places of one residual, in groups; each place is in exactly one range."""
+Blocks = Sequence[Sequence[tuple[int, range]]]
+"""The same of several residuals: which of them, and a range of its places."""
+_Shape = tuple[int, int, int]
 
 
 def part(x_BtSD: Tensor, groups: Groups) -> tuple[Tensor, ...]:
     """The rows of each group. Forward and backward are one pass each, where slices would be filled with zeros and summed."""
-    out: tuple[Tensor, ...] = _Part.apply(x_BtSD, groups)  # type: ignore[no-untyped-call]
-    return out
+    return part_all([x_BtSD], _blocks(groups))
 
 
 def join(rows_RD: Sequence[Tensor], groups: Groups, *, batch: int) -> Tensor:
     """Back from ``part``: [B, t, S, D]."""
-    out: Tensor = _Join.apply(groups, batch, *rows_RD)  # type: ignore[no-untyped-call]
+    num_places = sum(len(places) for group in groups for places in group)
+    (x_BtSD,) = join_all(rows_RD, _blocks(groups), shapes=[(batch, sum(map(len, rows_RD)) // (batch * num_places), num_places)])
+    return x_BtSD
+
+
+def part_all(xs_BtSD: Sequence[Tensor], blocks: Blocks) -> tuple[Tensor, ...]:
+    """The rows of each block, of residuals of several shapes."""
+    out: tuple[Tensor, ...] = _Part.apply(blocks, *xs_BtSD)  # type: ignore[no-untyped-call]
     return out
+
+
+def join_all(rows_RD: Sequence[Tensor], blocks: Blocks, *, shapes: Sequence[tuple[int, int, int]]) -> tuple[Tensor, ...]:
+    """Back from ``part_all``: [B, t, S, D] of each of ``shapes``, which are without D."""
+    out: tuple[Tensor, ...] = _Join.apply(blocks, shapes, *rows_RD)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _blocks(groups: Groups) -> Blocks:
+    return [[(0, places) for places in group] for group in groups]
 
 
 class _Part(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BtSD: Tensor, groups: Groups) -> tuple[Tensor, ...]:
-        ctx.groups, ctx.batch = groups, len(x_BtSD)
-        return _pack(x_BtSD, groups)
+    def forward(ctx: Any, blocks: Blocks, *xs_BtSD: Tensor) -> tuple[Tensor, ...]:
+        ctx.blocks, ctx.shapes = blocks, [tuple(x.shape[:3]) for x in xs_BtSD]
+        return _pack(xs_BtSD, blocks)
 
     @staticmethod
-    def backward(ctx: Any, *grads_RD: Tensor) -> tuple[Tensor, None]:
-        return _unpack(grads_RD, ctx.groups, batch=ctx.batch), None
+    def backward(ctx: Any, *grads_RD: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_unpack(grads_RD, ctx.blocks, ctx.shapes)
 
 
 class _Join(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, groups: Groups, batch: int, *rows_RD: Tensor) -> Tensor:
-        ctx.groups = groups
-        return _unpack(rows_RD, groups, batch=batch)
+    def forward(ctx: Any, blocks: Blocks, shapes: Sequence[_Shape], *rows_RD: Tensor) -> tuple[Tensor, ...]:
+        ctx.blocks = blocks
+        return _unpack(rows_RD, blocks, shapes)
 
     @staticmethod
-    def backward(ctx: Any, grad_BtSD: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *_pack(grad_BtSD, ctx.groups)
+    def backward(ctx: Any, *grads_BtSD: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *_pack(grads_BtSD, ctx.blocks)
 
 
-def _pack(x_BtSD: Tensor, groups: Groups) -> tuple[Tensor, ...]:
-    B, t, _, D = x_BtSD.shape
-    # Each its own memory: what one group's rows outlive must not keep the others'.
-    blocks = [x_BtSD.new_empty((t * B * sum(map(len, group)), D)) for group in groups]
-    for rows_RD, group in zip(blocks, groups):
-        for view_tBsD, places in zip(_views(rows_RD, group, frames=t, batch=B), group):
-            view_tBsD.copy_(x_BtSD[:, :, places.start : places.stop].transpose(0, 1))
-    return tuple(blocks)
+def _pack(xs_BtSD: Sequence[Tensor], blocks: Blocks) -> tuple[Tensor, ...]:
+    shapes: list[_Shape] = [(len(x), x.shape[1], x.shape[2]) for x in xs_BtSD]
+    sizes = [sum(shapes[i][0] * shapes[i][1] * len(places) for i, places in block) for block in blocks]
+    # Each its own memory: what one block's rows outlive must not keep the others'.
+    rows_RD = tuple(xs_BtSD[0].new_empty((size, xs_BtSD[0].shape[3])) for size in sizes)
+    for view_tBsD, i, places in _views(rows_RD, blocks, shapes):
+        view_tBsD.copy_(xs_BtSD[i][:, :, places.start : places.stop].transpose(0, 1))
+    return rows_RD
 
 
-def _unpack(rows_RD: Sequence[Tensor], groups: Groups, *, batch: int) -> Tensor:
-    num_places, D = sum(len(places) for group in groups for places in group), rows_RD[0].shape[1]
-    frames = sum(map(len, rows_RD)) // (batch * num_places)
-    x_BtSD = rows_RD[0].new_empty((batch, frames, num_places, D))
-    for rows, group in zip(rows_RD, groups):
-        for view_tBsD, places in zip(_views(rows, group, frames=frames, batch=batch), group):
-            x_BtSD[:, :, places.start : places.stop].copy_(view_tBsD.transpose(0, 1))
-    return x_BtSD
+def _unpack(rows_RD: Sequence[Tensor], blocks: Blocks, shapes: Sequence[_Shape]) -> tuple[Tensor, ...]:
+    xs_BtSD = tuple(rows_RD[0].new_empty((*shape, rows_RD[0].shape[1])) for shape in shapes)
+    for view_tBsD, i, places in _views(rows_RD, blocks, shapes):
+        xs_BtSD[i][:, :, places.start : places.stop].copy_(view_tBsD.transpose(0, 1))
+    return xs_BtSD
 
 
-def _views(rows_RD: Tensor, group: Sequence[range], *, frames: int, batch: int) -> list[Tensor]:
-    """[t, B, places, D] of each range of a group."""
-    blocks = torch.split(rows_RD, [frames * batch * len(places) for places in group])
-    return [block.view(frames, batch, len(places), block.shape[1]) for block, places in zip(blocks, group)]
+def _views(rows_RD: Sequence[Tensor], blocks: Blocks, shapes: Sequence[_Shape]) -> Iterator[tuple[Tensor, int, range]]:
+    """[t, B, places, D] of each range of each block."""
+    for rows, block in zip(rows_RD, blocks, strict=True):
+        pieces = torch.split(rows, [shapes[i][0] * shapes[i][1] * len(places) for i, places in block])
+        for piece, (i, places) in zip(pieces, block, strict=True):
+            batch, frames, _ = shapes[i]
+            yield piece.view(frames, batch, len(places), rows.shape[1]), i, places
