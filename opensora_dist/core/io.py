@@ -162,6 +162,11 @@ def hash_bytes(data: bytes | bytearray | memoryview) -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
+def sample_id(key: str) -> int:
+    """The identity of a sample for keyed draws: a hash of its key, so that it survives re-sharding and re-ordering."""
+    return xxhash.xxh3_64_intdigest(key.encode()) >> 1
+
+
 def hash_file(path: Path) -> str:
     """xxh3-64 of a file's content, as 16 hex digits."""
     digest = xxhash.xxh3_64()

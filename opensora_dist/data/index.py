@@ -1,80 +1,174 @@
-"""The index of a prepared data set, opened for training: checked against the shards on disk, columns as arrays."""
+"""A prepared data set, or several as one, opened for training: checked against the shards on disk, columns as arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.core.errors import DataError
-from opensora_dist.core.index import INDEX_NAME, IndexFile, ShardRow, read_index
+from opensora_dist.core.index import (
+    DTYPES,
+    INDEX_NAME,
+    NUMBERS,
+    IdentityHash,
+    IndexHeader,
+    SampleShape,
+    ShardRow,
+    open_hashes,
+    read_header,
+)
+from opensora_dist.core.io import sample_id
 from opensora_dist.core.logging import get_logger
 from opensora_dist.core.types import Thw
-from opensora_dist.parallel import keys
+from opensora_dist.data.remote import LocalShards, Located, ShardSource
+from opensora_dist.data.strings import Strings, StringsOf
 
 _log = get_logger(__name__)
-_DTYPES = ("float16", "float32")
+_GROUPS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Span:
-    """Where the arrays of one kind lie, and what their parts, of equal size, hash to.
+class Place:
+    """Where the bytes of an array lie in a shard."""
+
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """One data set of an index.
 
     Args:
-        offset: Byte offset in the shard, [N].
-        num_bytes: Length, [N].
-        num_parts: Parts, [N]: of latents the frames, of text the whole.
-        first: Where the parts of each sample begin in ``xxh3``, [N].
-        xxh3: xxh3-64 of each part's bytes, sample by sample.
+        at: Where its index and its shards are.
+        name: What its samples' keys begin with, where there are several.
     """
 
-    offset: NDArray[np.int64]
-    num_bytes: NDArray[np.int64]
-    num_parts: NDArray[np.int64]
-    first: NDArray[np.int64]
-    xxh3: NDArray[np.uint64]
+    at: Located
+    name: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Of its index."""
+        return self.at.folder
+
+    @property
+    def prefix(self) -> str:
+        """Of its keys."""
+        return f"{self.name}/" if self.name else ""
+
+
+class JoinedShards:
+    """The shards of several data sets, numbered through.
+
+    Args:
+        sources: Those of each.
+        starts: Number of the first shard of each; one more at the end.
+    """
+
+    def __init__(self, sources: Sequence[ShardSource], starts: Sequence[int]) -> None:
+        self._sources, self._starts = tuple(sources), tuple(starts)
+
+    def open(self, number: int) -> int:
+        source, inside = self._find(number)
+        return source.open(inside)
+
+    def path_of(self, number: int) -> str:
+        source, inside = self._find(number)
+        return source.path_of(inside)
+
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        for source, start, stop in zip(self._sources, self._starts, self._starts[1:]):
+            source.prefetch([n - start for n in numbers if start <= n < stop])
+
+    def close(self) -> None:
+        for source in self._sources:
+            source.close()
+
+    def _find(self, number: int) -> tuple[ShardSource, int]:
+        which = bisect_right(self._starts, number) - 1
+        return self._sources[which], number - self._starts[which]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """The columns that are held in memory, one value per row.
+
+    Args:
+        shard: Number of the shard.
+        shape: Number of the shape.
+        text_tokens: Valid tokens.
+        sample_id: Identity for keyed draws.
+        latents_offset: Bytes into the shard.
+        text_offset: Bytes into the shard.
+        first_hash: Where the sample's hashes begin in the file of its data set.
+    """
+
+    shard: NDArray[np.int32]
+    shape: NDArray[np.int16]
+    text_tokens: NDArray[np.int32]
+    sample_id: NDArray[np.uint64]
+    latents_offset: NDArray[np.int64]
+    text_offset: NDArray[np.int64]
+    first_hash: NDArray[np.int64]
+
+    @classmethod
+    def empty(cls, rows: int) -> Numbers:
+        """Columns to be filled."""
+        types = {"shard": np.int32, "shape": np.int16, "text_tokens": np.int32, "sample_id": np.uint64}
+        names = cls.__dataclass_fields__
+        return cls(**{name: np.empty(rows, dtype=types.get(name, np.int64)) for name in names})
+
+    def rows(self, start: int, stop: int) -> Numbers:
+        """A view of some."""
+        return Numbers(**{name: getattr(self, name)[start:stop] for name in self.__dataclass_fields__})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """A data set: what its samples are and where their bytes lie. A *row* is a sample's number in it.
+    """What the samples are and where their bytes lie. A *row* is a sample's number in it.
 
     Args:
-        folder: Where the shards are.
+        sets: The data sets, in the order of their rows.
+        set_starts: At which row each begins; one more at the end.
         spec: Codec, text encoder and latent statistics.
-        dataset_hash: Identity of the data set, kept in checkpoints.
-        shards: One entry per tar shard.
-        key: Sample keys, [N].
-        shard: Number of each sample's shard in ``shards``, [N].
-        latents: Where the latents lie, each stored [t, C, h, w].
-        text: Where the text vectors lie, each stored [tokens, width].
-        dtype: numpy's name of the stored precision, [N].
-        latent: Latent (t, h, w), [N, 3].
-        clip: Clip (T, H, W) in pixels, [N, 3].
-        text_tokens: Valid tokens, [N].
+        dataset_hash: Identity of all of it, kept in checkpoints.
+        shards: One entry per tar shard, of all data sets.
+        shapes: The shapes samples have.
+        numbers: What is known of each row.
+        hashes: Of the parts of samples, one file per data set.
+        key: Sample keys, read from the file when asked.
+        captions: What each sample says, likewise.
+        sources: The video each sample is from, likewise.
+        shard_source: Opens shards by number.
+        shard_sets: The data set of each shard.
         buckets: Clip shape in pixels to the rows of that shape, ascending.
     """
 
-    folder: Path
+    sets: tuple[DataSet, ...]
+    set_starts: tuple[int, ...]
     spec: DatasetSpec
     dataset_hash: str
     shards: tuple[ShardRow, ...]
-    key: NDArray[np.object_]
-    shard: NDArray[np.int64]
-    latents: Span
-    text: Span
-    dtype: NDArray[np.object_]
-    latent: NDArray[np.int64]
-    clip: NDArray[np.int64]
-    text_tokens: NDArray[np.int64]
-    buckets: dict[Thw, NDArray[np.int64]]
+    shapes: tuple[SampleShape, ...]
+    numbers: Numbers
+    hashes: tuple[NDArray[np.uint64], ...]
+    key: Strings
+    captions: Strings
+    sources: Strings
+    shard_source: ShardSource
+    shard_sets: NDArray[np.int32]
+    buckets: dict[Thw, NDArray[np.int32]]
 
     @classmethod
     def open(cls, folder: Path | str, *, max_lost: int = 0) -> Index:
@@ -87,136 +181,302 @@ class Index:
                 contradict the index's own spec.
         """
         folder = Path(folder)
-        file = read_index(folder)
-        try:
-            spec = DatasetSpec.model_validate(file.spec)
-        except ValidationError as error:
-            raise DataError(
-                f"{folder / INDEX_NAME}: its data set description does not fit this release ({error}); "
-                "run `opensora-dist data prepare` again"
-            ) from error
-        _check_shards(folder, file, max_lost=max_lost)
-        names = pa.array([s.name for s in file.shards])
-        shard = pc.index_in(file.table.column("shard"), value_set=names).to_numpy().astype(np.float64)
-        clip = _triples(file.table, "clip")
-        shapes, bucket_of = np.unique(clip, axis=0, return_inverse=True)
+        at = Located(folder=folder, remote=False, open_shards=lambda rows: LocalShards([folder / row.name for row in rows]))
+        return cls.join([DataSet(at=at)], max_lost=max_lost)
+
+    @classmethod
+    def join(cls, sets: Sequence[DataSet], *, spec: DatasetSpec | None = None, max_lost: int = 0) -> Index:
+        """Several data sets as one, row after row.
+
+        Args:
+            spec: What they have in common; default: the spec of the first.
+            max_lost: As in ``open``, over all of them.
+        Raises:
+            DataError: As in ``open``, of the first that can't be used.
+        """
+        headers = [read_header(s.folder) for s in sets]
+        specs = [read_spec(s.folder, h) for s, h in zip(sets, headers)]
+        starts = list(accumulate((h.num_samples for h in headers), initial=0))
+        shard_starts = list(accumulate((len(h.shards) for h in headers), initial=0))
+        shapes = tuple(dict.fromkeys(shape for h in headers for shape in h.shapes))
+        numbers = Numbers.empty(starts[-1])
+        for i, (one, header) in enumerate(zip(sets, headers)):
+            mine = numbers.rows(starts[i], starts[i + 1])
+            _read_numbers(one, header, specs[i], mine)
+            mine.shard[:] += shard_starts[i]
+            mine.shape[:] = np.array([shapes.index(s) for s in header.shapes], dtype=np.int16)[mine.shape]
+            if one.name:
+                mine.sample_id[:] = _renamed(mine.sample_id, one.name)
+        identity = "/".join(f"{s.prefix}{h.dataset_hash}" for s, h in zip(sets, headers))
+        parts = [StringsOf(path=s.folder / INDEX_NAME, num_samples=h.num_samples) for s, h in zip(sets, headers)]
+        keyed = [replace(p, prefix=s.prefix) for p, s in zip(parts, sets)]
         index = cls(
-            folder=folder,
-            spec=spec,
-            dataset_hash=file.dataset_hash,
-            shards=file.shards,
-            key=file.table.column("key").to_numpy(),
-            shard=np.where(np.isnan(shard), -1, shard).astype(np.int64),  # a shard that isn't listed is null, refused below
-            latents=_span(file.table, "latents", file.table.column("latents_frame_xxh3")),
-            text=_span(file.table, "text", file.table.column("text_xxh3")),
-            dtype=file.table.column("dtype").to_numpy(),
-            latent=_triples(file.table, "latent"),
-            clip=clip,
-            text_tokens=file.table.column("text_tokens").to_numpy().astype(np.int64),
-            buckets={Thw(*map(int, s)): np.flatnonzero(bucket_of.ravel() == i) for i, s in enumerate(shapes)},
+            sets=tuple(sets),
+            set_starts=tuple(starts),
+            spec=specs[0] if spec is None else spec,
+            dataset_hash=headers[0].dataset_hash if len(sets) == 1 else xxhash.xxh3_64_hexdigest(identity),
+            shards=tuple(shard for h in headers for shard in h.shards),
+            shapes=shapes,
+            numbers=numbers,
+            hashes=tuple(open_hashes(s.folder, h) for s, h in zip(sets, headers)),
+            key=Strings(keyed, "key"),
+            captions=Strings(parts, "caption"),
+            sources=Strings(parts, "source"),
+            shard_source=JoinedShards([s.at.open_shards(h.shards) for s, h in zip(sets, headers)], shard_starts),
+            shard_sets=np.repeat(np.arange(len(sets), dtype=np.int32), [len(h.shards) for h in headers]),
+            buckets=_buckets(numbers.shape, shapes),
         )
-        index._check_samples()
+        index._check_shards(max_lost=max_lost)
         return index
 
     def __len__(self) -> int:
-        return len(self.key)
+        return self.set_starts[-1]
+
+    @property
+    def folder(self) -> Path:
+        """Where the first data set's index is."""
+        return self.sets[0].folder
+
+    @property
+    def where(self) -> str:
+        """What errors call it."""
+        return ", ".join(str(s.folder) for s in self.sets)
+
+    @property
+    def shard(self) -> NDArray[np.int32]:
+        """Number of each row's shard in ``shards``, [N]."""
+        return self.numbers.shard
+
+    @property
+    def text_tokens(self) -> NDArray[np.int32]:
+        """Valid tokens, [N]."""
+        return self.numbers.text_tokens
+
+    @property
+    def sample_ids(self) -> NDArray[np.uint64]:
+        """The identity of each row for keyed draws, [N]: a hash of its key (of several data sets, of key and name)."""
+        return self.numbers.sample_id
 
     def sample_id(self, row: int) -> int:
         """The identity of a sample for keyed draws."""
-        return keys.sample_id(self.key[row])
+        return int(self.numbers.sample_id[row])
+
+    def caption(self, row: int) -> str:
+        """What a sample says; read from the file."""
+        return self.captions[row]
+
+    def source(self, row: int) -> str:
+        """The video a sample is from; read from the file."""
+        return self.sources[row]
 
     def latent_shape(self, row: int) -> Thw:
         """Latent (t, h, w) of a sample."""
-        return Thw(*map(int, self.latent[row]))
+        return self.shapes[self.numbers.shape[row]].latent
 
     def clip_shape(self, row: int) -> Thw:
         """Clip (T, H, W) of a sample, in pixels: its bucket."""
-        return Thw(*map(int, self.clip[row]))
+        return self.shapes[self.numbers.shape[row]].clip
+
+    def latent_of(self, bucket: Thw) -> Thw:
+        """Latent (t, h, w) of the samples of a bucket."""
+        return self.latent_shape(int(self.buckets[bucket][0]))
+
+    def dtype(self, row: int) -> np.dtype[np.floating]:
+        """Stored precision of a sample's latents and text."""
+        return np.dtype(self.shapes[self.numbers.shape[row]].dtype)
 
     def shard_path(self, row: int) -> Path:
-        """The tar file a sample lies in."""
-        return self.folder / self.shards[int(self.shard[row])].name
+        """The tar file a sample lies in; for people (of a remote one it may be a URL), and for tests."""
+        return Path(self.shard_source.path_of(int(self.numbers.shard[row])))
 
-    def _check_samples(self) -> None:
-        """Everything a reader relies on, for all rows at once, so that no damage shows as a wrong tensor later."""
-        spec, itemsize = self.spec, np.where(self.dtype == "float16", 2, 4)
-        shard_bytes = np.array([s.num_bytes for s in self.shards])[self.shard]
-        _, first, counts = np.unique(self.key, return_index=True, return_counts=True)
-        duplicate = np.zeros(len(self), dtype=bool)
-        duplicate[first[counts > 1]] = True
-        mixed = np.zeros(len(self), dtype=bool)
-        for rows in self.buckets.values():
-            mixed[rows] = (self.latent[rows] != self.latent[rows[0]]).any(axis=1)
-        rules = {
-            "its shard is not listed": self.shard < 0,
-            f"its precision is none of {', '.join(_DTYPES)}": ~np.isin(self.dtype.astype(str), _DTYPES),
-            "it has no text token (an empty caption has one)": self.text_tokens < 1,
-            "its latents' bytes do not match their shape": (
-                self.latents.num_bytes != self.latent.prod(axis=1) * spec.channels * itemsize
-            ),
-            "its latents have not one hash per frame": self.latents.num_parts != self.latent[:, 0],
-            "its text's bytes do not match their tokens": self.text.num_bytes != self.text_tokens * spec.text_width * itemsize,
-            "its bytes lie outside its shard": (
-                (np.minimum(self.latents.offset, self.text.offset) < 0)
-                | (self.latents.offset + self.latents.num_bytes > shard_bytes)
-                | (self.text.offset + self.text.num_bytes > shard_bytes)
-            ),
-            "another sample has the same key": duplicate,
-            "its latents have another shape than those of its clip shape": mixed,
-        }
-        problems = [f"{bad.sum()} samples, first {self.key[bad.argmax()]!r}: {rule}" for rule, bad in rules.items() if bad.any()]
-        if not (len(spec.latent_mean) == len(spec.latent_std) == spec.channels and min(spec.latent_std) > 0):
-            problems.append(f"latent_mean and latent_std must hold {spec.channels} values each, all of latent_std positive")
-        if problems:
+    def latents_place(self, row: int) -> Place:
+        """Where a sample's latents lie, stored [t, C, h, w]."""
+        num_bytes = self.shapes[self.numbers.shape[row]].latents_bytes(self.spec.channels)
+        return Place(offset=int(self.numbers.latents_offset[row]), num_bytes=num_bytes)
+
+    def text_place(self, row: int) -> Place:
+        """Where a sample's text vectors lie, stored [tokens, width]."""
+        num_bytes = int(self.numbers.text_tokens[row]) * self.spec.text_width * self.dtype(row).itemsize
+        return Place(offset=int(self.numbers.text_offset[row]), num_bytes=num_bytes)
+
+    def frame_hashes(self, row: int) -> NDArray[np.uint64]:
+        """xxh3-64 of each latent frame's bytes, [t]."""
+        return self._hashes(row)[:-1]
+
+    def text_hash(self, row: int) -> int:
+        """xxh3-64 of the text's bytes."""
+        return int(self._hashes(row)[-1])
+
+    def _hashes(self, row: int) -> NDArray[np.uint64]:
+        first, frames = int(self.numbers.first_hash[row]), self.latent_shape(row).t
+        return self.hashes[self.shard_sets[self.numbers.shard[row]]][first : first + frames + 1]
+
+    def _check_shards(self, *, max_lost: int) -> None:
+        """Sizes only: hashing whole shards at start would read the data set twice. Every read is checked by its own hash."""
+        problems, there = [], np.array([s.num_bytes for s in self.shards])
+        for number, shard in enumerate(self.shards):
+            one = self.sets[self.shard_sets[number]]
+            if one.at.remote:
+                continue
+            path = one.folder / shard.name
+            if not path.is_file():
+                there[number] = 0
+                problems.append(f"{one.prefix}{shard.name}: missing")
+            elif (size := path.stat().st_size) != shard.num_bytes:
+                there[number] = size
+                problems.append(f"{one.prefix}{shard.name}: {size:,} bytes, expected {shard.num_bytes:,}")
+        if not problems:
+            return
+        lost = int((self._ends() > there[self.numbers.shard]).sum())
+        said = f"{self.where}: {len(problems)} of {len(self.shards)} shards are not as the index says: {'; '.join(problems)}"
+        if max_lost == 0 or lost > max_lost:
+            limit = f", more than resilience.max_bad_samples={max_lost}" if max_lost else ""
             raise DataError(
-                f"{self.folder / INDEX_NAME}: contradicts itself: {'; '.join(problems)}. Run `opensora-dist data prepare` again"
+                f"{said}. {lost:,} samples are lost with them{limit}. Copy them again from where the data set was made, or run "
+                "`opensora-dist data prepare` again"
             )
+        _log.warning("%s. %d samples are lost with them; others will take their places", said, lost)
+
+    def _ends(self) -> NDArray[np.int64]:
+        return _ends(self.numbers, self.shapes, self.spec)
 
 
-def _triples(table: pa.Table, name: str) -> NDArray[np.int64]:
-    return np.stack([table.column(f"{name}_{axis}").to_numpy() for axis in "thw"], axis=1).astype(np.int64)
+def read_spec(folder: Path, header: IndexHeader) -> DatasetSpec:
+    """What a data set is made of.
 
-
-def _span(table: pa.Table, name: str, hashes: pa.ChunkedArray) -> Span:
-    num_parts = np.ones(len(table), dtype=np.int64)
-    if pa.types.is_list(hashes.type):
-        num_parts = pc.list_value_length(hashes).to_numpy().astype(np.int64)
-        hashes = pc.list_flatten(hashes)
-    offset, num_bytes = (table.column(f"{name}_{part}").to_numpy() for part in ("offset", "bytes"))
-    first = np.cumsum(num_parts) - num_parts
-    return Span(offset=offset, num_bytes=num_bytes, num_parts=num_parts, first=first, xxh3=hashes.to_numpy())
-
-
-def _check_shards(folder: Path, file: IndexFile, *, max_lost: int) -> None:
-    """Sizes only: hashing whole shards at start would read the data set twice. Every read is checked by its own hash."""
-    problems, there = [] if file.shards else ["none is listed"], {}
-    for shard in file.shards:
-        path = folder / shard.name
-        if path.name != shard.name:
-            problems.append(f"{shard.name!r}: not a plain file name")
-        elif not path.is_file():
-            problems.append(f"{shard.name}: missing")
-        else:
-            there[shard.name] = path.stat().st_size
-            if there[shard.name] != shard.num_bytes:
-                problems.append(f"{shard.name}: {there[shard.name]:,} bytes, expected {shard.num_bytes:,}")
-    if not problems:
-        return
-    lost = _lost(file.table, there)
-    said = f"{folder}: {len(problems)} of {len(file.shards)} shards are not as the index says: {'; '.join(problems)}"
-    if max_lost == 0 or lost > max_lost:
-        limit = f", more than resilience.max_bad_samples={max_lost}" if max_lost else ""
+    Raises:
+        DataError: It is described as this release does not, or latent statistics make no sense.
+    """
+    path = Path(folder) / INDEX_NAME
+    try:
+        spec = DatasetSpec.model_validate(header.spec)
+    except ValidationError as error:
         raise DataError(
-            f"{said}. {lost:,} samples are lost with them{limit}. Copy them again from where the data set was made, or run "
-            "`opensora-dist data prepare` again"
-        )
-    _log.warning("%s. %d samples are lost with them; others will take their places", said, lost)
+            f"{path}: its data set description does not fit this release ({error}); run `opensora-dist data prepare` again"
+        ) from error
+    problems = []
+    if not (len(spec.latent_mean) == len(spec.latent_std) == spec.channels and min(spec.latent_std) > 0):
+        problems.append(f"latent_mean and latent_std must hold {spec.channels} values each, all of latent_std positive")
+    problems += [
+        f"{s.name!r}: not a plain file name" for s in header.shards if Path(s.name).is_absolute() or ".." in Path(s.name).parts
+    ]
+    if not header.shards:
+        problems.append("no shard is listed")
+    problems += [
+        f"precision {s.dtype!r} of {s.clip} is none of {', '.join(DTYPES)}" for s in header.shapes if s.dtype not in DTYPES
+    ]
+    latents: dict[Thw, Thw] = {}
+    for shape in header.shapes:
+        if latents.setdefault(shape.clip, shape.latent) != shape.latent:
+            problems.append(f"clips of {shape.clip} have latents of {latents[shape.clip]} and of {shape.latent}")
+    if problems:
+        raise DataError(f"{path}: contradicts itself: {'; '.join(problems)}. Run `opensora-dist data prepare` again")
+    return spec
 
 
-def _lost(table: pa.Table, there: Mapping[str, int]) -> int:
-    """Samples that end beyond what is there of their shard, in bytes."""
-    ends = np.maximum(
-        *((table.column(f"{name}_offset").to_numpy() + table.column(f"{name}_bytes").to_numpy()) for name in ("latents", "text"))
-    )
-    have = np.array([there.get(name, 0) for name in table.column("shard").to_pylist()])
-    return int((ends > have).sum())
+def verify_index(folder: Path) -> list[str]:
+    """Checks what opening takes on trust, by reading all of an index: keys, identities, hashes. Shards are not looked at.
+
+    Returns:
+        What is wrong with it.
+    Raises:
+        DataError: It can't be opened.
+    """
+    header = read_header(folder)
+    hashes, identity, first, wrong = open_hashes(folder, header), IdentityHash(), 0, 0
+    frames = np.array([shape.latent.t for shape in header.shapes])
+    ids = []
+    with pq.ParquetFile(Path(folder) / INDEX_NAME) as file:
+        for batch in file.iter_batches(columns=["key", "sample_id", "shape"]):
+            keys = batch.column("key").to_pylist()
+            ids.append(batch.column("sample_id").to_numpy())
+            wrong += sum(sample_id(key) != found for key, found in zip(keys, ids[-1].tolist(), strict=True))
+            count = int((frames[batch.column("shape").to_numpy()] + 1).sum())
+            identity.add(keys=keys, hashes=hashes[first : first + count])
+            first += count
+    problems = []
+    if same := len(np.concatenate(ids)) - len(np.unique(np.concatenate(ids))):
+        problems.append(f"{same} samples have the key of another sample")
+    if wrong:
+        problems.append(f"{wrong} samples have another identity than the hash of their key")
+    if first != header.num_hashes:
+        problems.append(f"its samples have {first:,} hashes, {header.hashes_name} holds {header.num_hashes:,}")
+    if identity.hashes_xxh3 != header.hashes_xxh3:
+        problems.append(f"{header.hashes_name} has xxh3 {identity.hashes_xxh3}, expected {header.hashes_xxh3}")
+    elif identity.dataset_hash(spec=header.spec, shards=header.shards) != header.dataset_hash:
+        problems.append(f"its content is not that of the data set hash {header.dataset_hash}")
+    return problems
+
+
+def _read_numbers(one: DataSet, header: IndexHeader, spec: DatasetSpec, into: Numbers) -> None:
+    """Fills the columns of one data set, some row groups at a time, and checks what a reader relies on.
+
+    Raises:
+        DataError: Rows that contradict the index itself, counted by rule.
+    """
+    path, start, first = one.folder / INDEX_NAME, 0, 0
+    shard_bytes = np.array([s.num_bytes for s in header.shards])
+    frames = np.array([s.latent.t for s in header.shapes])
+    broken: dict[str, tuple[int, int]] = {}
+    with pq.ParquetFile(path) as file:
+        for group in range(0, file.num_row_groups, _GROUPS_AT_ONCE):
+            groups = range(group, min(group + _GROUPS_AT_ONCE, file.num_row_groups))
+            table = file.read_row_groups(groups, columns=list(NUMBERS))
+            rows = into.rows(start, start + len(table))
+            for name in NUMBERS:
+                at = 0
+                for chunk in table.column(name).chunks:
+                    getattr(rows, name)[at : at + len(chunk)] = chunk.to_numpy()
+                    at += len(chunk)
+            ok_shape = (rows.shape >= 0) & (rows.shape < len(header.shapes))
+            ok_shard = (rows.shard >= 0) & (rows.shard < len(header.shards))
+            rules = {"its shape is not listed": ~ok_shape, "its shard is not listed": ~ok_shard}
+            if ok_shape.all() and ok_shard.all():
+                counts = frames[rows.shape] + 1
+                np.cumsum(counts, out=rows.first_hash)
+                rows.first_hash[:] += first - counts
+                first += int(counts.sum())
+                rules = {
+                    "it has no text token (an empty caption has one)": rows.text_tokens < 1,
+                    "its bytes lie outside its shard": (
+                        (np.minimum(rows.latents_offset, rows.text_offset) < 0)
+                        | (_ends(rows, header.shapes, spec) > shard_bytes[rows.shard])
+                    ),
+                }
+            for rule, bad in rules.items():
+                if bad.any():
+                    count, where = broken.get(rule, (0, start + int(bad.argmax())))
+                    broken[rule] = count + int(bad.sum()), where
+            start += len(table)
+    if broken or first != header.num_hashes:
+        keys = Strings([StringsOf(path=path, num_samples=header.num_samples)], "key")
+        problems = [f"{count} samples, first {keys[where]!r}: {rule}" for rule, (count, where) in broken.items()]
+        if not broken:
+            problems.append(f"its samples have {first:,} hashes, but {header.num_hashes:,} are listed")
+        raise DataError(f"{path}: contradicts itself: {'; '.join(problems)}. Run `opensora-dist data prepare` again")
+
+
+def _ends(rows: Numbers, shapes: Sequence[SampleShape], spec: DatasetSpec) -> NDArray[np.int64]:
+    """Where the last byte of each sample lies in its shard."""
+    latents = np.array([s.latents_bytes(spec.channels) for s in shapes])
+    per_token = np.array([spec.text_width * np.dtype(s.dtype).itemsize for s in shapes])
+    text_end = rows.text_offset + rows.text_tokens * per_token[rows.shape]
+    return np.maximum(rows.latents_offset + latents[rows.shape], text_end)
+
+
+def _buckets(shape: NDArray[np.int16], shapes: Sequence[SampleShape]) -> dict[Thw, NDArray[np.int32]]:
+    """The rows of each clip shape, ascending."""
+    clips = sorted({s.clip for s in shapes})
+    bucket = np.array([clips.index(s.clip) for s in shapes], dtype=np.int16)[shape]
+    by_bucket = np.argsort(bucket, kind="stable").astype(np.int32)
+    ends = np.cumsum(np.bincount(bucket, minlength=len(clips)))
+    parts = np.split(by_bucket, ends[:-1])
+    return {clip: rows for clip, rows in zip(clips, parts, strict=True) if len(rows)}
+
+
+def _renamed(ids: NDArray[np.uint64], name: str) -> NDArray[np.uint64]:
+    """Identities of the samples of one data set of several: of two that name a sample alike, each has its own."""
+    mixed = ids ^ np.uint64(sample_id(name))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return (mixed ^ (mixed >> np.uint64(31))) >> np.uint64(1)

@@ -33,7 +33,7 @@ class GlobalBatch:
         shapes: How many samples of each latent shape there are.
         text_tokens: Of the longest caption, to which all are padded.
         epoch: How often the data set was gone through before.
-        digest: xxh3-64 (hex) of their keys, for comparing runs.
+        digest: xxh3-64 (hex) of their identities, for comparing runs.
     """
 
     units: tuple[tuple[int, ...], ...]
@@ -72,7 +72,7 @@ class Order:
             counts = ", ".join(f"{bucket}: {len(rows)}" for bucket, rows in index.buckets.items())
             most = max(len(rows) for rows in index.buckets.values())
             raise DataError(
-                f"data.global_batch={global_batch} is more than any bucket of {index.folder} holds, and a batch has one shape "
+                f"data.global_batch={global_batch} is more than any bucket of {index.where} holds, and a batch has one shape "
                 f"(samples per bucket: {counts}); use data.global_batch={most} or less, prepare more clips, or list fewer "
                 "clip.buckets when preparing"
             )
@@ -89,7 +89,7 @@ class Order:
         """The global batch of a step, in constant time once its epoch was planned."""
         epoch, number = divmod(step, self.batches_per_epoch)
         rows = self._plan(epoch)[number].tolist()
-        digest = xxhash.xxh3_64_hexdigest("\n".join(self._index.key[rows]).encode())
+        digest = xxhash.xxh3_64_hexdigest(self._index.sample_ids[rows].astype("<u8").tobytes())
         return GlobalBatch(
             units=tuple((row,) for row in rows),
             shapes={self._index.latent_shape(rows[0]): len(rows)},

@@ -15,10 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-
-def sample_id(key: str) -> int:
-    """The identity of a sample for keyed draws: a hash of its key, so that it survives re-sharding and re-ordering."""
-    return xxhash.xxh3_64_intdigest(key.encode()) >> 1
+from opensora_dist.core.io import sample_id as sample_id
 
 
 class Keys:

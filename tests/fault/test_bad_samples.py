@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import promises
 import pytest
 import torch
@@ -18,7 +19,7 @@ from training import assert_same_tensors, curve, events, losses, metrics, overri
 
 from opensora_dist.config.train import SpConfig
 from opensora_dist.core.io import read_json, write_json
-from opensora_dist.data.index import Index
+from opensora_dist.data.index import Index, Place
 from opensora_dist.data.order import Order
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import build_mesh
@@ -67,6 +68,10 @@ def _watched(kept: str, planned: str | None = None) -> Any:
     return stack
 
 
+def _end(place: Place) -> int:
+    return place.offset + place.num_bytes
+
+
 def _flip(index: Index, row: int, offset: int) -> None:
     content = bytearray(index.shard_path(row).read_bytes())
     content[offset] ^= 1
@@ -87,16 +92,16 @@ def damaged(whole):
     shutil.copytree(whole, path)
     index = Index.open(path)
     long = [row for row in index.buckets[LONG] if index.shard[row] not in (2, 5)]
-    _flip(index, long[0], int(index.latents.offset[long[0]] + index.latents.num_bytes[long[0]]) - 3)
-    _flip(index, long[1], int(index.text.offset[long[1]]))
-    cut = int(index.latents.offset[index.shard == 2].max()) + 7
+    _flip(index, long[0], _end(index.latents_place(long[0])) - 3)
+    _flip(index, long[1], index.text_place(long[1]).offset)
+    cut = max(index.latents_place(row).offset for row in np.flatnonzero(index.shard == 2)) + 7
     with open(path / index.shards[2].name, "r+b") as handle:
         handle.truncate(cut)
     (path / index.shards[5].name).unlink()
-    ends = index.text.offset + index.text.num_bytes  # after the latents
+    ends = np.array([_end(index.text_place(row)) for row in range(len(index))])  # after the latents
     lost = (index.shard == 5) | ((index.shard == 2) & (ends > cut))
     lost[long[:2]] = True
-    return path, set(index.key[lost])
+    return path, {index.key[row] for row in np.flatnonzero(lost)}
 
 
 def _told(run_dir):
@@ -203,7 +208,7 @@ def flipped(whole, tmp_path):
     shutil.copytree(whole, path)
     index = Index.open(path)
     for row in range(0, len(index), 2):
-        _flip(index, row, int(index.latents.offset[row]))
+        _flip(index, row, index.latents_place(row).offset)
     return path
 
 
@@ -231,7 +236,7 @@ def test_a_sample_that_nothing_can_stand_in_for_weighs_nothing(ranks, tmp_path, 
     data = tmp_path / "data"
     write_dataset(data, samples={LONG: 4})
     index = Index.open(data)
-    _flip(index, 2, int(index.latents.offset[2] + index.latents.num_bytes[2]) - 1)
+    _flip(index, 2, _end(index.latents_place(2)) - 1)
     for name, world in (("one", 1), ("two", 2)):
         args = overrides(data, tmp_path / name, *RUN, *(shared if world == 2 else ()))
         ranks.run(train_here, args, _watched, str(tmp_path / f"{name}-keys"), world=world)

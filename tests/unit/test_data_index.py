@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -12,9 +13,9 @@ import pytest
 from dataset_factory import SPEC, write_dataset
 
 from opensora_dist.core.errors import DataError
-from opensora_dist.core.index import INDEX_NAME, ShardRow, read_index, write_index
+from opensora_dist.core.index import INDEX_NAME, ShardRow, read_header, read_rows, write_index
 from opensora_dist.core.types import Thw
-from opensora_dist.data.index import Index
+from opensora_dist.data.index import Index, Place, verify_index
 from opensora_dist.parallel import keys
 
 
@@ -25,7 +26,7 @@ def folder(tmp_path):
 
 def rewrite(folder, *, spec=None, shards=None, **values):
     """Writes the index of ``folder`` again with some cells of row 3 changed."""
-    file = read_index(folder)
+    file = read_header(folder)
     written = write_dataset(folder.parent / "again", samples={(2, 16, 24): 7, (4, 16, 16): 5})
     rows = [w.row for w in written.values()]
     rows[3] = dataclasses.replace(rows[3], **values)
@@ -37,7 +38,7 @@ def test_an_index_offers_its_samples_by_bucket(folder):
     index = Index.open(folder)
     assert len(index) == 12
     assert index.spec == SPEC.model_copy(update={"buckets": ((2, 16, 24), (4, 16, 16))})
-    assert index.dataset_hash == read_index(folder).dataset_hash
+    assert index.dataset_hash == read_header(folder).dataset_hash
     assert {b: len(rows) for b, rows in index.buckets.items()} == {Thw(2, 16, 24): 7, Thw(4, 16, 16): 5}
     for bucket, rows in index.buckets.items():
         for row in rows:
@@ -47,9 +48,14 @@ def test_an_index_offers_its_samples_by_bucket(folder):
             assert index.text_tokens[row] == len(stored.text)
             assert index.sample_id(row) == keys.sample_id(stored.row.key)
             assert index.shard_path(row) == folder / stored.row.shard
-            first, frames = index.latents.first[row], index.latents.num_parts[row]
-            assert tuple(index.latents.xxh3[first : first + frames]) == stored.row.latents_frame_xxh3
-            assert index.text.xxh3[index.text.first[row]] == stored.row.text_xxh3
+            assert index.latents_place(row) == Place(offset=stored.row.latents_offset, num_bytes=stored.row.latents_bytes)
+            assert index.text_place(row) == Place(offset=stored.row.text_offset, num_bytes=stored.row.text_bytes)
+            assert tuple(index.frame_hashes(row)) == stored.row.latents_frame_xxh3
+            assert index.text_hash(row) == stored.row.text_xxh3
+            assert (index.caption(row), index.source(row)) == (stored.row.caption, stored.row.source)
+    assert list(index.key) == list(written) and index.key[-1 + len(index)] == list(written)[-1]
+    assert index.sample_ids.tolist() == [keys.sample_id(key) for key in written]
+    assert list(read_rows(folder)) == [w.row for w in written.values()]
 
 
 def test_every_missing_and_short_shard_is_named(folder):
@@ -92,24 +98,60 @@ def test_the_index_of_another_program_is_refused(tmp_path):
         Index.open(tmp_path)
 
 
+def change_header(folder, change):
+    """Rewrites the footer of an index."""
+    table = pq.read_table(folder / INDEX_NAME)
+    raw = pq.read_metadata(folder / INDEX_NAME).metadata[b"opensora_dist"]
+    header = change(json.loads(raw))
+    pq.write_table(table.replace_schema_metadata({"opensora_dist": json.dumps(header)}), folder / INDEX_NAME)
+
+
 def test_an_index_of_an_earlier_format_is_refused_by_its_version(folder):
     write_dataset(folder, samples={(2, 16, 24): 3})
-    table = pq.read_table(folder / INDEX_NAME)
-    metadata = {"opensora_dist": table.schema.metadata[b"opensora_dist"].replace(b'"schema_version": 2', b'"schema_version": 1')}
-    old = table.rename_columns([name.replace("_frame_xxh3", "_xxh3") for name in table.column_names])
-    pq.write_table(old.replace_schema_metadata(metadata), folder / INDEX_NAME)
-    with pytest.raises(DataError, match="schema version 1, this release reads 2; prepare again"):
+    change_header(folder, lambda header: header | {"schema_version": 2})
+    with pytest.raises(DataError, match="schema version 2, this release reads 3; prepare again"):
         Index.open(folder)
 
 
 def test_the_hash_of_any_frame_is_part_of_the_data_sets_identity(folder):
     write_dataset(folder, samples={(2, 16, 24): 7, (4, 16, 16): 5})
-    before = read_index(folder)
-    frames = before.table.column("latents_frame_xxh3").to_pylist()[3]
-    rewrite(folder, latents_frame_xxh3=tuple([*frames[:-1], frames[-1] ^ 1]))
-    assert read_index(folder).dataset_hash != before.dataset_hash
+    before, frames = read_header(folder), list(read_rows(folder))[3].latents_frame_xxh3
+    rewrite(folder, latents_frame_xxh3=(*frames[:-1], frames[-1] ^ 1))
+    assert read_header(folder).dataset_hash != before.dataset_hash
     rewrite(folder)
-    assert read_index(folder).dataset_hash == before.dataset_hash
+    assert read_header(folder).dataset_hash == before.dataset_hash
+    assert len(list(folder.glob("*.xxh3"))) == 1, "hashes of an index that was replaced are removed"
+
+
+def test_missing_and_short_hashes_are_named(folder):
+    write_dataset(folder, samples={(2, 16, 24): 7})
+    path = folder / read_header(folder).hashes_name
+    content = path.read_bytes()
+    path.write_bytes(content[:-8])
+    with pytest.raises(DataError, match=rf"{path.name}: {len(content) - 8} bytes, expected {len(content)} bytes of hashes"):
+        Index.open(folder)
+    path.unlink()
+    with pytest.raises(DataError, match=rf"{path.name}: missing, expected"):
+        Index.open(folder)
+
+
+def test_verifying_finds_what_opening_takes_on_trust(folder):
+    write_dataset(folder, samples={(2, 16, 24): 7})
+    assert verify_index(folder) == []
+    path = folder / read_header(folder).hashes_name
+    content = bytearray(path.read_bytes())
+    content[9] ^= 1
+    path.write_bytes(content)
+    (problem,) = verify_index(folder)
+    assert path.name in problem and "expected" in problem
+    content[9] ^= 1
+    path.write_bytes(content)
+    table = pq.read_table(folder / INDEX_NAME)
+    keys_ = table.column("key").to_pylist()
+    keys_[2] = keys_[3]
+    pq.write_table(table.set_column(0, "key", pa.array(keys_)), folder / INDEX_NAME)
+    found = "; ".join(verify_index(folder))
+    assert "1 samples have another identity than the hash of their key" in found and "not that of the data set hash" in found
 
 
 def test_an_index_without_samples_is_refused(folder):
@@ -132,23 +174,56 @@ def test_a_description_of_another_release_is_refused(folder):
 @pytest.mark.parametrize(
     "values, rule",
     [
-        ({"shard": "other.tar"}, "its shard is not listed"),
+        ({"shard": "other.tar"}, "sample 'clip-00003': its shard is not listed"),
         ({"dtype": "int16"}, "its precision is none of float16, float32"),
-        ({"text_tokens": 0, "text_bytes": 0}, "it has no text token"),
         ({"latents_bytes": 10}, "its latents' bytes do not match their shape"),
         ({"latents_frame_xxh3": (1, 2, 3)}, "its latents have not one hash per frame"),
         ({"latents_frame_xxh3": ()}, "its latents have not one hash per frame"),
         ({"text_bytes": 10}, "its text's bytes do not match their tokens"),
-        ({"text_offset": 1 << 40}, "its bytes lie outside its shard"),
-        ({"latents_offset": -1}, "its bytes lie outside its shard"),
-        ({"key": "clip-00000"}, "another sample has the same key"),
-        ({"clip_t": 4, "clip_h": 16, "clip_w": 16, "latent_w": 1}, "another shape than those of its clip shape"),
+        ({"key": "clip-00000"}, "1 samples have the key of another sample"),
+    ],
+)
+def test_samples_that_contradict_themselves_are_not_written_and_the_old_index_stays(folder, values, rule):
+    write_dataset(folder, samples={(2, 16, 24): 7, (4, 16, 16): 5})
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(DataError, match=rule):
+        rewrite(folder, **values)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "values, rule",
+    [
+        ({"text_tokens": 0, "text_bytes": 0}, r"1 samples, first 'clip-00003': it has no text token"),
+        ({"text_offset": 1 << 40}, r"1 samples, first 'clip-00003': its bytes lie outside its shard"),
+        ({"latents_offset": -1}, r"1 samples, first 'clip-00003': its bytes lie outside its shard"),
+        (
+            {"clip_t": 4, "clip_h": 16, "clip_w": 16, "latent_t": 1, "latents_frame_xxh3": (1,)},
+            "clips of 4x16x16 have latents of",
+        ),
     ],
 )
 def test_an_index_that_contradicts_itself_is_refused(folder, values, rule):
-    write_dataset(folder, samples={(2, 16, 24): 7, (4, 16, 16): 5})
+    written = write_dataset(folder, samples={(2, 16, 24): 7, (4, 16, 16): 5})
+    if "latent_t" in values:
+        row = next(w.row for w in written.values() if w.row.clip_t == 2)
+        values |= {"latents_bytes": row.latents_bytes // 2}
     rewrite(folder, **values)
-    with pytest.raises(DataError, match=rf"\d+ samples, first 'clip-\d+': .*{rule}"):
+    with pytest.raises(DataError, match=rule):
+        Index.open(folder)
+
+
+@pytest.mark.parametrize("column, number", [("shard", 3), ("shard", -1), ("shape", 2), ("shape", -1)])
+def test_numbers_that_nothing_is_listed_for_are_refused(folder, column, number):
+    write_dataset(folder, samples={(2, 16, 24): 7, (4, 16, 16): 5})
+    table = pq.read_table(folder / INDEX_NAME)
+    raw = pq.read_metadata(folder / INDEX_NAME).metadata[b"opensora_dist"]
+    values = table.column(column).to_pylist()
+    values[5] = number
+    place = table.column_names.index(column)
+    table = table.set_column(place, column, pa.array(values, type=table.schema.field(column).type))
+    pq.write_table(table.replace_schema_metadata({"opensora_dist": raw}), folder / INDEX_NAME)
+    with pytest.raises(DataError, match=f"1 samples, first 'clip-00005': its {column} is not listed"):
         Index.open(folder)
 
 

@@ -113,8 +113,8 @@ def test_one_read_takes_the_frames_asked_for_and_nothing_else(index, asked, fram
     sample = ShardReader(index).read([row], frames=frames)[0]
     frame_bytes = 4 * 4 * 2 * 2
     (latents, text) = asked
-    assert latents == (int(index.latents.offset[row]) + frames.start * frame_bytes, len(frames) * frame_bytes)
-    assert text == (int(index.text.offset[row]), int(index.text.num_bytes[row]))
+    assert latents == (index.latents_place(row).offset + frames.start * frame_bytes, len(frames) * frame_bytes)
+    assert text == (index.text_place(row).offset, index.text_place(row).num_bytes)
     whole = ShardReader(index).read([row])[0]
     np.testing.assert_array_equal(sample.latents, whole.latents[frames.start : frames.stop])
 
@@ -122,7 +122,7 @@ def test_one_read_takes_the_frames_asked_for_and_nothing_else(index, asked, fram
 def test_ranks_that_share_samples_by_frames_ask_for_each_latent_byte_once(index, asked):
     def latent_bytes(share):
         asked.clear()
-        texts = {int(offset) for offset in index.text.offset}
+        texts = {index.text_place(row).offset for row in range(len(index))}
         batches = micros(index, share)
         assert {m.latent.t for m in batches} == {1, 5}
         return sum(size for offset, size in asked if offset not in texts), batches
@@ -138,7 +138,7 @@ def test_a_flipped_bit_is_seen_by_the_rank_that_owns_its_frame_and_by_no_other(i
     order = Order(index, keys=Keys(0), global_batch=GLOBAL_BATCH)
     row = next(order.batch(step).rows[2] for step in range(4) if any(latent.t == 5 for latent in order.batch(step).shapes))
     frame, frame_bytes = 3, 4 * 4 * 2 * 2
-    offset = int(index.latents.offset[row]) + frame * frame_bytes
+    offset = index.latents_place(row).offset + frame * frame_bytes
     path = index.shard_path(row)
     damaged = bytearray(path.read_bytes())
     damaged[offset + 5] ^= 1
@@ -161,8 +161,8 @@ def test_a_shard_that_ends_early_names_the_frame_where_it_does(index):
     row = int(index.buckets[LONG][0])
     frame_bytes = 4 * 4 * 2 * 2
     with open(index.shard_path(row), "r+b") as handle:
-        handle.truncate(int(index.latents.offset[row]) + 3 * frame_bytes + 7)
-    offset = int(index.latents.offset[row]) + 3 * frame_bytes
+        handle.truncate(index.latents_place(row).offset + 3 * frame_bytes + 7)
+    offset = index.latents_place(row).offset + 3 * frame_bytes
     with pytest.raises(DataError, match=rf"latents, frame 3 at offset {offset}: the file ends after 7 of {frame_bytes} bytes"):
         ShardReader(index).read([row], frames=range(2, 5))
 

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from opensora_dist.config.codec import DctCodecConfig, HashTextConfig
 from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.config.prepare import ClipConfig, InputConfig, OutputConfig, PrepareConfig
 from opensora_dist.core.errors import ConfigError, DataError
-from opensora_dist.core.index import read_index
+from opensora_dist.core.index import read_header, read_rows
 from opensora_dist.core.io import hash_file
 from opensora_dist.core.protocols import LatentStats
 from opensora_dist.core.types import Thw
@@ -61,6 +63,10 @@ class BatchCodec:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [asdict(row) for row in read_rows(folder)]
 
 
 def video(path: Path, *, frames: int = 4, height: int = 16, width: int = 16, level: int = 100) -> None:
@@ -158,8 +164,7 @@ def test_report_counts_buckets_and_names_every_drop(source: Path, tmp_path: Path
 
 def test_offsets_of_the_index_point_at_raw_array_bytes(source: Path, tmp_path: Path) -> None:
     run(config(source, tmp_path))
-    index = read_index(tmp_path)
-    for row in index.table.to_pylist():
+    for row in rows_of(tmp_path):
         data = (tmp_path / row["shard"]).read_bytes()
         for part, shape in (
             ("latents", (row["latent_t"], 4, row["latent_h"], row["latent_w"])),
@@ -169,7 +174,7 @@ def test_offsets_of_the_index_point_at_raw_array_bytes(source: Path, tmp_path: P
             if part == "latents":
                 frame_bytes = len(raw) // shape[0]
                 frames = [raw[i : i + frame_bytes] for i in range(0, len(raw), frame_bytes)]
-                assert [xxhash.xxh3_64_intdigest(frame) for frame in frames] == row["latents_frame_xxh3"]
+                assert [xxhash.xxh3_64_intdigest(frame) for frame in frames] == list(row["latents_frame_xxh3"])
             else:
                 assert xxhash.xxh3_64_intdigest(raw) == row["text_xxh3"]
             with tarfile.open(tmp_path / row["shard"]) as tar:
@@ -182,13 +187,13 @@ def test_offsets_of_the_index_point_at_raw_array_bytes(source: Path, tmp_path: P
 
 
 def test_shards_are_listed_with_their_size_and_hash_and_hold_one_bucket_each(straight: Path) -> None:
-    index = read_index(straight)
-    assert sum(shard.num_samples for shard in index.shards) == index.table.num_rows == 11
+    index = read_header(straight)
+    assert sum(shard.num_samples for shard in index.shards) == index.num_samples == 11
     assert {shard.name for shard in index.shards} == {p.name for p in straight.glob("*.tar")}
     for shard in index.shards:
         assert hash_file(straight / shard.name) == shard.xxh3
         assert (straight / shard.name).stat().st_size == shard.num_bytes
-        clips = {(r["clip_t"], r["clip_h"], r["clip_w"]) for r in index.table.to_pylist() if r["shard"] == shard.name}
+        clips = {(r["clip_t"], r["clip_h"], r["clip_w"]) for r in rows_of(straight) if r["shard"] == shard.name}
         assert len(clips) == 1
 
 
@@ -197,7 +202,7 @@ def test_latents_and_text_are_what_codec_and_encoder_give(source: Path, tmp_path
 
     settings = config(source, tmp_path, dtype="float32")
     run(settings)
-    row = next(r for r in read_index(tmp_path).table.to_pylist() if r["source"] == "größe é.mp4")
+    row = next(r for r in rows_of(tmp_path) if r["source"] == "größe é.mp4")
     clip = cut_clip(source / row["source"], fps=8, buckets=[Thw(*b) for b in settings.clip.buckets])
     data = (tmp_path / row["shard"]).read_bytes()
     latents = np.frombuffer(data, np.float32, row["latents_bytes"] // 4, row["latents_offset"]).reshape(4, 4, 2, 2)
@@ -210,7 +215,7 @@ def test_latents_and_text_are_what_codec_and_encoder_give(source: Path, tmp_path
 def test_webdatasets_own_reader_reads_the_shards(straight: Path) -> None:
     urls = sorted(str(p) for p in straight.glob("*.tar"))
     samples = list(wds.WebDataset(urls, shardshuffle=False).decode())
-    rows = {row["key"]: row for row in read_index(straight).table.to_pylist()}
+    rows = {row["key"]: row for row in rows_of(straight)}
     assert [s["__key__"] for s in samples] == list(rows)
     for sample in samples:
         row = rows[sample["__key__"]]
@@ -242,7 +247,7 @@ def test_keys_are_unique_and_safe_for_tar_and_webdataset() -> None:
 
 def test_spec_has_what_training_and_sampling_need(source: Path, tmp_path: Path) -> None:
     run(config(source, tmp_path))
-    spec = DatasetSpec.model_validate(read_index(tmp_path).spec)
+    spec = DatasetSpec.model_validate(read_header(tmp_path).spec)
     assert (spec.codec, spec.text, spec.fps) == (CODEC, TEXT, 8)
     assert (spec.channels, spec.spatial_factor, spec.temporal_factor, spec.text_width, spec.max_tokens) == (4, 8, 1, 8, 6)
     assert spec.buckets == ((4, 16, 16), (4, 16, 32), (1, 16, 16))
@@ -250,9 +255,9 @@ def test_spec_has_what_training_and_sampling_need(source: Path, tmp_path: Path) 
 
 def test_stats_are_measured_over_what_is_stored_and_floored(source: Path, tmp_path: Path) -> None:
     run(config(source, tmp_path))
-    spec = DatasetSpec.model_validate(read_index(tmp_path).spec)
+    spec = DatasetSpec.model_validate(read_header(tmp_path).spec)
     stored = []
-    for row in read_index(tmp_path).table.to_pylist():
+    for row in rows_of(tmp_path):
         raw = np.frombuffer((tmp_path / row["shard"]).read_bytes(), np.float16, row["latents_bytes"] // 2, row["latents_offset"])
         latents = raw.reshape(row["latent_t"], 4, row["latent_h"], row["latent_w"]).astype(np.float64)
         stored.append(latents.transpose(1, 0, 2, 3).reshape(4, -1))
@@ -264,7 +269,7 @@ def test_stats_are_measured_over_what_is_stored_and_floored(source: Path, tmp_pa
 
 
 def test_a_codecs_own_stats_are_kept(straight: Path) -> None:
-    assert DatasetSpec.model_validate(read_index(straight).spec).latent_std == (1.0,) * 4
+    assert DatasetSpec.model_validate(read_header(straight).spec).latent_std == (1.0,) * 4
 
 
 def test_stats_of_latents_that_never_vary_are_positive() -> None:
@@ -283,7 +288,7 @@ def test_an_empty_caption_is_a_caption(tmp_path: Path) -> None:
     video(tmp_path / "in" / "a.mp4")
     (tmp_path / "in" / "a.txt").write_text("")
     run(config(tmp_path / "in", tmp_path / "out"))
-    (row,) = read_index(tmp_path / "out").table.to_pylist()
+    (row,) = rows_of(tmp_path / "out")
     assert (row["caption"], row["text_tokens"]) == ("", 1)
 
 
@@ -298,7 +303,7 @@ def test_posterior_is_keyed_by_the_sample_not_by_its_place(source: Path, tmp_pat
     hashes = []
     for name, size in (("a", 3), ("b", 5)):
         run(config(source, tmp_path / name, shard_samples=size), codec=Drawing())
-        hashes.append({row["key"]: row["latents_frame_xxh3"] for row in read_index(tmp_path / name).table.to_pylist()})
+        hashes.append({row["key"]: row["latents_frame_xxh3"] for row in rows_of(tmp_path / name)})
     assert hashes[0] == hashes[1]
 
 
