@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal, cast
@@ -15,14 +16,16 @@ import pyarrow.parquet as pq
 
 from opensora_dist.core.errors import DataError
 from opensora_dist.core.io import FileWindow
+from opensora_dist.core.tar import Member, TarError, scan_tar, split_name
 from opensora_dist.core.types import Thw
 from opensora_dist.core.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 _SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
+_TAR = ".tar"
 _TABLES = ("metadata.parquet", "metadata.csv")
 _WAYS = (
     "supply captions in metadata.parquet or metadata.csv with columns path,text (paths relative to the folder), "
-    "or in a .txt file beside each (clip.mp4, clip.txt)"
+    "or in a .txt file beside each (clip.mp4, clip.txt), in tars in a .txt or .json member of the same key"
 )
 
 
@@ -82,17 +85,20 @@ def scan_sources(folder: Path) -> list[Source]:
     tables = [folder / name for name in _TABLES if (folder / name).is_file()]
     if len(tables) > 1:
         raise DataError(f"{folder}: both {' and '.join(_TABLES)} are there, and they may disagree; keep one")
-    captions = _read_table(tables[0]) if tables else _read_text_files(folder)
-    if not captions:
+    if tables:
+        sources = [_source(folder, name, caption) for name, caption in _read_table(tables[0]).items()]
+    else:
+        sources = _read_folder(folder)
+    if not sources:
         where = (
             f"{tables[0]} lists no video or image"
             if tables
-            else f"no video or image in {folder} ({', '.join(sorted(_SUFFIXES))})"
+            else f"no video or image in {folder} ({', '.join(sorted(_SUFFIXES))}, or in a {_TAR})"
         )
         raise DataError(f"input.path={str(folder)!r}: {where}")
-    if all(caption is None for caption in captions.values()):
-        raise DataError(f"input.path={str(folder)!r}: none of {len(captions)} videos and images has a caption; {_WAYS}")
-    return [_source(folder, name, captions[name]) for name in sorted(captions)]
+    if all(source.caption is None for source in sources):
+        raise DataError(f"input.path={str(folder)!r}: none of {len(sources)} videos and images has a caption; {_WAYS}")
+    return sorted(sources, key=lambda source: source.name)
 
 
 def _source(folder: Path, name: str, caption: str | None) -> Source:
@@ -109,19 +115,79 @@ def _kind(name: str) -> Literal["video", "image"]:
     return "image" if Path(name).suffix.lower() in IMAGE_SUFFIXES else "video"
 
 
-def _read_text_files(folder: Path) -> dict[str, str | None]:
-    """Name to caption of every video and image below ``folder``."""
-    captions: dict[str, str | None] = {}
+def _read_folder(folder: Path) -> list[Source]:
+    """Every video and image below ``folder``."""
+    sources: list[Source] = []
     for parent, _, files in os.walk(folder):
         for file in files:
             path = Path(parent, file)
-            if path.suffix.lower() not in _SUFFIXES or file.startswith("."):
+            suffix = path.suffix.lower()
+            if suffix not in (*_SUFFIXES, _TAR) or file.startswith("."):
                 continue
             name = path.relative_to(folder).as_posix()
             if not _is_utf8(name):
                 raise DataError(f"{str(path)!a}: the name is not UTF-8, so no index can hold it; rename the file")
-            captions[name] = _read_caption(path.with_suffix(".txt"))
-    return captions
+            if suffix == _TAR:
+                sources += _read_tar(path, name)
+            else:
+                sources.append(_source(folder, name, _read_caption(path.with_suffix(".txt"))))
+    return sources
+
+
+def _read_tar(path: Path, name: str) -> list[Source]:
+    """The videos and images of a WebDataset tar, one per key, a video before an image. Nothing else of it is read than captions.
+
+    Raises:
+        DataError: It is damaged, or holds what must not be used.
+    """
+    groups: dict[str, dict[str, Member]] = {}
+    with open(path, "rb", buffering=0) as file:
+        try:
+            for member in scan_tar(file.fileno(), shown=str(path)):
+                key, extension = split_name(member.name) or (member.name, "")
+                groups.setdefault(key, {}).setdefault(f".{extension.rpartition('.')[2].lower()}", member)
+        except TarError as error:
+            raise DataError(f"{error}. Fetch or pack it again, or take it out of input.path") from error
+        changed_ns = os.fstat(file.fileno()).st_mtime_ns
+        sources = []
+        for members in groups.values():
+            media = next(
+                (members[suffix] for kind in (VIDEO_SUFFIXES, IMAGE_SUFFIXES) for suffix in members if suffix in kind), None
+            )
+            if media is None:
+                continue
+            sources.append(
+                Source(
+                    path=path,
+                    name=f"{name}/{media.name}",
+                    caption=_member_caption(file.fileno(), members, path),
+                    num_bytes=media.size,
+                    mtime_ns=changed_ns,
+                    kind=_kind(media.name),
+                    member=media.name,
+                    offset=media.offset,
+                )
+            )
+    return sources
+
+
+def _member_caption(fd: int, members: Mapping[str, Member], path: Path) -> str | None:
+    """What a sample's .txt says, or ``caption`` or ``text`` of its .json."""
+    for suffix in (".txt", ".json"):
+        if suffix not in members:
+            continue
+        member = members[suffix]
+        content = os.pread(fd, member.size, member.offset)
+        try:
+            if suffix == ".txt":
+                return content.decode("utf-8").strip()
+            about = json.loads(content)
+        except ValueError as error:  # what decoding of UTF-8 and of JSON raise
+            raise DataError(f"{path}/{member.name}: not UTF-8 {suffix[1:]} ({error}); pack the tar again without it") from error
+        said = [about[field] for field in ("caption", "text") if isinstance(about, dict) and isinstance(about.get(field), str)]
+        if said:
+            return str(said[0]).strip()
+    return None
 
 
 def _is_utf8(name: str) -> bool:

@@ -1,14 +1,22 @@
 from __future__ import annotations
 
+import io
+import json
 import os
+import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from opensora_dist.core.errors import DataError
-from opensora_dist.prepare.sources import Source, scan_sources
+from opensora_dist.core.types import Thw
+from opensora_dist.core.video import iter_frames, read_video, write_video
+from opensora_dist.prepare.sources import Source, image_problem, scan_sources
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -140,4 +148,145 @@ def test_captions_must_be_utf8(tmp_path: Path) -> None:
 def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, os.fsdecode(b"gr\xf6\xdfer.mp4"))
     with pytest.raises(DataError, match="not UTF-8"):
+        scan_sources(tmp_path)
+
+
+def pack(path: Path, members: Mapping[str, bytes], *, link: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        if link is not None:
+            info = tarfile.TarInfo(link)
+            info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(info)
+
+
+def picture(*, height: int = 40, width: int = 60, form: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    ramp = np.broadcast_to(np.linspace(0, 255, width).astype(np.uint8)[None, :, None], (height, width, 3))
+    Image.fromarray(ramp.copy()).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def only_frame(source: Source) -> np.ndarray:
+    ((time_s, frame),) = iter_frames(source.open())
+    assert time_s == 0
+    return frame
+
+
+@pytest.mark.parametrize(("name", "form"), [("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.png", "PNG"), ("a.webp", "WEBP")])
+def test_an_image_is_a_source_of_one_frame(tmp_path: Path, name: str, form: str) -> None:
+    (tmp_path / name).write_bytes(picture(form=form))
+    (tmp_path / "a.txt").write_text("a ramp")
+    (source,) = scan_sources(tmp_path)
+    assert (source.kind, source.caption) == ("image", "a ramp")
+    frame = only_frame(source)
+    assert frame.shape == (40, 60, 3) and frame[:, :5].mean() < 20 and frame[:, -5:].mean() > 235
+
+
+def test_an_image_is_turned_as_its_camera_says(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    (tmp_path / "a.jpg").write_bytes(picture(form="JPEG", exif=exif))
+    (tmp_path / "a.txt").write_text("a ramp")
+    frame = only_frame(scan_sources(tmp_path)[0])
+    assert frame.shape == (60, 40, 3) and frame[:5].mean() < 20 and frame[-5:].mean() > 235
+
+
+def test_what_is_transparent_is_white_and_sixteen_bits_are_eight(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "a.png")
+    Image.fromarray(np.full((8, 8), 0x8000, np.uint16)).save(tmp_path / "b.png")
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    clear, deep = (only_frame(source) for source in scan_sources(tmp_path))
+    assert (clear == 255).all() and (deep == 128).all()
+
+
+def test_a_damaged_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture(form="JPEG")[:300])
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(DataError, match=r"a\.jpg: can't be decoded"):
+        only_frame(scan_sources(tmp_path)[0])
+
+
+def test_an_image_needs_a_bucket_of_one_frame(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.mp4")
+    (tmp_path / "a.txt").write_text("a")
+    image, video = scan_sources(tmp_path)
+    assert "no bucket has one frame; add [1, height, width] to clip.buckets" in str(image_problem(image, [Thw(16, 64, 64)]))
+    assert image_problem(image, [Thw(16, 64, 64), Thw(1, 64, 64)]) is image_problem(video, [Thw(16, 64, 64)]) is None
+
+
+def test_members_of_tars_are_sources_with_the_captions_of_their_keys(tmp_path: Path) -> None:
+    pack(
+        tmp_path / "sub" / "x.tar",
+        {
+            "d/1.mp4": b"video",
+            "d/1.txt": b" gr\xc3\xb6\xc3\x9fer\n",
+            "2.jpg": b"image",
+            "2.json": json.dumps({"caption": "two", "text": "no"}).encode(),
+            "3.mp4": b"v",
+            "3.json": json.dumps({"text": "three"}).encode(),
+            "4.mp4": b"no caption",
+            "4.json": b"[1]",
+            "5.txt": b"no video",
+            "6.jpg": b"of a video",
+            "6.mp4": b"the video",
+            "README": b"",
+        },
+    )
+    (tmp_path / "b.mp4").write_bytes(b"beside")
+    sources = scan_sources(tmp_path)
+    assert captions(sources) == {
+        "b.mp4": None,
+        "sub/x.tar/2.jpg": "two",
+        "sub/x.tar/3.mp4": "three",
+        "sub/x.tar/4.mp4": None,
+        "sub/x.tar/6.mp4": None,
+        "sub/x.tar/d/1.mp4": "größer",
+    }
+    assert [source.kind for source in sources] == ["video", "image", "video", "video", "video", "video"]
+    held = {source.name: source.open().read() for source in sources[1:]}  # type: ignore[union-attr]
+    assert (
+        held["sub/x.tar/d/1.mp4"] == b"video" and held["sub/x.tar/2.jpg"] == b"image" and held["sub/x.tar/6.mp4"] == b"the video"
+    )
+
+
+def test_a_video_in_a_tar_is_decoded_where_it_lies(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (5, 32, 48, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mp4", frames, fps=8)
+    pack(tmp_path / "x.tar", {"n.txt": b"n", "n.mp4": (tmp_path / "a.mp4").read_bytes(), "m.png": picture(), "m.txt": b"m"})
+    sources = {source.name: source for source in scan_sources(tmp_path)}
+    whole, _ = read_video(tmp_path / "a.mp4")
+    assert np.array_equal(np.stack([frame for _, frame in iter_frames(sources["x.tar/n.mp4"].open())]), whole)
+    assert only_frame(sources["x.tar/m.png"]).shape == (40, 60, 3)
+
+
+def test_a_video_that_is_cut_off_in_a_tar_names_tar_and_member(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (5, 32, 48, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mp4", frames, fps=8)
+    pack(tmp_path / "y" / "x.tar", {"n.mp4": (tmp_path / "a.mp4").read_bytes()[:900], "n.txt": b"n"})
+    (source,) = scan_sources(tmp_path / "y")
+    with pytest.raises(DataError, match=r"y/x\.tar/n\.mp4: can't be decoded"):
+        list(iter_frames(source.open()))
+    assert source.label.endswith("y/x.tar/n.mp4")
+
+
+def test_a_tar_with_a_link_or_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+    pack(tmp_path / "x.tar", {"a.mp4": b"v", "a.txt": b"a"}, link="b.mp4")
+    with pytest.raises(DataError, match=r"x\.tar: .*symbolic link.*take it out of input\.path"):
+        scan_sources(tmp_path)
+    pack(tmp_path / "x.tar", {"a.mp4": b"v" * 900, "a.txt": b"a"})
+    with open(tmp_path / "x.tar", "r+b") as file:
+        file.truncate(512 + 1024)
+    with pytest.raises(DataError, match=r"x\.tar: .*cut short"):
+        scan_sources(tmp_path)
+
+
+def test_a_caption_in_a_tar_must_be_utf8(tmp_path: Path) -> None:
+    pack(tmp_path / "x.tar", {"a.mp4": b"v", "a.txt": b"gr\xf6\xdfer"})
+    with pytest.raises(DataError, match=r"x\.tar/a\.txt: not UTF-8"):
         scan_sources(tmp_path)
