@@ -11,7 +11,7 @@ from math import prod
 import numpy as np
 
 from opensora_dist.core.errors import DataError
-from opensora_dist.data.tar import Member
+from opensora_dist.core.tar import Member
 
 _NPY_HEADER_BYTES = 16384
 _LONGEST_HEADER = 16 << 20

@@ -24,9 +24,9 @@ from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.config.load import parse_yaml
 from opensora_dist.core.errors import ConfigError, DataError
 from opensora_dist.core.index import DTYPES, SampleRow
+from opensora_dist.core.tar import Member, scan_tar
 from opensora_dist.core.types import Thw
 from opensora_dist.data.arrays import ArrayPlace, UnfitError, npy_place, read_exactly, safetensors_places
-from opensora_dist.data.tar import Member, scan_tar
 
 LAYOUT_NAME = "dataset.yaml"
 _CODE = ("pyd", "pyc", "so", "pickle", "pkl", "pth", "pt", "joblib", "dill")
