@@ -117,6 +117,7 @@ class MixtureConfig(Section):
     weight: float | None = Field(
         None, gt=0, description="Its share of the samples, relative to the others; default: how many it has."
     )
+    layout: str | None = Field(None, description="As data.layout.")
 
 
 class CacheConfig(Section):
@@ -134,6 +135,9 @@ class DataConfig(Section):
         None,
         description="Folder or URL (s3://, gs://, https://, pipe:) of a data set made by `opensora-dist data prepare`, or of WebDataset tars.",
     )
+    layout: str | None = Field(
+        None, description="File that says what WebDataset tars made by others hold; default: dataset.yaml beside them."
+    )
     mixture: tuple[MixtureConfig, ...] = Field((), description="Several data sets, instead of data.path.")
     batching: Literal["samples", "tokens", "packed"] = Field(
         "samples",
@@ -148,7 +152,9 @@ class DataConfig(Section):
     shuffle_shards: int | None = Field(
         None, ge=1, description="Samples are shuffled among so many shards at a time, for remote data; default: among all."
     )
-    allow_pipe: bool = Field(False, description="Lets data.path name a shell command (pipe:...), whose output is a shard.")
+    allow_pipe: bool = Field(
+        False, description="Lets data.path name a command (pipe:...), which is run without a shell and whose output is a shard."
+    )
     cache: CacheConfig = CacheConfig()
     loss_weight: Literal["sample", "token"] = Field("sample", description="What counts once in the loss: a sample, or a token.")
     reader_threads: int = Field(1, ge=1, le=8, description="Threads that read shards.")

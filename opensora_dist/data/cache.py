@@ -17,7 +17,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -37,10 +37,6 @@ _ABANDONED_S = 3600.0  # a partial file that nobody wrote to for so long has no 
 
 class FetchError(OSError):
     """A shard can't be brought here. An ``OSError``, as it would be of a file on this machine: readers make it damage of samples."""
-
-
-class _GoneError(Exception):
-    """Trying again would not help."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,23 +130,16 @@ class ShardCache:
         os.utime(fd)
         return fd
 
-    @contextmanager
-    def _turn(self, wanted: Wanted, stopped: Callable[[], bool]) -> Iterator[None]:
+    def _turn(self, wanted: Wanted, stopped: Callable[[], bool]) -> AbstractContextManager[None]:
         """One process at a time fetches a file; the others wait as long as it grows."""
-        with open(_beside(wanted.path, "lock"), "w") as handle:
-            seen, since = _progress(wanted.path), time.monotonic()
-            while not _flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB):
-                if stopped():
-                    raise FetchError(f"{wanted.shown}: not fetched, as reading ended")
-                if (now := _progress(wanted.path)) != seen:
-                    seen, since = now, time.monotonic()
-                if time.monotonic() - since > self._patience.stall_s:
-                    raise FetchError(
-                        f"{wanted.shown}: another process of this machine fetches it to {wanted.path} and got nothing for "
-                        f"{self._patience.stall_s:.0f} s; end that process, or see whether the store answers"
-                    )
-                time.sleep(0.02)
-            yield
+        return turn(
+            _beside(wanted.path, "lock"),
+            progress=lambda: _progress(wanted.path),
+            late=f"{wanted.shown}: another process of this machine fetches it to {wanted.path} and got nothing for "
+            f"{self._patience.stall_s:.0f} s; end that process, or see whether the store answers",
+            stall_s=self._patience.stall_s,
+            stopped=stopped,
+        )
 
     def _fetch(self, wanted: Wanted, stopped: Callable[[], bool]) -> None:
         for left in wanted.path.parent.glob(f".{wanted.path.name}.partial-*"):  # of a fetcher that died: this one has the lock
@@ -230,6 +219,32 @@ class ShardCache:
                     )
 
 
+@contextmanager
+def turn(
+    lock: Path, *, progress: Callable[[], float], late: str, stall_s: float, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Holds a lock file for this thread alone, which other threads and processes wait for while work goes on.
+
+    Args:
+        progress: A number that changes while whoever has the lock gets on.
+        late: What to say where it did not change for ``stall_s`` seconds.
+        stopped: Asked while waiting; true ends it.
+    Raises:
+        FetchError: ``late``, or it was stopped.
+    """
+    with open(lock, "w") as handle:
+        seen, since = progress(), time.monotonic()
+        while not _flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if stopped():
+                raise FetchError(f"{lock}: no longer waited for, as reading ended")
+            if (now := progress()) != seen:
+                seen, since = now, time.monotonic()
+            if time.monotonic() - since > stall_s:
+                raise FetchError(late)
+            time.sleep(0.02)
+        yield
+
+
 def retried(call: Callable[[], _T], *, shown: str, patience: Patience) -> _T:
     """What a small request answers, tried as often as a transfer is.
 
@@ -253,7 +268,7 @@ class _DiskError(OSError):
 
 def transport_errors() -> tuple[type[BaseException], ...]:
     """What transports raise, of those that are loaded."""
-    kinds: list[type[BaseException]] = [OSError, EOFError, ValueError, asyncio.TimeoutError, _GoneError]
+    kinds: list[type[BaseException]] = [OSError, EOFError, ValueError, asyncio.TimeoutError]
     for module, name in (
         ("aiohttp", "ClientError"),
         ("botocore.exceptions", "BotoCoreError"),
@@ -267,14 +282,18 @@ def transport_errors() -> tuple[type[BaseException], ...]:
 
 
 def is_final(error: BaseException) -> bool:
-    """Whether trying again can't help: not there, not allowed. fsspec's http calls whatever went wrong "not found": its cause counts."""
-    cause = error.__cause__
-    status = getattr(error, "status", getattr(cause, "status", None))
+    """Whether trying again can't help: not there, not allowed. fsspec's http calls whatever went wrong "not found": its cause says what."""
+    status = getattr(error, "status", getattr(error.__cause__, "status", None))
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 425, 429)
-    if isinstance(error, FileNotFoundError) and cause is not None and not isinstance(cause, OSError | KeyError):
-        return type(cause).__module__.startswith(("botocore", "gcsfs"))
-    return isinstance(error, FileNotFoundError | PermissionError | _GoneError)
+    if type(error.__cause__).__module__.startswith("aiohttp"):  # no answer at all
+        return False
+    return isinstance(error, FileNotFoundError | PermissionError)
+
+
+def is_missing(error: BaseException | None) -> bool:
+    """Whether the store answered that there is no such thing."""
+    return isinstance(error, FileNotFoundError) and is_final(error) and getattr(error.__cause__, "status", 404) in (404, 410)
 
 
 def _gave_up(shown: str, attempts: int, why: str) -> str:

@@ -10,7 +10,6 @@ its last part.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -24,13 +23,12 @@ from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.config.load import parse_yaml
 from opensora_dist.core.errors import ConfigError, DataError
 from opensora_dist.core.index import DTYPES, SampleRow
-from opensora_dist.core.tar import Member, scan_tar
+from opensora_dist.core.tar import Member, scan_tar, split_name
 from opensora_dist.core.types import Thw
 from opensora_dist.data.arrays import ArrayPlace, UnfitError, npy_place, read_exactly, safetensors_places
 
 LAYOUT_NAME = "dataset.yaml"
 _CODE = ("pyd", "pyc", "so", "pickle", "pkl", "pth", "pt", "joblib", "dill")
-_KEY = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)")  # webdataset's: up to the first dot of the last part
 _LATENTS = ("latents.npy", "npy")
 _LONGEST_TEXT = 1 << 20
 
@@ -122,11 +120,10 @@ def _samples(members: Iterator[Member], found: Findings) -> Iterator[tuple[str, 
 
     def keyed() -> Iterator[tuple[str, str, Member]]:
         for member in members:
-            match = _KEY.fullmatch(member.name)
-            if match is None:
+            if (parts := split_name(member.name)) is None:
                 found.ignored["no key"] = found.ignored.get("no key", 0) + 1
                 continue
-            yield match[1], match[2], member
+            yield *parts, member
 
     for key, group in groupby(keyed(), key=lambda entry: entry[0]):
         mine = {suffix: member for _, suffix, member in group}

@@ -7,18 +7,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+from opensora_dist.config.load import expand
 from opensora_dist.config.train import CacheConfig
 from opensora_dist.core.errors import ConfigError, DataError
-from opensora_dist.core.index import INDEX_NAME, ShardRow
+from opensora_dist.core.index import INDEX_NAME, ShardRow, read_header
 from opensora_dist.core.io import hash_bytes
 from opensora_dist.core.logging import get_logger
-from opensora_dist.core.urls import PIPE, is_remote, redact, secret_in
-from opensora_dist.data.cache import FetchError, Patience, ShardCache, Wanted, retried
-from opensora_dist.data.origins import Origin, child, file_system, origin_of
+from opensora_dist.core.urls import PIPE, expand_braces, is_remote, redact, secret_in
+from opensora_dist.data.cache import FetchError, Patience, ShardCache, Wanted, is_missing, retried
+from opensora_dist.data.foreign import LAYOUT_NAME, parse_layout
+from opensora_dist.data.foreign_index import Tar, index_foreign, short_names
+from opensora_dist.data.origins import Origin, UrlOrigin, child, file_system, origin_of
 
 _log = get_logger(__name__)
 _FAILED_S = (
@@ -167,17 +172,109 @@ def localise(url: str, *, cache: CacheConfig, allow_pipe: bool, layout: str | No
         raise ConfigError(
             f"data.path={redact(url)!r} runs a command of this machine; set data.allow_pipe=true if you trust whoever wrote this config"
         )
-    if not is_remote(url):
-        return _local(Path(os.path.expandvars(url.removeprefix("file://"))).expanduser(), cache, layout)
-    shards = ShardCache(Path(os.path.expandvars(cache.path)).expanduser(), max_bytes=int(cache.max_gib * 2**30))
-    if _is_prepared(url):
-        return _prepared(url, shards, ahead=cache.prefetch_shards)
-    raise DataError(f"{redact(url)}: no {INDEX_NAME} there")
+    shards = ShardCache(expand(cache.path), max_bytes=int(cache.max_gib * 2**30))
+    try:
+        if not is_remote(url):
+            return _local(expand(url.removeprefix("file://")), shards, layout)
+        if _is_prepared(url):
+            return _prepared(url, shards, ahead=cache.prefetch_shards)
+        return _foreign(url, shards, layout, ahead=cache.prefetch_shards)
+    except FetchError as error:
+        raise DataError(str(error)) from error
 
 
-def _local(path: Path, cache: CacheConfig, layout: str | None) -> Located:
-    del cache, layout
-    return Located(folder=path, remote=False, open_shards=lambda rows: LocalShards([path / row.name for row in rows]))
+def _local(path: Path, cache: ShardCache, layout: str | None) -> Located:
+    pattern = str(path)
+    unfinished = (path / ".prepare").exists()  # of our own preparation: whoever opens the index says so
+    tars = (
+        sorted(path.glob("*.tar")) if path.is_dir() else [Path(name) for name in expand_braces(pattern) if name.endswith(".tar")]
+    )
+    if (path / INDEX_NAME).exists() or unfinished or not tars:
+        return Located(folder=path, remote=False, open_shards=lambda rows: LocalShards([path / row.name for row in rows]))
+    if gone := [tar for tar in tars if not tar.is_file()]:
+        raise DataError(
+            f"{gone[0]}: no such file, and {len(gone) - 1} more of {len(tars)} that {pattern} names; correct data.path"
+        )
+    top = path if path.is_dir() else path.parent
+    text, shown = _layout(str(top / LAYOUT_NAME), layout, tars=f"{tars[0]} and {len(tars) - 1} more")
+    places = dict(zip(short_names([str(tar) for tar in tars]), tars, strict=True))
+    found = [
+        Tar(
+            name=name,
+            shown=str(tar),
+            version=f"{tar.stat().st_size}-{tar.stat().st_mtime_ns}",
+            open=partial(os.open, tar, os.O_RDONLY),
+        )
+        for name, tar in places.items()
+    ]
+    folder = index_foreign(
+        found, layout=parse_layout(text, shown=shown), home=cache.root / hash_bytes(str(path.absolute()).encode())
+    )
+    return Located(folder=folder, remote=False, open_shards=lambda rows: LocalShards([places[row.name] for row in rows]))
+
+
+def _foreign(url: str, cache: ShardCache, layout: str | None, *, ahead: int) -> Located:
+    """Tars elsewhere. Each is fetched, to be indexed; what doesn't fit into the cache is fetched again when it is read."""
+    urls = _tar_urls(url)
+    beside = None if url.startswith(PIPE) else child(_folder_of(url), LAYOUT_NAME)
+    text, shown = _layout(beside, layout, tars=f"{redact(urls[0])} and {len(urls) - 1} more")
+    home = cache.root / hash_bytes(url.encode())
+    origins = dict(zip(short_names(urls), map(origin_of, urls), strict=True))
+    with ThreadPoolExecutor(max_workers=8) as asking:
+        answers = asking.map(lambda o: retried(o.version, shown=o.shown, patience=Patience()) or "", origins.values())
+        versions = dict(zip(origins, answers, strict=True))
+    paths = {
+        name: home / f"{_safe(name).removesuffix('.tar')}.{hash_bytes(version.encode())}.tar"
+        for name, version in versions.items()
+    }
+    tars = [
+        Tar(name=name, shown=o.shown, version=versions[name], open=partial(cache.open, _wanted(paths[name], o)))
+        for name, o in origins.items()
+    ]
+    folder = index_foreign(tars, layout=parse_layout(text, shown=shown), home=home)
+
+    def open_shards(rows: Sequence[ShardRow]) -> ShardSource:
+        wanted = [_wanted(paths[row.name], origins[row.name], num_bytes=row.num_bytes, xxh3=row.xxh3) for row in rows]
+        return RemoteShards(cache, wanted, ahead=ahead)
+
+    return Located(folder=folder, remote=True, open_shards=open_shards)
+
+
+def _layout(beside: str | None, named: str | None, *, tars: str) -> tuple[str, str]:
+    """The text of ``dataset.yaml``, and what messages call it."""
+    if (where := named or beside) is None:
+        raise ConfigError(
+            f"{tars}: nothing lies beside the output of a command; say what the tars hold with data.layout=FILE.yaml"
+        )
+    where = where if is_remote(where) else str(expand(where))
+    origin = origin_of(where) if is_remote(where) else None
+    try:
+        read = Path(where).read_bytes if origin is None else lambda: b"".join(origin.read(0))
+        return retried(read, shown=redact(where), patience=Patience()).decode(), redact(where)
+    except FetchError as error:
+        if not is_missing(error.__cause__):
+            raise
+        raise DataError(
+            f"{tars}: there is no {INDEX_NAME}, so these are tars made by others, and {redact(where)}, which says what they hold, is "
+            "missing; write one (docs/remote.md shows it whole), name it with data.layout, or prepare the data set with `opensora-dist data prepare`"
+        ) from error
+
+
+def _folder_of(url: str) -> str:
+    """Of a pattern the folder its tars lie in; a query string stays."""
+    path, question, query = url.partition("?")
+    return f"{path[: path.rindex('/')]}{question}{query}" if path.endswith(".tar") else url
+
+
+def _tar_urls(url: str) -> list[str]:
+    if url.startswith(PIPE) or url.partition("?")[0].endswith(".tar"):
+        return expand_braces(url)
+    fs, path = file_system(url)
+    names: list[str] = retried(lambda: fs.ls(path, detail=False), shown=redact(url), patience=Patience())
+    tars = sorted({name.partition("?")[0].rpartition("/")[2] for name in names})
+    if found := [child(url, name) for name in tars if name.endswith(".tar")]:
+        return found
+    raise DataError(f"{redact(url)}: holds neither {INDEX_NAME} nor any .tar; correct data.path")
 
 
 def _is_prepared(url: str) -> bool:
@@ -186,37 +283,49 @@ def _is_prepared(url: str) -> bool:
         return "{}" in url
     if url.partition("?")[0].endswith(".tar"):
         return False
-    fs, path = file_system(child(url, INDEX_NAME))
-    return bool(retried(lambda: fs.exists(path), shown=redact(url), patience=Patience()))
+    index = UrlOrigin(child(url, INDEX_NAME))
+    try:
+        retried(index.version, shown=index.shown, patience=Patience())
+    except FetchError as error:
+        if not is_missing(error.__cause__):
+            raise
+        return False
+    return True
 
 
 def _prepared(url: str, cache: ShardCache, *, ahead: int) -> Located:
     home = cache.root / hash_bytes(url.encode())
 
     def open_shards(rows: Sequence[ShardRow]) -> ShardSource:
-        wanted = [
-            _wanted(home / _safe(row.name), origin_of(child(url, row.name)), num_bytes=row.num_bytes, xxh3=row.xxh3)
-            for row in rows
-        ]
+        wanted = []
+        for row in rows:  # by content, so that the shards of a data set that is prepared anew don't pass for the old ones
+            path = home / f"{_safe(row.name).removesuffix('.tar')}.{row.xxh3}.tar"
+            wanted.append(_wanted(path, origin_of(child(url, row.name)), num_bytes=row.num_bytes, xxh3=row.xxh3))
         return RemoteShards(cache, wanted, ahead=ahead)
 
     folder = _fetch_index(origin_of(child(url, INDEX_NAME)), cache, home)
+    header = read_header(folder)
+    if header.hashes_name != Path(header.hashes_name).name:
+        raise DataError(f"{redact(url)}: its index names its hashes {header.hashes_name!r}, which is not a plain file name")
+    hashes = _wanted(
+        folder / header.hashes_name,
+        origin_of(child(url, header.hashes_name)),
+        num_bytes=8 * header.num_hashes,
+        xxh3=header.hashes_xxh3,
+    )
+    os.close(cache.open(hashes))
     return Located(folder=folder, remote=True, open_shards=open_shards)
 
 
 def _fetch_index(origin: Origin, cache: ShardCache, home: Path) -> Path:
     """The folder of the index as it is now: each version has its own, so that who reads an older one goes on."""
-    try:
-        version = retried(origin.version, shown=origin.shown, patience=Patience())
-        if version is None:  # only the content tells
-            content = retried(lambda: b"".join(origin.read(0)), shown=origin.shown, patience=Patience())
-            version = hash_bytes(content)
-            wanted = Wanted(path=home / version / INDEX_NAME, shown=origin.shown, read=lambda start: iter([content[start:]]))
-        else:
-            wanted = _wanted(home / version / INDEX_NAME, origin)
-        os.close(cache.open(wanted))
-    except FetchError as error:
-        raise DataError(str(error)) from error
+    version = retried(origin.version, shown=origin.shown, patience=Patience())
+    wanted = _wanted(home / f"index-{version}" / INDEX_NAME, origin)
+    if version is None:  # only the content tells
+        content = retried(lambda: b"".join(origin.read(0)), shown=origin.shown, patience=Patience())
+        path = home / f"index-{hash_bytes(content)}" / INDEX_NAME
+        wanted = Wanted(path=path, shown=origin.shown, read=lambda start: iter([content[start:]]))
+    os.close(cache.open(wanted))
     return wanted.path.parent
 
 
