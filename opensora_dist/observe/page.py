@@ -1,4 +1,4 @@
-"""The look of the report: one style sheet and one small script, both inside the page."""
+"""The look of pages: one style sheet and one small script, both inside the page."""
 
 from __future__ import annotations
 
@@ -42,6 +42,26 @@ figure svg { display: block; width: 100%; height: auto; touch-action: pan-y; }
   margin-right: 6px;
   vertical-align: 3px; background: var(--accent); }
 .key.raw::before { background: var(--pale); }
+.key.lost::before { content: ""; display: inline-block; width: 14px; height: 8px; border-radius: 2px; margin-right: 6px;
+  background: var(--bad); opacity: .75; }
+.column { fill: var(--accent); } .column.bad { fill: var(--bad); opacity: .75; }
+.bars { list-style: none; margin: 0; padding: 6px 16px; }
+.bars li { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 4fr) 92px; gap: 16px; align-items: center; padding: 8px 0;
+  border-bottom: 1px solid var(--line); }
+.bars li:last-child { border-bottom: 0; }
+.bars small { display: block; color: var(--dim); font-size: 12px; }
+.bars .what { overflow-wrap: anywhere; } .bars .what small { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
+  overflow: hidden; }
+.bars .track { height: 12px; border-radius: 6px; background: var(--code); overflow: hidden; }
+.bars i { display: block; height: 100%; min-width: 2px; border-radius: 6px; background: var(--accent); }
+.bars .bad i { background: var(--bad); opacity: .75; }
+.bars .many { text-align: right; font-variant-numeric: tabular-nums; }
+.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 260px), 1fr)); gap: 14px; align-items: start; }
+.clip { margin: 0; overflow: hidden; background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
+.clip img { display: block; width: 100%; background: #000; }
+.clip p { margin: 0; padding: 8px 12px 2px; font-size: 13px; overflow-wrap: anywhere; display: -webkit-box;
+  -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden; }
+.clip small { display: block; padding: 0 12px 10px; color: var(--dim); font-size: 12px; overflow-wrap: anywhere; }
 .grid { stroke: var(--line); stroke-width: 1; } .axis { stroke: var(--dim); stroke-width: 1; opacity: .6; }
 .tick { fill: var(--dim); font-size: 11.5px; font-variant-numeric: tabular-nums; }
 .line { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linejoin: round; }
@@ -63,7 +83,7 @@ th { position: sticky; top: 0; background: var(--card); color: var(--dim); font-
   white-space: nowrap; }
 th, td { padding: 8px 14px; border-bottom: 1px solid var(--line); vertical-align: top; }
 tr:last-child td { border-bottom: 0; }
-td.num { font-variant-numeric: tabular-nums; } td.name { color: var(--dim); white-space: nowrap;
+td.num { font-variant-numeric: tabular-nums; } td.value { min-width: 84px; } td.name { color: var(--dim); white-space: nowrap;
   } td.value { overflow-wrap: anywhere; }
 .yes { color: #16803c; font-weight: 600; } .no { color: var(--bad); font-weight: 600; }
 @media (prefers-color-scheme: dark) { .yes { color: #6fd28c; } }
@@ -80,7 +100,8 @@ pre .k { color: var(--accent); } pre .c { color: var(--dim); }
 .warn { margin: 12px 0 0; padding: 10px 14px; border-radius: 10px; background: var(--warn-bg); color: var(--warn);
   font-size: 14px; }
 footer { margin-top: 48px; color: var(--dim); font-size: 13px; }
-@media (max-width: 700px) { figure.wide { overflow-x: auto; } figure.wide svg { width: 820px; } }
+@media (max-width: 700px) {
+  .bars li { grid-template-columns: minmax(0, 1fr) 80px; } .bars .track { grid-row: 2; grid-column: 1 / -1; } figure.wide { overflow-x: auto; } figure.wide svg { width: 820px; } }
 @media print { body { background: #fff; } details { break-inside: avoid; } }
 """
 
