@@ -1,12 +1,15 @@
 """Batches of one rank, read ahead by threads, in order.
 
-Threads, not processes: reading, hashing and casting release the GIL, and a worker process would copy every batch twice.
+Threads, not processes: reading and hashing release the GIL, and a worker process would copy every batch twice. What they fill is a ring of
+slots that are used again: in each lie the samples that are run at once, in the precision in which they are stored. Only the consumer, or
+its GPU, makes the numbers of it that training computes with.
 
 A sample that can't be read does not fail: it is marked, and ``StepData.substitute`` puts others in place of those that any of the
 ranks that share them has marked.
 """
 
-# B micro-batch, C latent channels, t h w latent frames, height, width of the region that this rank holds, Y text tokens, E text width
+# B micro-batch, C latent channels, t h w latent frames, height, width of the region that this rank holds (H: all rows), Y text tokens,
+# E text width
 
 from __future__ import annotations
 
@@ -15,18 +18,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from opensora_dist.core.types import Region, Share, Thw
+from opensora_dist.data.buffers import Slot
+from opensora_dist.data.collate import StoredBatch, collate
 from opensora_dist.data.index import Index
 from opensora_dist.data.order import GlobalBatch, Order, micro_places, position_weights
-from opensora_dist.data.reader import Damage, RawSample, ShardReader
+from opensora_dist.data.reader import Damage, ShardReader, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +114,18 @@ class BadSample:
     substitute: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Pending:
+    """What is being read for a batch, and where to."""
+
+    batch: GlobalBatch
+    slot: Slot
+    pack: Future[list[StoredBatch]]
+
+
+_STEPS_AHEAD = 4  # of which a source of remote shards is told what they read
+
+
 class Loader:
     """Iterates over the steps of a run, once.
 
@@ -119,8 +137,8 @@ class Loader:
         start_step: First step (0, or where a resumed run goes on).
         num_steps: How many steps from there.
         loss_weight: As in ``position_weights``.
-        reader_threads: Threads that read.
-        prefetch_batches: Micro-batches read ahead at most.
+        reader_threads: Threads that read, each a micro-batch of its own.
+        prefetch_batches: Micro-batches read ahead at most: slots of the ring.
         dtype: float32 or float64, of latents and text.
         device: Where the tensors go.
         damaged: Whether the first sample of this rank in a step is to read as damaged, for drills; asked once a step, ahead of it.
@@ -155,32 +173,41 @@ class Loader:
         self._index, self._order = index, order
         self._accum = accum
         self._steps = range(start_step, start_step + num_steps)
-        self._loss_weight, self._prefetch_batches = loss_weight, prefetch_batches
+        self._loss_weight = loss_weight
         self._dtype, self._device, self._damaged = dtype, device, damaged
         self._known: dict[int, Damage] = {}  # row -> what is wrong with it: it is not read a second time
         self._on_bad = on_bad
         self._mean_C111, self._std_C111 = (
-            torch.tensor(values, dtype=dtype).view(-1, 1, 1, 1) for values in (index.spec.latent_mean, index.spec.latent_std)
+            torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1, 1)
+            for values in (index.spec.latent_mean, index.spec.latent_std)
         )
         self._pool = ThreadPoolExecutor(max_workers=reader_threads, thread_name_prefix="shard-reader")
         self._thread = threading.local()
         self._readers: list[ShardReader] = []
-        self._pending: deque[Future[list[MicroBatch]]] = deque()
+        self._slots = [Slot(pinned=device.type == "cuda") for _ in range(prefetch_batches)]
+        # Copies to the GPU run beside what training computes there.
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._pending: deque[_Pending] = deque()
+        self._todo = self._work()
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What the ring holds by now: at most ``prefetch_batches`` times the largest micro-batch as it is stored, text padded."""
+        return sum(slot.num_bytes for slot in self._slots)
 
     def __iter__(self) -> Iterator[StepData]:
-        todo = ((step, self._order.batch(step), micro) for step in self._steps for micro in range(self._accum))
-        try:
-            for _ in range(self._prefetch_batches):
-                self._submit_next(todo)
+        with self._reading():
             for step in self._steps:
-                batch, wait_s, micros, packs = self._order.batch(step), 0.0, [], []
+                wait_s, micros, packs = 0.0, [], []
                 for _ in range(self._accum):
+                    taken = self._pending.popleft()
                     began = time.perf_counter()
-                    pack = self._pending.popleft().result()
+                    pack = taken.pack.result()
                     wait_s += time.perf_counter() - began
-                    self._submit_next(todo)
-                    micros += [self._to_device(micro) for micro in pack]
+                    micros += [self._micro_batch(stored) for stored in pack]
+                    self._fill(taken.slot)
                     packs.append(len(pack))
+                batch = taken.batch
                 self.last_wait_s = wait_s
                 yield StepData(
                     step=step,
@@ -191,10 +218,14 @@ class Loader:
                     shapes=batch.shapes,
                     packs=tuple(packs),
                 )
-        except BaseException:  # the consumer broke off, or a read failed; whether to wait for the threads, ``__exit__`` knows
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        self.close()
+
+    def stored(self) -> Iterator[list[StoredBatch]]:
+        """What is run at once, in order, as it lies in the ring: valid until the next is asked for. In place of iterating over steps."""
+        with self._reading():
+            for _ in range(len(self._steps) * self._accum):
+                taken = self._pending.popleft()
+                yield taken.pack.result()
+                self._fill(taken.slot)
 
     def __enter__(self) -> Loader:
         return self
@@ -213,78 +244,135 @@ class Loader:
         while self._readers:
             self._readers.pop().close()
 
-    def _submit_next(self, todo: Iterator[tuple[int, GlobalBatch, int]]) -> None:
-        if (work := next(todo, None)) is not None:
-            self._pending.append(self._pool.submit(self._load, *work))
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            for slot in self._slots:
+                self._fill(slot)
+            yield
+        except BaseException:  # the consumer broke off, or a read failed; whether to wait for the threads, ``__exit__`` knows
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        self.close()
 
-    def _load(self, step: int, batch: GlobalBatch, micro: int) -> list[MicroBatch]:
-        """The samples that are run at once, one part per shape. Runs in a reader thread."""
+    def _fill(self, slot: Slot) -> None:
+        """Has the next micro-batch read into a slot that is free, if there is one to come."""
+        if (work := next(self._todo, None)) is not None:
+            self._pending.append(_Pending(batch=work[1], slot=slot, pack=self._pool.submit(self._load, *work, slot)))
+
+    def _work(self) -> Iterator[tuple[int, GlobalBatch, int]]:
+        """Steps and micro-batches in order. The source of the shards is told which come next, so that it can fetch them ahead."""
+        steps, coming = iter(self._steps), deque[tuple[int, GlobalBatch, list[int]]]()
+        while True:
+            for step in islice(steps, 1 + _STEPS_AHEAD - len(coming)):
+                batch = self._order.batch(step)
+                places = [self._places(batch, micro) for micro in range(self._accum)]
+                rows = batch.rows[places[0].start : places[-1].stop]
+                coming.append((step, batch, self._index.shard[list(rows)].tolist()))
+            if not coming:
+                return
+            self._index.shard_source.prefetch(list(dict.fromkeys(shard for _, _, shards in coming for shard in shards)))
+            step, batch, _ = coming.popleft()
+            for micro in range(self._accum):
+                yield step, batch, micro
+
+    def _places(self, batch: GlobalBatch, micro: int) -> range:
+        """Of this rank's samples in a micro-batch."""
         mine = self._shares[next(iter(batch.shapes))]  # which samples are whose is the same for all shapes of a batch
-        units, rows = [len(unit) for unit in batch.units], batch.rows
-        places = micro_places(units, data_rank=mine.data_rank, data_size=mine.data_size, accum=self._accum, micro=micro)
+        units = [len(unit) for unit in batch.units]
+        return micro_places(units, data_rank=mine.data_rank, data_size=mine.data_size, accum=self._accum, micro=micro)
+
+    def _load(self, step: int, batch: GlobalBatch, micro: int, slot: Slot) -> list[StoredBatch]:
+        """The samples that are run at once, one part per shape. Runs in a reader thread."""
+        rows, places = batch.rows, self._places(batch, micro)
         if micro == 0 and self._damaged(step):
             row = rows[places[0]]
             self._known[row] = Damage(shard=self._index.shard_path(row).name, reason="damaged by fault.bad_sample")
-        parts: dict[Thw, list[int]] = {}
+        parts: dict[Thw, dict[int, int]] = {}
         for place in places:
-            parts.setdefault(self._index.latent_shape(rows[place]), []).append(place)
-        return [self._assemble(batch, [rows[place] for place in part], part) for part in parts.values()]
+            parts.setdefault(self._index.latent_shape(rows[place]), {})[place] = rows[place]
+        collated = self._collate(batch, parts, slot)
+        return self._sent(collated, slot) if self._copies is not None else collated
 
-    def _assemble(self, batch: GlobalBatch, rows: Sequence[int], places: Sequence[int]) -> MicroBatch:
-        """Samples of one shape in places of a global batch, in CPU memory. Runs in any thread."""
-        index, pin, latent = self._index, self._device.type == "cuda", self._index.latent_shape(batch.rows[places[0]])
-        region, tokens = self._shares[latent].region, batch.text_tokens
-        shape = (len(rows), index.spec.channels, *region.shape(latent))
-        latents = torch.empty(shape, dtype=self._dtype, pin_memory=pin)
-        text = torch.zeros((len(rows), tokens, index.spec.text_width), dtype=self._dtype, pin_memory=pin)
-        mask = torch.zeros((len(rows), tokens), dtype=torch.bool, pin_memory=pin)
-        samples = self._read(rows, region)
-        for b, sample in enumerate(samples):
-            if isinstance(sample, Damage):
-                _blank(latents[b], text[b], mask[b])
-                continue
-            latents[b].copy_(torch.from_numpy(sample.latents[:, :, region.h0 : region.h1]).transpose(0, 1))
-            text[b, : len(sample.text)].copy_(torch.from_numpy(sample.text))
-            mask[b, : len(sample.text)] = True
-        latents.sub_(self._mean_C111).div_(self._std_C111)
-        positions = [index.latent_shape(row) for row in batch.rows]
-        weights = position_weights(self._loss_weight, [p.t * p.h * p.w for p in positions])
-        return MicroBatch(
-            latents_BCthw=latents,
-            latent=latent,
-            region=region,
-            text_BYE=text,
-            text_mask_BY=mask,
-            samples=tuple(index.sample_id(row) for row in rows),
-            keys=tuple(index.key[row] for row in rows),
-            weight_B=torch.tensor([weights[place] for place in places], dtype=torch.float64, pin_memory=pin),
-            places=tuple(places),
-            bad=tuple(sample if isinstance(sample, Damage) else None for sample in samples),
+    def _collate(self, batch: GlobalBatch, parts: Mapping[Thw, Mapping[int, int]], slot: Slot) -> list[StoredBatch]:
+        """Samples, by latent shape and by place in a global batch, read into a slot. Runs in any thread."""
+        weights = position_weights(self._loss_weight, [self._index.latent_shape(row).volume for row in batch.rows])
+        return collate(
+            self._index,
+            parts,
+            regions={latent: self._shares[latent].region for latent in parts},
+            text_tokens=batch.text_tokens,
+            weights=weights,
+            slot=slot,
+            read=self._read,
         )
 
-    def _read(self, rows: Sequence[int], region: Region) -> list[RawSample | Damage]:
-        """Valid until this thread's next call."""
+    def _read(self, targets: Sequence[Target]) -> dict[int, Damage]:
+        """Returns what can't be read, by row, which is known from then on."""
         if not hasattr(self._thread, "reader"):
             self._thread.reader = ShardReader(self._index)
             self._readers.append(self._thread.reader)
-        wanted = [row for row in rows if row not in self._known]
-        found = dict(zip(wanted, self._thread.reader.try_read(wanted, frames=region.frames), strict=True))
-        self._known.update((row, sample) for row, sample in found.items() if isinstance(sample, Damage))
-        return [self._known[row] if row in self._known else found[row] for row in rows]
+        todo = [target for target in targets if target.row not in self._known]
+        found = self._thread.reader.read_into(todo)
+        self._known.update((target.row, why) for target, why in zip(todo, found, strict=True) if why is not None)
+        return {target.row: self._known[target.row] for target in targets if target.row in self._known}
+
+    def _sent(self, collated: Sequence[StoredBatch], slot: Slot) -> list[StoredBatch]:
+        """On the way to the GPU, beside what runs there; the slot is written again only once the copies are over."""
+        sent, ready = [], torch.cuda.Event()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._copies):
+            for stored in collated:
+                tensors = {name: getattr(stored, name) for name in ("latents_BtCHw", "text_BYE")}
+                # These are not in the slot; pinned memory is kept by its allocator until the copy is over.
+                tensors |= {name: getattr(stored, name).pin_memory() for name in ("text_mask_BY", "weight_B")}
+                copies = {name: tensor.to(self._device, non_blocking=True) for name, tensor in tensors.items()}
+                sent.append(replace(stored, ready=ready, **copies))
+            ready.record()
+        slot.copied(ready)
+        return sent
+
+    def _micro_batch(self, stored: StoredBatch) -> MicroBatch:
+        """In the precision of training, normalised, on its device. Runs in the consumer's thread."""
+        latents_BtCHw, text_BYE, mask_BY, weight_B = (
+            self._arrived(t, stored.ready) for t in (stored.latents_BtCHw, stored.text_BYE, stored.text_mask_BY, stored.weight_B)
+        )
+        region = stored.region
+        mine_BCthw = latents_BtCHw[:, :, :, region.h0 : region.h1].transpose(1, 2)
+        latents = torch.empty(mine_BCthw.shape, dtype=self._dtype, device=self._device).copy_(mine_BCthw)
+        return MicroBatch(
+            latents_BCthw=latents.sub_(self._mean_C111).div_(self._std_C111),
+            latent=stored.latent,
+            region=region,
+            text_BYE=text_BYE.to(self._dtype, copy=True),
+            text_mask_BY=mask_BY,
+            samples=stored.samples,
+            keys=stored.keys,
+            weight_B=weight_B,
+            places=stored.places,
+            bad=stored.bad,
+        )
+
+    def _arrived(self, tensor: Tensor, ready: torch.cuda.Event | None) -> Tensor:
+        """On the device, for what the consumer's stream does from here on."""
+        if ready is None:
+            return tensor.to(self._device)
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(ready)
+        tensor.record_stream(stream)  # its memory is that of the stream it came by
+        return tensor
 
     def _substitute(self, step: int, batch: GlobalBatch, micro: MicroBatch, bad: Sequence[bool], attempt: int) -> MicroBatch:
         """As ``Substitute`` says. Runs in the consumer's thread: it is rare, and what other ranks found bad is known only there."""
         wanted = {b: self._order.substitute(step, micro.places[b], attempt) for b in range(len(bad)) if bad[b]}
         found = {b: row for b, row in wanted.items() if row is not None}
-        others = self._assemble(batch, list(found.values()), [micro.places[b] for b in found]) if found else micro
+        others = self._read_now(batch, {micro.places[b]: row for b, row in found.items()}, micro.latent) if found else micro
         samples, keys, damage = list(micro.samples), list(micro.keys), list(micro.bad)
         for b in wanted:
-            substitute = self._index.key[found[b]] if b in found else None
+            substitute = str(self._index.key[found[b]]) if b in found else None
             if (why := micro.bad[b]) is not None:
                 self._on_bad(BadSample(step=step, key=micro.keys[b], damage=why, substitute=substitute))
             if b not in found:
-                _blank(micro.latents_BCthw[b], micro.text_BYE[b], micro.text_mask_BY[b])
-                micro.weight_B[b] = 0
+                _blank(micro, b)
                 damage[b] = None
         for i, b in enumerate(found):
             for name in ("latents_BCthw", "text_BYE", "text_mask_BY"):
@@ -292,17 +380,14 @@ class Loader:
             samples[b], keys[b], damage[b] = others.samples[i], others.keys[i], others.bad[i]
         return replace(micro, samples=tuple(samples), keys=tuple(keys), bad=tuple(damage))
 
-    def _to_device(self, micro: MicroBatch) -> MicroBatch:
-        """From pinned memory without waiting; the allocator keeps it until the copy is done."""
-        if self._device.type == "cpu":
-            return micro
-        names = ("latents_BCthw", "text_BYE", "text_mask_BY", "weight_B")
-        return replace(micro, **{n: getattr(micro, n).to(self._device, non_blocking=True) for n in names})
+    def _read_now(self, batch: GlobalBatch, rows: Mapping[int, int], latent: Thw) -> MicroBatch:
+        """Samples of one shape, by place, outside the ring."""
+        (stored,) = self._collate(batch, {latent: rows}, Slot(pinned=False))
+        return self._micro_batch(stored)
 
 
-def _blank(latents_Cthw: Tensor, text_YE: Tensor, text_mask_Y: Tensor) -> None:
-    """What stands where no sample is: finite, and with one token, since attention to none is not a number."""
-    latents_Cthw.zero_()
-    text_YE.zero_()
-    text_mask_Y.zero_()
-    text_mask_Y[0] = True
+def _blank(micro: MicroBatch, b: int) -> None:
+    """A sample that weighs nothing: finite, and with one token, since attention to none is not a number."""
+    for tensor in (micro.latents_BCthw, micro.text_BYE, micro.text_mask_BY, micro.weight_B):
+        tensor[b] = 0
+    micro.text_mask_BY[b, 0] = True

@@ -1,23 +1,32 @@
-"""Reading samples: one positioned read per array, into memory that is used again, each frame checked by its hash.
+"""Reading samples: one positioned read per sample, straight into the place where a batch wants it, each frame checked by its hash.
 
-Why so plain: a tar library reads in small blocks, copies and parses per sample; the index already says where every array lies.
+Why so plain: a tar library reads in small blocks, copies and parses per sample; the index already says where every array lies. Latents
+and text lie a few hundred bytes of headers apart, so that one call reads both, with the headers going where nobody looks.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from opensora_dist.core.errors import DataError
-from opensora_dist.data.index import Index, Span
+from opensora_dist.data.buffers import Slot
+from opensora_dist.data.index import Index
 
 _MAX_OPEN_FILES = 64
+_MAX_GAP = 4096
+"""Bytes between two arrays that are read rather than jumped over: less than a second call costs."""
+_DISK_BYTES_PER_S = 2e9
+"""Slower than this, bytes come from a disk or a network, not from memory."""
 
 
 class _DamagedError(Exception):
@@ -45,6 +54,47 @@ class Damage:
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where a sample goes.
+
+    Args:
+        row: Which sample.
+        frames: Its latent frames that are read; nothing else of the latents is touched.
+        latents: Memory of just these frames, as they are stored.
+        text: Memory of the text, as it is stored.
+    """
+
+    row: int
+    frames: range
+    latents: memoryview
+    text: memoryview
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """Consecutive parts of equal size of an array: where they lie, where they go, what they hash to, what an error calls them."""
+
+    offset: int
+    memory: memoryview
+    parts: range
+    hashes: Sequence[int]
+    name: str
+
+    @property
+    def end(self) -> int:
+        return self.offset + len(self.memory)
+
+    @property
+    def size(self) -> int:
+        """Of a part."""
+        return len(self.memory) // len(self.parts)
+
+    def where(self, i: int) -> str:
+        """Of one of its parts, for people."""
+        return f"{self.name.format(self.parts[i])} at offset {self.offset + i * self.size}"
+
+
 class ShardReader:
     """Reads samples of one data set. For one thread: it owns its file descriptors and its memory.
 
@@ -55,7 +105,9 @@ class ShardReader:
     def __init__(self, index: Index) -> None:
         self._index = index
         self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor, least recently used first
-        self._memory = np.empty(0, dtype=np.uint8)
+        self._memory = Slot(pinned=False)
+        self._gap = memoryview(bytearray(_MAX_GAP))  # takes what lies between two arrays
+        self._ahead = True  # whether the last batch came from a disk: worth telling the system what comes
 
     def read(self, rows: Sequence[int], *, frames: range | None = None) -> list[RawSample]:
         """``try_read`` for callers who need every sample.
@@ -74,100 +126,152 @@ class ShardReader:
         return samples
 
     def try_read(self, rows: Sequence[int], *, frames: range | None = None) -> list[RawSample | Damage]:
-        """Reads and verifies samples, each by itself: one that is damaged does not keep the others from being read.
-
-        A sample is damaged where its shard is missing, can't be read, ends early, or holds other bytes than were written.
+        """Reads samples into the reader's own memory.
 
         Args:
-            frames: The latent frames to read, of every sample; nothing else of the latents is touched. None: all.
+            frames: The latent frames to read, of every sample. None: all.
         Returns:
             One per row, valid until the next call.
         """
-        index = self._index
+        index, targets, samples = self._index, [], []
         wanted = [frames if frames is not None else range(index.latent_shape(row).t) for row in rows]
-        lengths = [len(f) * _part_bytes(index.latents, row) for row, f in zip(rows, wanted)]
-        total = sum(_aligned(n) + _aligned(index.text.num_bytes[row]) for row, n in zip(rows, lengths))
-        if self._memory.nbytes < total:
-            self._memory = np.empty(total, dtype=np.uint8)
-        samples: list[RawSample | Damage] = []
-        start = 0
-        for row, mine, length in zip(rows, wanted, lengths):
+        sizes = [n for row, mine in zip(rows, wanted) for n in (latents_bytes(index, row, mine), index.text_place(row).num_bytes)]
+        arrays = iter(self._memory.arrays(sizes))
+        for row, mine in zip(rows, wanted):
+            latents, text = next(arrays).numpy(), next(arrays).numpy()
+            targets.append(Target(row=row, frames=mine, latents=latents.data, text=text.data))
+            dtype, (_, h, w) = index.dtype(row), index.latent_shape(row)
+            samples.append(
+                RawSample(
+                    latents=latents.view(dtype).reshape(len(mine), index.spec.channels, h, w),
+                    text=text.view(dtype).reshape(-1, index.spec.text_width),
+                )
+            )
+        found = self.read_into(targets)
+        return [sample if damage is None else damage for sample, damage in zip(samples, found, strict=True)]
+
+    def read_into(self, targets: Sequence[Target]) -> list[Damage | None]:
+        """Reads and verifies samples, each by itself: one that is damaged does not keep the others from being read.
+
+        A sample is damaged where its shard is missing, can't be read, ends early, or holds other bytes than were written. They are read
+        in the order in which they lie.
+
+        Returns:
+            One per target: what is wrong with it, or None. The memory of a damaged one may hold anything.
+        """
+        index = self._index
+        runs = [self._runs(target) for target in targets]
+        shards = [int(index.shard[target.row]) for target in targets]
+        order = sorted(range(len(targets)), key=lambda i: (shards[i], runs[i][0][0].offset))
+        if self._ahead:
+            for i in order:
+                self._advise(shards[i], runs[i])
+        found: list[Damage | None] = [None] * len(targets)
+        began, num_bytes = time.perf_counter(), 0
+        for i in order:
+            num_bytes += len(targets[i].latents) + len(targets[i].text)
             try:
-                samples.append(self._read_sample(row, mine, start, start + _aligned(length)))
+                for run in runs[i]:
+                    self._read_run(shards[i], run)
             except _DamagedError as error:
-                samples.append(Damage(shard=index.shards[int(index.shard[row])].name, reason=str(error)))
-            start += _aligned(length) + _aligned(index.text.num_bytes[row])
-        return samples
+                found[i] = Damage(shard=index.shards[shards[i]].name, reason=str(error))
+        self._ahead = num_bytes < _DISK_BYTES_PER_S * (time.perf_counter() - began)
+        return found
 
     def close(self) -> None:
         """Closes the files; a later read opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _read_sample(self, row: int, frames: range, latents_start: int, text_start: int) -> RawSample:
-        """Into the memory, from the two places given."""
-        index, dtype = self._index, np.dtype(str(self._index.dtype[row]))
-        _, h, w = index.latent_shape(row)
-        latents = self._read_array(row, index.latents, frames, latents_start, name="latents, frame {}")
-        text = self._read_array(row, index.text, range(1), text_start, name="text")
-        return RawSample(
-            latents=latents.view(dtype).reshape(len(frames), index.spec.channels, h, w),
-            text=text.view(dtype).reshape(int(index.text_tokens[row]), index.spec.text_width),
+    def _runs(self, target: Target) -> list[list[_Piece]]:
+        """What of a sample one call reads, in the order in which it lies: all of it where only headers lie between its arrays."""
+        index, row, frames = self._index, target.row, target.frames
+        latents = _Piece(
+            offset=index.latents_place(row).offset + latents_bytes(index, row, range(frames.start)),
+            memory=target.latents,
+            parts=frames,
+            hashes=index.frame_hashes(row)[frames.start : frames.stop].tolist(),
+            name="latents, frame {}",
         )
+        text = _Piece(
+            offset=index.text_place(row).offset,
+            memory=target.text,
+            parts=range(1),
+            hashes=(index.text_hash(row),),
+            name="text",
+        )
+        if latents.offset > text.offset:
+            return [[text], [latents]]
+        to_the_end = frames.stop == index.latent_shape(row).t
+        return [[latents, text]] if to_the_end and text.offset - latents.end <= _MAX_GAP else [[latents], [text]]
 
-    def _read_array(self, row: int, span: Span, parts: range, start: int, *, name: str) -> NDArray[np.uint8]:
-        """Reads consecutive parts of an array with one call, and checks each.
-
-        Args:
-            start: Where in the memory they go.
-            name: What an error calls a part; ``{}`` stands for its number.
+    def _read_run(self, shard: int, run: Sequence[_Piece]) -> None:
         """
-        size = _part_bytes(span, row)
-        target = self._memory[start : start + len(parts) * size]
-        memory, hashes = target.data, span.xxh3[span.first[row] + parts.start : span.first[row] + parts.stop].tolist()
+        Raises:
+            _DamagedError: It is not what was written.
+        """
+        memories = [run[0].memory]
+        for before, piece in pairwise(run):
+            memories += [self._gap[: piece.offset - before.end], piece.memory]
+        done, error = self._fill(shard, memories, run[0].offset)
+        for piece in run:
+            _verify(piece, there=run[0].offset + done - piece.offset, error=error)
 
-        def where(part: int) -> str:
-            return f"{name.format(part)} at offset {int(span.offset[row]) + part * size}"
+    def _fill(self, shard: int, memories: list[memoryview], offset: int) -> tuple[int, OSError | None]:
+        """Fills memories one after the other from ``offset`` of a shard; one call may bring less than asked for.
 
+        Returns:
+            How many bytes there were, and what kept the rest from being read; None: the end of the file.
+        """
+        done = 0
         try:
-            done = _read_fully(self._file(row), memory, int(span.offset[row]) + parts.start * size)
+            fd = self._file(shard)
+            while memories and (count := os.preadv(fd, memories, offset + done)):
+                done += count
+                while memories and count >= len(memories[0]):
+                    count -= len(memories.pop(0))
+                if count:
+                    memories[0] = memories[0][count:]
         except OSError as error:
-            raise _DamagedError(f"{where(parts.start)}: can't be read ({error})") from error
-        if done < target.nbytes:
-            cut = parts[done // size]
-            raise _DamagedError(f"{where(cut)}: the file ends after {done % size:,} of {size:,} bytes")
-        for i, expected in enumerate(hashes):
-            found = xxhash.xxh3_64_intdigest(memory[i * size : (i + 1) * size])
-            if found != expected:
-                raise _DamagedError(f"{where(parts[i])}: {size:,} bytes with xxh3 {found:016x}, expected {expected:016x}")
-        return target
+            return done, error
+        return done, None
 
-    def _file(self, row: int) -> int:
-        shard = int(self._index.shard[row])
+    def _advise(self, shard: int, runs: Sequence[Sequence[_Piece]]) -> None:
+        """Lets the system fetch all of a batch at once: a disk that has one request at a time is mostly idle."""
+        with suppress(OSError):  # a file that isn't there: reading says so
+            fd = self._file(shard)
+            for run in runs:
+                os.posix_fadvise(fd, run[0].offset, run[-1].end - run[0].offset, os.POSIX_FADV_WILLNEED)
+
+    def _file(self, shard: int) -> int:
         if shard not in self._files:
             if len(self._files) == _MAX_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self._index.shard_path(row), os.O_RDONLY | os.O_CLOEXEC)
+            self._files[shard] = self._index.shard_source.open(shard)
         self._files.move_to_end(shard)
         return self._files[shard]
 
 
-def _part_bytes(span: Span, row: int) -> int:
-    """Of one latent frame, or of a whole text."""
-    return int(span.num_bytes[row]) // int(span.num_parts[row])
+def latents_bytes(index: Index, row: int, frames: range) -> int:
+    """Of some frames of a sample, as they are stored."""
+    return len(frames) * (index.latents_place(row).num_bytes // index.latent_shape(row).t)
 
 
-def _aligned(num_bytes: int) -> int:
-    """The next multiple of 64, so that every array in the memory starts aligned."""
-    return (int(num_bytes) + 63) // 64 * 64
-
-
-def _read_fully(fd: int, target: memoryview, offset: int) -> int:
-    """Fills ``target`` from ``offset``; one call may return less than asked for. Returns how many bytes there were."""
-    done = 0
-    while done < len(target):
-        count = os.preadv(fd, [target[done:]], offset + done)
-        if count == 0:
-            break
-        done += count
-    return done
+def _verify(piece: _Piece, *, there: int, error: OSError | None) -> None:
+    """
+    Args:
+        there: How many of its bytes were read.
+        error: What ended reading.
+    Raises:
+        _DamagedError: They are not what was written.
+    """
+    size = piece.size
+    if there < len(piece.memory):
+        cut, done = divmod(max(0, there), size)
+        if error is not None:
+            raise _DamagedError(f"{piece.where(cut)}: can't be read ({error})") from error
+        raise _DamagedError(f"{piece.where(cut)}: the file ends after {done:,} of {size:,} bytes")
+    for i, expected in enumerate(piece.hashes):
+        found = xxhash.xxh3_64_intdigest(piece.memory[i * size : (i + 1) * size])
+        if found != expected:
+            raise _DamagedError(f"{piece.where(i)}: {size:,} bytes with xxh3 {found:016x}, expected {expected:016x}")

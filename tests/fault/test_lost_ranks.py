@@ -136,13 +136,15 @@ def _longer_text(rank, at_step):
 
 
 def _loading(rank, at_step, change):
-    real = Loader._load
+    real = Loader.__iter__
 
-    def load(self, step, *work):
-        made = real(self, step, *work)
-        return change(made) if dist.get_rank() == rank and step == at_step else made
+    def steps(self):
+        for data in real(self):
+            if dist.get_rank() == rank and data.step == at_step:
+                data.micros[:] = [change(micro) for micro in data.micros]
+            yield data
 
-    return mock.patch.object(Loader, "_load", load)
+    return mock.patch.object(Loader, "__iter__", steps)
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -54,9 +54,10 @@ def flip_bit(index, row, offset):
 
 
 def num_open(folder):
-    """Descriptors of this process on files of ``folder``."""
+    """Descriptors of this process on shards in ``folder``."""
     links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
-    return sum(os.readlink(link).startswith(str(folder)) for link in links if os.path.islink(link))
+    files = [os.readlink(link) for link in links if os.path.islink(link)]
+    return sum(file.startswith(str(folder)) and file.endswith(".tar") for file in files)
 
 
 def reader_threads():
@@ -102,7 +103,7 @@ def test_few_files_are_open_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["latents", "text"])
 def test_a_flipped_bit_names_sample_shard_and_offset(dataset, kind):
     index, _ = dataset
-    offset = int(getattr(index, kind).offset[4])
+    offset = getattr(index, f"{kind}_place")(4).offset
     flip_bit(index, 4, offset + 1)
     with pytest.raises(DataError) as error:
         ShardReader(index).read([3, 4])
@@ -116,7 +117,7 @@ def test_a_shard_cut_after_opening_is_named(dataset):
     index, _ = dataset
     row = 4
     with open(index.shard_path(row), "r+b") as handle:
-        handle.truncate(int(index.latents.offset[row]) + 10)
+        handle.truncate(index.latents_place(row).offset + 10)
     with pytest.raises(DataError, match=r"latents, frame 0 at offset \d+: the file ends after 10 of [\d,]+ bytes"):
         ShardReader(index).read([row])
 
@@ -288,7 +289,7 @@ def test_a_sample_that_cant_be_read_is_marked_and_the_others_are_as_ever(dataset
     order = Order(index, keys=Keys(0), global_batch=8)
     whole = [step.micros[0] for step in loader(index, order=order)]
     row = order.batch(2).rows[5]
-    flip_bit(index, row, int(index.latents.offset[row]))
+    flip_bit(index, row, index.latents_place(row).offset)
     for step, before in zip(loader(index, order=order, prefetch_batches=6), whole, strict=True):
         (micro,) = step.micros
         bad = [b for b, why in enumerate(micro.bad) if why is not None]

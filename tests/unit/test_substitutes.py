@@ -118,14 +118,14 @@ def test_this_ranks_first_sample_reads_as_damaged_where_a_drill_says_so_and_is_t
 def test_a_bad_sample_is_read_once(index, monkeypatch):
     row, asked = int(index.buckets[SQUARE][0]), []
     steps = [step for step in range(40) if row in _order(index).batch(step).rows]
-    real = ShardReader.try_read
+    real = ShardReader.read_into
 
-    def try_read(self, rows, *, frames):
-        asked.extend(rows)
-        found = real(self, rows, frames=frames)
-        return [Damage(shard="s", reason="r") if r == row else sample for r, sample in zip(rows, found, strict=True)]
+    def read_into(self, targets):
+        asked.extend(target.row for target in targets)
+        found = real(self, targets)
+        return [Damage(shard="s", reason="r") if t.row == row else why for t, why in zip(targets, found, strict=True)]
 
-    monkeypatch.setattr(ShardReader, "try_read", try_read)
+    monkeypatch.setattr(ShardReader, "read_into", read_into)
     loader = _loader(index, share=lambda latent: Share(0, 1, Region.whole(latent)), num_steps=40, reader_threads=1)
     assert [step.step for step in loader if any(step.micros[0].bad)] == steps
     assert len(steps) > 1 and asked.count(row) == 1
