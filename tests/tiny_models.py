@@ -7,10 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 
-WORDS = (
-    "Describe this video in one short sentence detail subjects actions setting light camera . : , "
-    "a red blue green circle square triangle moves left right up down over under slowly quickly on white black grey floor wall"
-).split()
+WORDS = [
+    *(
+        "Describe",
+        "this",
+        "video",
+        "in",
+        "one",
+        "short",
+        "sentence",
+        "detail",
+        "subjects",
+        "actions",
+        "setting",
+        "light",
+        "camera",
+    ),
+    *(".", ":", ",", "a", "red", "blue", "green", "circle", "square", "triangle", "moves", "left", "right", "up", "down", "over"),
+    *("under", "slowly", "quickly", "on", "white", "black", "grey", "floor", "wall"),
+]
 SPECIAL = [
     *("<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "<|im_start|>", "<|im_end|>"),
     *("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
