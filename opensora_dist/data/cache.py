@@ -9,34 +9,26 @@ else is left, a file in use loses its name: on Linux descriptors stay valid, and
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import fcntl
 import os
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import xxhash
 
 from opensora_dist.core.io import fsync
 from opensora_dist.core.logging import get_logger
-from opensora_dist.core.urls import redact
+from opensora_dist.data.transport import FetchError, Patience, gave_up, is_final, transport_errors, why
 
 _log = get_logger(__name__)
-_T = TypeVar("_T")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ABANDONED_S = 3600.0  # a partial file that nobody wrote to for so long has no writer
-
-
-class FetchError(OSError):
-    """A shard can't be brought here. An ``OSError``, as it would be of a file on this machine: readers make it damage of samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +48,6 @@ class Wanted:
     read: Callable[[int], Iterator[bytes]]
     num_bytes: int | None = None
     xxh3: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How long a fetch is tried.
-
-    Args:
-        attempts: Transfers that are begun.
-        backoff_s: Pause after the first that failed; each next one is twice as long.
-        stall_s: Who waits for another process gives up after so long without a byte.
-    """
-
-    attempts: int = 5
-    backoff_s: float = 0.5
-    stall_s: float = 120.0
 
 
 class ShardCache:
@@ -127,7 +104,8 @@ class ShardCache:
             os.close(fd)
             return None
         _flock(fd, fcntl.LOCK_SH)
-        os.utime(fd)
+        with suppress(PermissionError):  # of another user's file
+            os.utime(fd)
         return fd
 
     def _turn(self, wanted: Wanted, stopped: Callable[[], bool]) -> AbstractContextManager[None]:
@@ -144,11 +122,10 @@ class ShardCache:
     def _fetch(self, wanted: Wanted, stopped: Callable[[], bool]) -> None:
         for left in wanted.path.parent.glob(f".{wanted.path.name}.partial-*"):  # of a fetcher that died: this one has the lock
             left.unlink(missing_ok=True)
-        self._make_room(wanted)
         partial = _beside(wanted.path, f"partial-{uuid.uuid4().hex[:8]}")
         try:
-            with open(partial, "w+b", buffering=0) as handle:
-                os.truncate(handle.fileno(), wanted.num_bytes or 0)  # takes its room, as others who make room see it
+            self._make_room(wanted, partial)
+            with open(partial, "r+b", buffering=0) as handle:
                 self._transfer(handle.fileno(), wanted, stopped)
                 os.fsync(handle.fileno())
             os.replace(partial, wanted.path)
@@ -163,13 +140,14 @@ class ShardCache:
         finally:
             partial.unlink(missing_ok=True)
         if wanted.num_bytes is None:
-            self._make_room(wanted)
+            with self._room_lock():
+                self._evict(0, keep=wanted.path)
 
     def _transfer(self, fd: int, wanted: Wanted, stopped: Callable[[], bool]) -> None:
         """Attempts with growing pauses. A later one goes on where the last ended, if the hash of the whole will tell whether that fits."""
         done, digest = 0, xxhash.xxh3_64()
         for attempt in range(1, self._patience.attempts + 1):
-            if wanted.xxh3 is None or done == wanted.num_bytes:
+            if wanted.xxh3 is None or done >= (wanted.num_bytes or 0):  # what came is not what was wanted
                 done, digest = 0, xxhash.xxh3_64()
             try:
                 for piece in wanted.read(done):
@@ -184,39 +162,56 @@ class ShardCache:
             except (FetchError, _DiskError):
                 raise
             except transport_errors() as error:
-                why = f"{type(error).__name__}: {error}"
+                reason = why(error)
                 if attempt == self._patience.attempts or is_final(error):
-                    raise FetchError(_gave_up(wanted.shown, attempt, why)) from error
+                    raise gave_up(wanted.shown, attempt, error) from None
             pause = self._patience.backoff_s * 2 ** (attempt - 1)
-            _log.warning("%s: %s; attempt %d follows in %.1f s", wanted.shown, why, attempt + 1, pause)
+            _log.warning("%s: %s; attempt %d follows in %.1f s", wanted.shown, reason, attempt + 1, pause)
             time.sleep(pause)
 
-    def _make_room(self, wanted: Wanted) -> None:
-        """Removes the files used least recently until ``wanted`` fits; those in use last."""
+    def _make_room(self, wanted: Wanted, partial: Path) -> None:
+        """Makes room and takes it at once, as a file of the size that is to come: others who make room count it."""
         need = wanted.num_bytes or 0
         if need > self._max_bytes:
             raise FetchError(
                 f"{wanted.shown}: has {need / 2**30:.2f} GiB, more than all of data.cache.max_gib={self._max_bytes / 2**30:g}; raise it"
             )
+        with self._room_lock():
+            self._evict(need, keep=wanted.path)
+            with open(partial, "wb") as handle:
+                handle.truncate(need)
+
+    @contextmanager
+    def _room_lock(self) -> Iterator[None]:
         with open(self.root / ".lock", "w") as handle:
-            _flock(handle.fileno(), fcntl.LOCK_EX)
-            files = sorted(_files(self.root), key=lambda file: file[1])
-            over = sum(size for _, _, size in files) + need - self._max_bytes
-            candidates = [file for file in files if file[0] != wanted.path]
-            for free_only in (True, False):
-                for path, used, size in candidates:
-                    if over <= 0:
-                        return
-                    if ".partial-" in path.name and time.time() - used < _ABANDONED_S:
-                        continue
-                    if _remove(path, free_only=free_only):
-                        over -= size
-                if over > 0 and free_only and not self._told_small:
-                    self._told_small = True
-                    _log.warning(
-                        "data.cache.max_gib=%g is less than the shards that readers hold open; files in use are replaced (their readers go on)",
-                        self._max_bytes / 2**30,
-                    )
+            _flock(handle.fileno(), fcntl.LOCK_EX)  # whoever has it only looks and unlinks
+            yield
+
+    def _evict(self, need: int, *, keep: Path) -> None:
+        """Removes the files used least recently until ``need`` bytes more fit; those in use only where no others are left."""
+        files = sorted(_files(self.root), key=lambda file: file.used_s)
+        over = sum(file.num_bytes for file in files) + need - self._max_bytes
+        files = [file for file in files if file.path != keep and not file.is_being_written]
+        for file in files:
+            if over <= 0:
+                return
+            if _unlink_if_free(file.path):
+                over -= file.num_bytes
+        for file in files:
+            if over <= 0:
+                return
+            if file.path.exists():
+                self._tell_small()
+                file.path.unlink(missing_ok=True)
+                over -= file.num_bytes
+
+    def _tell_small(self) -> None:
+        if not self._told_small:
+            self._told_small = True
+            _log.warning(
+                "data.cache.max_gib=%g is less than the shards that readers hold open; some of these lose their place (their readers go on)",
+                self._max_bytes / 2**30,
+            )
 
 
 @contextmanager
@@ -245,63 +240,8 @@ def turn(
         yield
 
 
-def retried(call: Callable[[], _T], *, shown: str, patience: Patience) -> _T:
-    """What a small request answers, tried as often as a transfer is.
-
-    Raises:
-        FetchError: As ``ShardCache.open``.
-    """
-    for attempt in range(1, patience.attempts + 1):
-        try:
-            return call()
-        except transport_errors() as error:
-            why = f"{type(error).__name__}: {error}"
-            if attempt == patience.attempts or is_final(error):
-                raise FetchError(_gave_up(shown, attempt, why)) from error
-        time.sleep(patience.backoff_s * 2 ** (attempt - 1))
-    raise AssertionError("the last attempt answers or raises")
-
-
 class _DiskError(OSError):
     """Of this machine's disk, not of the transport."""
-
-
-def transport_errors() -> tuple[type[BaseException], ...]:
-    """What transports raise, of those that are loaded."""
-    kinds: list[type[BaseException]] = [OSError, EOFError, ValueError, asyncio.TimeoutError]
-    for module, name in (
-        ("aiohttp", "ClientError"),
-        ("botocore.exceptions", "BotoCoreError"),
-        ("botocore.exceptions", "ClientError"),
-        ("gcsfs.retry", "HttpError"),
-        ("google.auth.exceptions", "GoogleAuthError"),
-    ):
-        if module in sys.modules:
-            kinds.append(getattr(sys.modules[module], name))
-    return tuple(kinds)
-
-
-def is_final(error: BaseException) -> bool:
-    """Whether trying again can't help: not there, not allowed. fsspec's http calls whatever went wrong "not found": its cause says what."""
-    status = getattr(error, "status", getattr(error.__cause__, "status", None))
-    if isinstance(status, int):
-        return 400 <= status < 500 and status not in (408, 425, 429)
-    if type(error.__cause__).__module__.startswith("aiohttp"):  # no answer at all
-        return False
-    return isinstance(error, FileNotFoundError | PermissionError)
-
-
-def is_missing(error: BaseException | None) -> bool:
-    """Whether the store answered that there is no such thing."""
-    return isinstance(error, FileNotFoundError) and is_final(error) and getattr(error.__cause__, "status", 404) in (404, 410)
-
-
-def _gave_up(shown: str, attempts: int, why: str) -> str:
-    tried = f"{attempts} attempt{'s' if attempts > 1 else ''}"
-    return (
-        f"{shown}: can't be fetched, after {tried} ({redact(why)}); see that it is there, that this machine reaches it and "
-        "that the credentials in the environment allow it (docs/remote.md)"
-    )
 
 
 def _verify(wanted: Wanted, num_bytes: int, xxh3: str) -> None:
@@ -348,27 +288,38 @@ def _progress(path: Path) -> float:
     return max(times)
 
 
-def _files(root: Path) -> Iterator[tuple[Path, float, int]]:
-    """Shards and partial files: path, when last used, size. Indexes and locks stay."""
+@dataclass(frozen=True)
+class _File:
+    """A shard or a part of one: when it was used last, its size."""
+
+    path: Path
+    used_s: float
+    num_bytes: int
+
+    @property
+    def is_being_written(self) -> bool:
+        return ".partial-" in self.path.name and time.time() - self.used_s < _ABANDONED_S
+
+
+def _files(root: Path) -> Iterator[_File]:
+    """Shards and parts of them. Indexes and locks stay, and don't count."""
     for folder, _, names in os.walk(root):
         for name in names:
             if name.endswith(".tar") or ".tar.partial-" in name:
                 path = Path(folder, name)
-                try:
+                with suppress(FileNotFoundError):
                     status = path.stat()
-                except FileNotFoundError:
-                    continue
-                yield path, status.st_mtime, status.st_size
+                    yield _File(path, status.st_mtime, status.st_size)
 
 
-def _remove(path: Path, *, free_only: bool) -> bool:
-    """Unlinks a file that nobody has open (or any); says whether it did."""
+def _unlink_if_free(path: Path) -> bool:
+    """Removes a file that nobody has open; says whether it did."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
-        if free_only and not _flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        if not _flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
             return False
         path.unlink(missing_ok=True)
         return True

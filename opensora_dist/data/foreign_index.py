@@ -21,8 +21,9 @@ from opensora_dist.core.index import INDEX_NAME, ShardRow, write_index
 from opensora_dist.core.io import hash_bytes, read_json, write_json, write_text
 from opensora_dist.core.logging import get_logger
 from opensora_dist.core.urls import PIPE
-from opensora_dist.data.cache import FetchError, turn
+from opensora_dist.data.cache import turn
 from opensora_dist.data.foreign import Findings, Layout, index_tar
+from opensora_dist.data.transport import FetchError
 
 _log = get_logger(__name__)
 _FORMAT = 1  # of what is kept of each tar; another number makes old ones worthless

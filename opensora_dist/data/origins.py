@@ -33,7 +33,7 @@ class Origin(Protocol):
         """What messages call it."""
 
     def read(self, start: int) -> Iterator[bytes]:
-        """Its bytes from ``start`` on, in pieces. Raises what the transport raises (``data.cache.transport_errors``)."""
+        """Its bytes from ``start`` on, in pieces. Raises what the transport raises (``data.transport.transport_errors``)."""
 
     def version(self) -> str | None:
         """Something that changes with its content, where that can be had without reading it."""

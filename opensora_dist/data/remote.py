@@ -20,10 +20,11 @@ from opensora_dist.core.index import INDEX_NAME, ShardRow, read_header
 from opensora_dist.core.io import hash_bytes
 from opensora_dist.core.logging import get_logger
 from opensora_dist.core.urls import PIPE, expand_braces, is_remote, redact, secret_in
-from opensora_dist.data.cache import FetchError, Patience, ShardCache, Wanted, is_missing, retried
+from opensora_dist.data.cache import ShardCache, Wanted
 from opensora_dist.data.foreign import LAYOUT_NAME, parse_layout
 from opensora_dist.data.foreign_index import Tar, index_foreign, short_names
 from opensora_dist.data.origins import Origin, UrlOrigin, child, file_system, origin_of
+from opensora_dist.data.transport import FetchError, Patience, retried
 
 _log = get_logger(__name__)
 _FAILED_S = (
@@ -88,7 +89,7 @@ class RemoteShards:
         self._queue: deque[int] = deque()
         self._running: set[int] = set()
         self._changed = threading.Condition()
-        self._closed = False
+        self._stop = threading.Event()  # of what runs now; replaced when it is set, so that a closed source can be used again
         self._threads: list[threading.Thread] = []
 
     def open(self, number: int) -> int:
@@ -96,7 +97,7 @@ class RemoteShards:
         if error is not None and time.monotonic() < until:
             raise error
         try:
-            fd = self._cache.open(self._wanted[number], stopped=lambda: self._closed)
+            fd = self._cache.open(self._wanted[number], stopped=self._stop.is_set)
         except FetchError as error:
             self._failed[number] = (error, time.monotonic() + _FAILED_S)
             raise
@@ -110,24 +111,29 @@ class RemoteShards:
         first = list(dict.fromkeys(numbers))[: self._ahead]
         with self._changed:
             self._queue = deque(n for n in first if n not in self._running and n not in self._failed)
-            self._changed.notify_all()
-            while self._queue and len(self._threads) < min(self._ahead, _FETCHERS, len(self._queue)):
-                self._threads.append(threading.Thread(target=self._fetch_ahead, name="prefetch-shards", daemon=True))
+            for _ in range(len(self._threads), min(self._ahead, _FETCHERS, len(self._queue))):
+                self._threads.append(
+                    threading.Thread(target=self._fetch_ahead, args=(self._stop,), name="prefetch-shards", daemon=True)
+                )
                 self._threads[-1].start()
+            self._changed.notify_all()
 
     def close(self) -> None:
         with self._changed:
-            self._closed = True
+            self._stop.set()
+            self._stop = threading.Event()
+            self._queue.clear()
+            threads, self._threads = self._threads, []
             self._changed.notify_all()
-        for thread in self._threads:
-            thread.join(timeout=5.0)  # it may hang in a transfer, which ends by its own time limit
+        for thread in threads:
+            thread.join(timeout=5.0)  # one that waits for a store ends by the transport's time limit
 
-    def _fetch_ahead(self) -> None:
+    def _fetch_ahead(self, stop: threading.Event) -> None:
         while True:
             with self._changed:
-                while not self._queue and not self._closed:
+                while not self._queue and not stop.is_set():
                     self._changed.wait()
-                if self._closed:
+                if stop.is_set():
                     return
                 number = self._queue.popleft()
                 self._running.add(number)
@@ -252,7 +258,7 @@ def _layout(beside: str | None, named: str | None, *, tars: str) -> tuple[str, s
         read = Path(where).read_bytes if origin is None else lambda: b"".join(origin.read(0))
         return retried(read, shown=redact(where), patience=Patience()).decode(), redact(where)
     except FetchError as error:
-        if not is_missing(error.__cause__):
+        if not error.missing:
             raise
         raise DataError(
             f"{tars}: there is no {INDEX_NAME}, so these are tars made by others, and {redact(where)}, which says what they hold, is "
@@ -287,7 +293,7 @@ def _is_prepared(url: str) -> bool:
     try:
         retried(index.version, shown=index.shown, patience=Patience())
     except FetchError as error:
-        if not is_missing(error.__cause__):
+        if not error.missing:
             raise
         return False
     return True
