@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from math import gcd, prod
 
+from opensora_dist.config.data_rules import data_problems
 from opensora_dist.config.faults import fault_form, parse_fault
 from opensora_dist.config.load import Problem, expand
 from opensora_dist.config.prepare import PrepareConfig
@@ -41,7 +42,7 @@ def train_problems(config: TrainConfig, *, world: int) -> list[Problem]:
         *mesh_problems(config.parallel, config.model, world=world),
         *_sp_problems(config.parallel.sp),
         *_lever_problems(config),
-        *_batch_problems(config, world=world),
+        *data_problems(config, world=world),
         *_optim_problems(config),
         *_validation_problems(config),
         *_fault_problems(config, world=world),
@@ -217,33 +218,6 @@ def _lever_problems(config: TrainConfig) -> list[Problem]:
             "and there is no other; set offload_activations to false, or use parallel.recompute"
         )
         problems.append(Problem(fields=("parallel.offload_activations", "model.depth", "model.size"), message=message))
-    return problems
-
-
-def _batch_problems(config: TrainConfig, *, world: int) -> list[Problem]:
-    problems = []
-    parallel, data = config.parallel, config.data
-    if data.path is None:
-        message = "data.path is not set; make a data set with `opensora-dist data prepare` and pass data.path=FOLDER"
-        problems.append(Problem(fields=("data.path",), message=message))
-    elif not expand(data.path).is_dir():
-        message = f"data.path={data.path!r} is not a folder; make it with `opensora-dist data prepare`, or correct the path"
-        problems.append(Problem(fields=("data.path",), message=message))
-    # Where auto may spread a sample over fewer ranks, more of them see different samples.
-    degree = parallel.sp.min_degree or parallel.sp.degree if parallel.sp.scheme == "auto" else parallel.sp.degree
-    sharing = degree * parallel.tp
-    data_ranks = world // sharing
-    pieces = data_ranks * parallel.grad_accum
-    if world % sharing == 0 and data.global_batch % pieces:
-        up = (data.global_batch // pieces + 1) * pieces
-        of = f" (= {world} ranks / {sharing} that share a sample)" if sharing > 1 else ""
-        message = (
-            f"data.global_batch={data.global_batch} must be a multiple of data ranks{of} x parallel.grad_accum = {data_ranks} x "
-            f"{parallel.grad_accum} = {pieces}; use {up}" + (f" or {up - pieces}" if up > pieces else "")
-        )
-        sizes = ("parallel.sp.degree", "parallel.sp.min_degree", "parallel.tp")
-        fields = ("data.global_batch", "parallel.grad_accum", "parallel.nproc", *sizes)
-        problems.append(Problem(fields=fields, message=message))
     return problems
 
 

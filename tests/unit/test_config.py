@@ -109,6 +109,82 @@ def test_each_cross_field_rule_is_kept(overrides, world, field):
     assert problems[0].startswith(field), problems
 
 
+MIXTURE = "data.mixture=[{path: ., name: a}, {path: ./, name: b}]"
+
+
+@pytest.mark.parametrize(
+    "overrides, field, way_out",
+    [
+        ([], "data.path is not set", "data.mixture"),
+        (["data.path=nowhere"], "data.path='nowhere' is not a folder", "data prepare"),
+        (["data.path=nowhere/x-{0..3}.tar"], "data.path='nowhere/x-{0..3}.tar'", "correct the path"),
+        (["data.path=.", MIXTURE], "data.path='.' and data.mixture of 2 are both set", "keep one of them"),
+        ([MIXTURE, "data.layout=x.yaml"], "data.layout='x.yaml' is of data.path", "a layout of its own"),
+        (["data.mixture=[{path: nowhere}, {path: ., name: b}]"], "data.mixture[0].path='nowhere'", "correct the path"),
+        (
+            ["data.mixture=[{path: ., name: a}, {path: ., name: a}]"],
+            "data.mixture has 2 data sets named 'a'",
+            "a name of its own",
+        ),
+        (["data.mixture=[{path: ., name: a/b}]"], "data.mixture has a data set named 'a/b'", "no slash"),
+        (["data.mixture=[{path: ., name: a, weight: 2}, {path: ., name: b}]"], "data.mixture gives no weight to b", "or none"),
+        (["data.path='pipe:cat x.tar'"], "data.path='pipe:cat", "data.allow_pipe=true"),
+        (["data.path=s3://user:key@bucket/x"], "data.path='s3://...@bucket/x' holds a user or password", "$NAME"),
+        (["data.path=.", "data.unit_tokens=64"], "data.unit_tokens=64 with data.batching=samples", "tokens or packed"),
+        (["data.path=.", "data.batching=packed"], "data.batching=packed needs data.unit_tokens", "data.batching=samples"),
+        (["data.path=.", "data.batching=tokens"], "data.batching=tokens needs data.unit_tokens", "your largest clip"),
+        (
+            ["data.path=.", "data.batching=packed", "data.unit_tokens=9", "data.global_batch=3", "parallel.grad_accum=2"],
+            "data.global_batch=3 units of data.batching=packed must be a multiple",
+            "use 4 or 2",
+        ),
+        (["data.path=.", "data.image_share=1.5"], "data.image_share=1.5", "use 1"),
+    ],
+)
+def test_a_rule_of_data_names_its_field_and_its_way_out(overrides, field, way_out):
+    (problem,) = problems_of(*overrides)
+    assert problem.startswith(field) and way_out in problem, problem
+
+
+def test_rules_of_data_are_reported_at_once():
+    problems = problems_of(
+        "data.path=nowhere",
+        MIXTURE,
+        "data.layout=x",
+        "data.batching=packed",
+        "data.global_batch=3",
+        "parallel.sp={scheme: auto, degree: 4, min_degree: 2}",
+        world=4,
+    )
+    assert [p.partition(" ")[0].partition("=")[0] for p in problems] == [
+        "data.path", "data.layout", "data.batching", "data.global_batch", "data.batching",
+    ]  # fmt: skip
+
+
+def test_auto_may_not_share_the_samples_of_a_pack_among_different_numbers_of_ranks():
+    packed = ["data.path=.", "data.batching=packed", "data.unit_tokens=64", "parallel.sp.scheme=auto", "parallel.sp.degree=4"]
+    (problem,) = problems_of(*packed, "parallel.sp.min_degree=1", world=4)
+    assert problem.startswith("data.batching=packed with parallel.sp.min_degree=1 below parallel.sp.degree=4")
+    assert "use parallel.sp.min_degree=4 or none, or data.batching=tokens" in problem
+    for allowed in ([], ["parallel.sp.min_degree=4"], ["parallel.sp.min_degree=2", "data.batching=tokens"]):
+        load_config(TrainConfig, None, overrides=[*packed, *allowed], rules=lambda c: train_problems(c, world=4))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [MIXTURE],
+        ["data.mixture=[{path: ., name: a, weight: 2}, {path: ., name: b, weight: 1}]"],
+        ["data.path=s3://bucket/x"],
+        ["data.path='pipe:cat x.tar'", "data.allow_pipe=true"],
+        ["data.path=.", "data.image_share=0"],
+        ["data.path=.", "data.image_share=1", "data.batching=tokens", "data.unit_tokens=1"],
+    ],
+)
+def test_what_section_data_may_say(overrides):
+    load_config(TrainConfig, None, overrides=overrides, rules=lambda c: train_problems(c, world=1))
+
+
 def test_ranks_that_share_samples_need_fewer_of_them():
     layouts = (
         [*SP4, "data.global_batch=1"],
