@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ from opensora_dist.config.prepare import PrepareConfig
 from opensora_dist.core.errors import ConfigError
 
 _DROPS_SHOWN = 20
+_FINDINGS_SHOWN = 20
 
 
 def add_parser(verbs: Any) -> None:
     """Adds the verb and its own verbs."""
     parser = verbs.add_parser(
-        "data", help="make toy clips; prepare videos for training", description="Make and prepare data sets."
+        "data", help="make toy clips; prepare videos for training; check it", description="Make, prepare and check data sets."
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_toy(actions)
     _add_prepare(actions)
+    _add_check(actions)
 
 
 def _add_toy(actions: Any) -> None:
@@ -60,6 +63,23 @@ def _add_prepare(actions: Any) -> None:
     add_config_arguments(prepare)
     prepare.add_argument("--json", action="store_true", help="print the report as JSON")
     prepare.set_defaults(run=_run_prepare)
+
+
+def _add_check(actions: Any) -> None:
+    check = actions.add_parser(
+        "check",
+        help="read every byte of a data set",
+        description="Compare every shard of a data set with its index: sizes, hashes, the structure of the tars, where each array lies, "
+        "what it is and whether it is finite; and the index with itself. A damaged shard doesn't keep the others from being seen. Exit "
+        "code 1 where anything is wrong; empty captions and statistics that are off are warnings.",
+    )
+    check.add_argument("path", metavar="PATH", help="a prepared folder, or as data.path: a URL, or tars that others made")
+    check.add_argument(
+        "--config", type=Path, metavar="TRAIN.yaml", help="a training config, whose data section says how PATH is read"
+    )
+    check.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    check.add_argument("--json", action="store_true", help="print as JSON")
+    check.set_defaults(run=_run_check)
 
 
 def _run_toy(args: argparse.Namespace) -> int:
@@ -107,3 +127,26 @@ def _run_prepare(args: argparse.Namespace) -> int:
     if len(report.dropped) > _DROPS_SHOWN:
         print(f"... and {len(report.dropped) - _DROPS_SHOWN} more, all in report.json beside the shards")
     return 0
+
+
+def _run_check(args: argparse.Namespace) -> int:
+    from opensora_dist.recipes.data_check import check_data
+
+    if args.workers is not None and args.workers < 1:
+        raise ConfigError(f"--workers={args.workers} must be at least 1")
+    check = check_data(args.path, config=args.config, workers=args.workers)
+    if args.json:
+        print(json.dumps(asdict(check)))
+    else:
+        for warning in check.warnings[:_FINDINGS_SHOWN]:
+            print(f"warning: {warning}")
+        if len(check.warnings) > _FINDINGS_SHOWN:
+            print(f"... and {len(check.warnings) - _FINDINGS_SHOWN} warnings more; --json lists all")
+        for problem in check.problems:
+            print(problem)
+        print(
+            f"{check.samples:,} samples in {check.shards:,} shards, {check.num_bytes:,} bytes: {'damaged' if check.problems else 'whole'}"
+        )
+    if check.problems:
+        print(f"error: {len(check.problems)} problems in {check.path}", file=sys.stderr)
+    return 1 if check.problems else 0

@@ -81,7 +81,7 @@ class _Shard:
         for row in self._rows:
             shape = (row.latent_t, self._spec.channels, row.latent_h, row.latent_w)
             latents = self._array(row, "latents", row.latents_offset, shape, row.latents_frame_xxh3)
-            self._array(row, "text", row.text_offset, (row.text_tokens, self._spec.text_width), (row.text_xxh3,))
+            self._array(row, "text vectors", row.text_offset, (row.text_tokens, self._spec.text_width), (row.text_xxh3,))
             if latents is not None:
                 on_latents(latents)
             if not row.caption.strip():
