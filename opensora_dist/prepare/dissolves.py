@@ -26,6 +26,7 @@ _MAX_LIKENESS = 0.5  # correlation of the ends: of a change of light it is 1
 _MAX_RESIDUAL = 0.33  # distance of the frames between from the blend, in distances of the ends
 _MAX_UNSTEADY = 0.2  # of the share of the second end, from a straight line
 _MAX_CONTRAST = 0.85  # variance in the middle, of the mean of the ends': pictures that have nothing in common average out
+_STILL_RISING = 0.4  # of the slope of a transition: a frame that adds so much is part of it
 _MIN_UNMOVED = 0.75  # what is left of the difference of two frames when one is shifted to fit the other
 
 
@@ -129,24 +130,31 @@ def _fit_ramp(thumbs_TD: NDArray[np.uint8], window: _Window, *, first: int, last
         window: One that lies about the transition.
         first, last: Frames that may be looked at.
     """
-    around = window.length // 2 + 2
+    around = window.length + 2
     begin, stop = max(first, window.start - around), min(last, window.start + window.length + around)
     x = thumbs_TD[begin : stop + 1].astype(np.float32)
     a, b = x[window.start - begin], x[window.start + window.length - begin]
     share = (x - a) @ (b - a) / max(float((b - a) @ (b - a)), 1e-6)
     t = np.arange(len(x))
-    best, found = np.inf, Span(start=window.start + 1, end=window.start + window.length)
+    best, fit = np.inf, (window.start + 1 - begin, window.start + window.length - begin)
     middle = window.start + window.length // 2 - begin
-    for start in range(1, middle + 1):
-        for end in range(max(middle, start + 2), len(x)):
+    for start in range(max(1, middle - window.length), middle + 1):
+        for end in range(max(middle, start + 2), min(len(x), middle + window.length)):
             ramp = np.clip((t - start + 1) / (end - start + 1), 0, 1)
             centred = ramp - ramp.mean()
             rest = share - share.mean()
             rest = rest - centred * (centred @ rest) / (centred @ centred)
             error = float(rest @ rest)
             if error < best * (1 - 1e-6):
-                best, found = error, Span(start=begin + start, end=begin + end)
-    return found
+                best, fit = error, (start, end)
+    start, end = fit
+    slope = (share[end] - share[start - 1]) / (end - start + 1)
+    # A fade in linear light is slow at its dark end, and the fit cuts that off.
+    while start > 1 and share[start - 1] - share[start - 2] > _STILL_RISING * slope:
+        start -= 1
+    while end < len(x) - 1 and share[end + 1] - share[end] > _STILL_RISING * slope:
+        end += 1
+    return Span(start=begin + start, end=begin + end)
 
 
 def _joined(spans: list[Span]) -> list[Span]:
