@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from dataset_factory import write_dataset
-from torch.distributed.tensor import DTensor
+from spy import Spy, full, randomise
 
 from opensora_dist.config.train import (
     IddpmConfig,
@@ -32,8 +32,6 @@ from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import build_mesh
 from opensora_dist.parallel.sequence.layout import SequenceParallel
 from opensora_dist.parallel.sequence.registry import SCHEMES
-from opensora_dist.parallel.tensor.linear import copy_whole, packed_parts, rows_in_order, tp_size
-from opensora_dist.parallel.zero.native import NativeBackend
 from opensora_dist.recipes.build import meta_model
 from opensora_dist.recipes.shards import LatentShards
 from opensora_dist.train.ema import Ema
@@ -147,34 +145,6 @@ LAYOUTS = [
 MODELS = {"stdit": RectifiedFlowConfig(caption_dropout=0.3), "dit": IddpmConfig(caption_dropout=0.3)}
 
 
-class _Spy(NativeBackend):
-    """Keeps each step's summed gradients, before clipping."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.grads = []
-
-    def clip(self, max_norm):
-        self.grads.append({name: self._whole_grad(name, p) for name, p in self._params.items()})
-        return super().clip(max_norm)
-
-    def _whole_grad(self, name, param):
-        whole = _full(param.grad).clone()
-        return rows_in_order(whole, parts=self._packed[name], ranks=tp_size(param)) if name in self._packed else whole
-
-
-def _full(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _randomise(model):
-    """Every parameter, those that start at zero included: zeros hide wrong gradients."""
-    packed = packed_parts(model)
-    for name, tensor in model.state_dict().items():
-        full = torch.empty(tensor.shape, dtype=torch.float64).normal_(std=0.1, generator=Keys(7).generator(f"test:{name}"))
-        copy_whole(tensor, full, parts=packed.get(name, 1))
-
-
 def _trajectory(folder: str, name: str, layout: Layout):
     parallel = layout.config
     mesh = build_mesh(torch.device("cpu"), dp_replicate=parallel.dp_replicate, sp=parallel.sp, tp=parallel.tp, timeout_s=60)
@@ -186,11 +156,11 @@ def _trajectory(folder: str, name: str, layout: Layout):
         objective = TiledLoss(of=objective, positions=layout.tile)
     share_blocks(model, mesh)
     shards = LatentShards(mesh, SequenceParallel(mesh, parallel.sp), model)
-    backend = _Spy(
+    backend = Spy(
         model,
         mesh=mesh,
         units=list(model.blocks),
-        init=_no_grad(_randomise),
+        init=randomise,
         parallel=parallel,
         optim=OptimConfig(lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95)),
         compute_dtype=torch.float64,
@@ -242,7 +212,7 @@ def _trajectory(folder: str, name: str, layout: Layout):
                     for line, row in enumerate(micro.region.rows):
                         drawn[data.step, key, frame, row] = draws.noise_BCthw[i, :, place, line].clone()
                 levels.setdefault((data.step, key), set()).add((draws.level_B[i].item(), draws.drop_caption_B[i].item()))
-    state = {name: _full(t).detach().clone() for name, t in backend.state_dict(ema=ema.shadow).items()}
+    state = {name: full(t).detach().clone() for name, t in backend.state_dict(ema=ema.shadow).items()}
     params, averaged = (
         {name.removeprefix(f"{kind}."): t for name, t in state.items() if name.startswith(f"{kind}.")}
         for kind in ("model", "ema")
@@ -256,10 +226,6 @@ def _trajectory(folder: str, name: str, layout: Layout):
         "params": params,
         "ema": averaged,
     }
-
-
-def _no_grad(function):
-    return torch.no_grad()(function)
 
 
 @pytest.fixture(scope="module")
