@@ -10,6 +10,26 @@ from opensora_dist.config.base import Section
 from opensora_dist.config.codec import CodecConfig, DctCodecConfig, HashTextConfig, TextConfig
 
 Range = tuple[float | None, float | None]
+NudeNetClass = Literal[
+    "ANUS_COVERED",
+    "ANUS_EXPOSED",
+    "ARMPITS_COVERED",
+    "ARMPITS_EXPOSED",
+    "BELLY_COVERED",
+    "BELLY_EXPOSED",
+    "BUTTOCKS_COVERED",
+    "BUTTOCKS_EXPOSED",
+    "FACE_FEMALE",
+    "FACE_MALE",
+    "FEET_COVERED",
+    "FEET_EXPOSED",
+    "FEMALE_BREAST_COVERED",
+    "FEMALE_BREAST_EXPOSED",
+    "FEMALE_GENITALIA_COVERED",
+    "FEMALE_GENITALIA_EXPOSED",
+    "MALE_BREAST_EXPOSED",
+    "MALE_GENITALIA_EXPOSED",
+]
 
 
 class InputConfig(Section):
@@ -141,7 +161,19 @@ class SafetyConfig(Section):
 
     words: str | None = Field(None, description="File of words, one a line: clips whose captions hold one are dropped.")
     images: Literal["none", "nudenet"] = Field("none", description="Detector run on frames; nudenet needs the `safety` extra.")
+    image_classes: tuple[NudeNetClass, ...] = Field(
+        (
+            "ANUS_EXPOSED",
+            "BUTTOCKS_EXPOSED",
+            "FEMALE_BREAST_EXPOSED",
+            "FEMALE_GENITALIA_EXPOSED",
+            "MALE_GENITALIA_EXPOSED",
+        ),
+        min_length=1,
+        description="What the detector may not find.",
+    )
     image_threshold: float = Field(0.5, gt=0, le=1, description="Confidence from which on a clip is dropped.")
+    image_frames: int = Field(8, ge=1, description="Frames of a clip that it looks at, evenly spaced.")
 
 
 class PrepareConfig(Section):

@@ -58,14 +58,6 @@ def clean_caption(text: str, config: CleanConfig) -> str:
     return text
 
 
-def too_short(text: str, config: CleanConfig) -> str | None:
-    """Why a clip with this caption is dropped, or None."""
-    words = len(text.split())
-    if words >= config.min_words:
-        return None
-    return f"its caption has {words} words, fewer than clean.min_words={config.min_words}"
-
-
 def append_scores(text: str, scores: Mapping[str, float | str], names: Collection[str]) -> str:
     """The caption with scores behind it, as Open-Sora 1.2 trains on it: ``A cat. motion score: 10, camera motion: pan left.``
 
