@@ -98,10 +98,23 @@ def exclusive_lock(path: Path, *, busy: OpensoraError) -> Iterator[None]:
         path: The lock file; made with its folder, and left there.
         busy: Raised where another process holds it.
     """
+    with _locked(path, fcntl.LOCK_EX, busy=busy):
+        yield
+
+
+@contextmanager
+def shared_lock(path: Path, *, busy: OpensoraError) -> Iterator[None]:
+    """As ``exclusive_lock``, but others may hold ``path`` in the same way; ``busy`` is raised where one holds it alone."""
+    with _locked(path, fcntl.LOCK_SH, busy=busy):
+        yield
+
+
+@contextmanager
+def _locked(path: Path, how: int, *, busy: OpensoraError) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, how | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise busy from error
         except OSError as error:  # as some cluster file systems are mounted; that is no reason not to work there

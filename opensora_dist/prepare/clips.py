@@ -5,16 +5,18 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import BinaryIO
+from dataclasses import dataclass
+from itertools import chain, groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opensora_dist.core.errors import DataError
 from opensora_dist.core.types import Thw
-from opensora_dist.core.video import Frames, iter_frames
+from opensora_dist.core.video import Frames
 
 # Containers round timestamps to a tick, of 1 ms in Matroska: without slack, every third frame of a 30 fps video would be missed.
 _SLACK_S = 1e-3
@@ -72,35 +74,126 @@ def resize_and_crop(frame: NDArray[np.uint8], *, height: int, width: int) -> NDA
     return frame[top : top + height, left : left + width]
 
 
-def cut_clip(file: Path | BinaryIO, *, fps: float, buckets: Sequence[Thw]) -> Frames:
-    """The clip at the start of a video, uint8 [T, H, W, 3] of one of the buckets. An image gives one frame.
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A clip.
 
-    Decoding stops at the last frame that could matter, and full-size frames aren't kept: how many frames a video has is known
-    only at its end, so each frame is cut at once for every size that may yet be chosen.
-
-    Raises:
-        DataError: The video can't be decoded, or is shorter than every bucket.
+    Args:
+        start_s: Seconds from the start of the video to its first frame.
+        frames_THW3: uint8 RGB, of one of the buckets.
+        height, width: Of the video.
     """
-    lengths = sorted({bucket.t for bucket in buckets})
-    choices: list[Thw] = []  # for each length, what is chosen once the video has that many frames
-    cuts: dict[tuple[int, int], list[NDArray[np.uint8]]] = {}
-    enough, had = lengths[-1], 0
-    for frame in sample_frames(iter_frames(file), fps=fps):
-        if not choices:
-            height, width = frame.shape[:2]
-            picks = [choose_bucket(buckets, frames=length, height=height, width=width) for length in lengths]
-            choices = [pick for pick in picks if pick is not None]
-            cuts = {(choice.h, choice.w): [] for choice in choices}
-            enough = lengths[choices.index(choices[-1])]
-        had += 1
-        for (height, width), cut in cuts.items():
-            cut.append(resize_and_crop(frame, height=height, width=width))
-        if had == enough:
+
+    start_s: float
+    frames_THW3: Frames
+    height: int
+    width: int
+
+
+def cut_clips(
+    frames: Iterable[tuple[float, NDArray[np.uint8]]],
+    *,
+    fps: float,
+    buckets: Sequence[Thw],
+    shots: Sequence[tuple[float, float]] = ((0, math.inf),),
+    trim_s: float = 0.0,
+    every: bool = False,
+) -> Iterator[Cut]:
+    """The clips of a video, in order. Decoding stops at the last frame that could matter.
+
+    Args:
+        frames: (seconds from the start, frame [H, W, 3]) in order.
+        fps: Frames per second wanted.
+        buckets: Shapes that a clip may have, as ``choose_bucket`` chooses.
+        shots: First frame of each and the one behind its last, in order; clips never straddle two.
+        trim_s: Left out at each end of a shot.
+        every: As many clips as follow each other in a shot, rather than the first alone.
+    Raises:
+        DataError: The video can't be decoded, or none of its shots is as long as the shortest bucket.
+    """
+    starts = [start for start, _ in shots]
+    longest, found = 0, False
+    for place, group in groupby(enumerate(frames), key=lambda item: bisect_right(starts, item[0]) - 1):
+        inside = (timed for i, timed in group if place >= 0 and i < shots[place][1])
+        trimmed = _trimmed(inside, trim_s=trim_s)
+        if (first := next(trimmed, None)) is None:
+            continue
+        start_s, (height, width) = first[0], first[1].shape[:2]
+        moments = ((time_s - start_s, frame) for time_s, frame in chain([first], trimmed))
+        windows = _Windows(buckets, height=height, width=width, every=every)
+        for index, clip in windows.cut(sample_frames(moments, fps=fps)):
+            found = True
+            yield Cut(start_s=start_s + index / fps, frames_THW3=clip, height=height, width=width)
+        longest = max(longest, windows.had)
+        if place == len(shots) - 1:
             break
-    if had < lengths[0]:
+    if not found:
         raise DataError(
-            f"{file if isinstance(file, Path) else file.name}: has {had} frames at {fps:g} per second, the shortest bucket needs {lengths[0]}; "
+            f"has {longest} frames at {fps:g} per second{'' if len(shots) == 1 else ' in its longest shot'}, "
+            f"the shortest bucket needs {min(bucket.t for bucket in buckets)}; "
             "raise clip.fps, or add a shorter bucket to clip.buckets"
         )
-    bucket = [choice for length, choice in zip(lengths, choices, strict=True) if length <= had][-1]
-    return np.stack(cuts[bucket.h, bucket.w][: bucket.t])
+
+
+def _trimmed(frames: Iterable[tuple[float, NDArray[np.uint8]]], *, trim_s: float) -> Iterator[tuple[float, NDArray[np.uint8]]]:
+    """Frames of a shot without those of its first and last ``trim_s`` seconds. Holds as many frames as that takes."""
+    if not trim_s:
+        yield from frames
+        return
+    start_s: float | None = None
+    held: deque[tuple[float, NDArray[np.uint8]]] = deque()
+    for time_s, frame in frames:
+        start_s = time_s if start_s is None else start_s
+        if time_s - start_s < trim_s - _SLACK_S:
+            continue
+        held.append((time_s, frame))
+        while time_s - held[0][0] > trim_s - _SLACK_S:
+            yield held.popleft()
+
+
+class _Windows:
+    """Clips that follow each other in one shot.
+
+    How many frames a shot has is known only at its end, and full-size frames aren't kept: each frame is cut at once for every size that
+    may yet be chosen.
+    """
+
+    def __init__(self, buckets: Sequence[Thw], *, height: int, width: int, every: bool) -> None:
+        self._every = every
+        self._first = list(buckets)
+        # Behind the first clip of a shot, a bucket of one frame would take every frame that is left over.
+        self._later = [bucket for bucket in buckets if bucket.t > 1] or self._first
+        self._size = {"height": height, "width": width}
+        lengths = {bucket.t for bucket in buckets}
+        parts = (self._first, self._later) if every else (self._first,)
+        picks = [choose_bucket(part, frames=t, **self._size) for part in parts for t in lengths]
+        self._cuts: dict[tuple[int, int], list[NDArray[np.uint8]]] = {(pick.h, pick.w): [] for pick in picks if pick is not None}
+        self._longest = max(lengths)
+        self.had = 0
+
+    def cut(self, frames: Iterable[NDArray[np.uint8]]) -> Iterator[tuple[int, Frames]]:
+        """(place of its first frame, clip) each."""
+        start, waiting, choices = 0, 0, self._first
+        best = choose_bucket(choices, frames=self._longest, **self._size)
+        for frame in frames:
+            for (height, width), cut in self._cuts.items():
+                cut.append(resize_and_crop(frame, height=height, width=width))
+            self.had += 1
+            waiting += 1
+            if best is not None and waiting == best.t:
+                yield start, self._take(best)
+                if not self._every:
+                    return
+                start, waiting, choices = start + best.t, 0, self._later
+                best = choose_bucket(choices, frames=self._longest, **self._size)
+        while (bucket := choose_bucket(choices, frames=waiting, **self._size)) is not None:
+            yield start, self._take(bucket)
+            if not self._every:
+                return
+            start, waiting, choices = start + bucket.t, waiting - bucket.t, self._later
+
+    def _take(self, bucket: Thw) -> Frames:
+        clip = np.stack(self._cuts[bucket.h, bucket.w][: bucket.t])
+        for cut in self._cuts.values():
+            del cut[: bucket.t]
+        return clip

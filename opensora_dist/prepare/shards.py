@@ -26,13 +26,20 @@ from opensora_dist.core.types import Thw
 _SLUG_CHARS = 48  # with the hash and the longest extension well below the 100 characters of a USTAR name
 
 
-def sample_key(name: str) -> str:
-    """The key of a source: readable, unique, and free of what tar and webdataset give a meaning to ("." ends a key, "/" nests).
+def sample_key(name: str, *, span_s: tuple[float, float] | None = None) -> str:
+    """The key of a clip: readable, unique, and free of what tar and webdataset give a meaning to ("." ends a key, "/" nests).
 
-    It depends on the source's own name alone, so a sample keeps its identity (and its noise) when others come and go.
+    It depends on the clip alone, so a sample keeps its identity (and its noise) when others come and go.
+
+    Args:
+        name: Of the source.
+        span_s: Where in it the clip begins and ends; None where a source has one clip, from its start.
     """
     slug = re.sub(r"[^A-Za-z0-9_]+", "-", name.rsplit(".", 1)[0])[-_SLUG_CHARS:].strip("-")
-    return f"{slug}-{hash_bytes(name.encode())}".lstrip("-")
+    if span_s is None:
+        return f"{slug}-{hash_bytes(name.encode())}".lstrip("-")
+    identity = f"{name}\0{span_s[0]:.6f}-{span_s[1]:.6f}"
+    return f"{slug}-{round(1000 * span_s[0]):07d}-{hash_bytes(identity.encode())}".lstrip("-")
 
 
 @dataclass(frozen=True, kw_only=True)

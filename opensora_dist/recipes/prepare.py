@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from opensora_dist.codecs.registry import build_codec, build_text_encoder
 from opensora_dist.config.load import load_config
 from opensora_dist.config.prepare import PrepareConfig
 from opensora_dist.config.rules import prepare_problems
-from opensora_dist.observe.progress import Bar
+from opensora_dist.core.protocols import TextEncoder, VideoCodec
+from opensora_dist.observe.progress import Bar, format_seconds
 from opensora_dist.parallel.mesh import resolve_device
-from opensora_dist.prepare.pipeline import PrepareProgress, PrepareReport, prepare
+from opensora_dist.prepare.pipeline import PartReport, prepare, prepare_part
+from opensora_dist.prepare.report import PrepareReport
+from opensora_dist.prepare.run import PrepareProgress
 
 
 def prepare_dataset(path: Path | None, *, overrides: Sequence[str] = ()) -> PrepareReport:
@@ -23,15 +28,45 @@ def prepare_dataset(path: Path | None, *, overrides: Sequence[str] = ()) -> Prep
     """
     config = load_config(PrepareConfig, path, overrides=overrides, rules=prepare_problems)
     device = resolve_device(config.device)
-    with Bar("clips", total=None) as bar:
+    codec, text = _networks(config)
+    with _shown() as show:
+        return prepare(config, codec=codec, text=text, device=device, on_progress=show)
+
+
+def prepare_dataset_part(path: Path | None, *, part: tuple[int, int], overrides: Sequence[str] = ()) -> PartReport:
+    """One part of the work, for a job of an array. ``prepare_dataset`` does what is left, and makes the data set.
+
+    Args:
+        part: (number from 1, how many parts).
+    Raises:
+        ConfigError, DataError: As ``prepare_dataset``.
+    """
+    config = load_config(PrepareConfig, path, overrides=overrides, rules=prepare_problems)
+    device = resolve_device(config.device)
+    codec, text = _networks(config)
+    with _shown() as show:
+        return prepare_part(config, part=part, codec=codec, text=text, device=device, on_progress=show)
+
+
+def _networks(config: PrepareConfig) -> tuple[VideoCodec, TextEncoder]:
+    device = resolve_device(config.device)
+    return build_codec(config.codec, device=device), build_text_encoder(config.text, device=device)
+
+
+@contextmanager
+def _shown() -> Iterator[Callable[[PrepareProgress], None]]:
+    """A bar that follows one phase after the other."""
+    phase, began_s, first = "", 0.0, 0
+    with Bar("preparing", total=None) as bar:
 
         def show(progress: PrepareProgress) -> None:
-            note = f"{progress.samples} samples, {progress.dropped} dropped"
+            nonlocal phase, began_s, first
+            if progress.what != phase:
+                phase, began_s, first = progress.what, time.monotonic(), progress.done
+            new = progress.done - first
+            left_s = (time.monotonic() - began_s) / new * (progress.total - progress.done) if new else None
+            eta = f", ETA {format_seconds(left_s)}" if left_s is not None and progress.done < progress.total else ""
+            note = f"{phase}: {progress.samples} samples, {progress.dropped} dropped{eta}"
             bar.update(progress.done, total=progress.total, note=note)
 
-        return prepare(
-            config,
-            codec=build_codec(config.codec, device=device),
-            text=build_text_encoder(config.text, device=device),
-            on_progress=show,
-        )
+        yield show
