@@ -56,9 +56,10 @@ class ShardCache:
     Args:
         root: The cache's folder.
         max_bytes: What all files may take together.
+        patience: How long a fetch is tried.
     """
 
-    def __init__(self, root: Path, *, max_bytes: int, patience: Patience = Patience()) -> None:
+    def __init__(self, root: Path, *, max_bytes: int, patience: Patience) -> None:
         self.root = root
         self._max_bytes = max_bytes
         self._patience = patience

@@ -30,6 +30,7 @@ _log = get_logger(__name__)
 _FAILED_S = (
     300.0  # a shard that could not be had is not asked for again so soon: each of its samples would wait through all attempts
 )
+PATIENCE = Patience()
 _FETCHERS = 4  # threads that fetch ahead
 
 
@@ -93,13 +94,17 @@ class RemoteShards:
         self._threads: list[threading.Thread] = []
 
     def open(self, number: int) -> int:
+        return self._open(number, self._stop)
+
+    def _open(self, number: int, stop: threading.Event) -> int:
         error, until = self._failed.get(number, (None, 0.0))
         if error is not None and time.monotonic() < until:
             raise error
         try:
-            fd = self._cache.open(self._wanted[number], stopped=self._stop.is_set)
+            fd = self._cache.open(self._wanted[number], stopped=stop.is_set)
         except FetchError as error:
-            self._failed[number] = (error, time.monotonic() + _FAILED_S)
+            if not stop.is_set():
+                self._failed[number] = (error, time.monotonic() + _FAILED_S)
             raise
         self._failed.pop(number, None)
         return fd
@@ -139,7 +144,7 @@ class RemoteShards:
                 self._running.add(number)
             try:
                 if not self._cache.has(self._wanted[number]):
-                    os.close(self.open(number))
+                    os.close(self._open(number, stop))
             except OSError as error:  # who reads the shard is told; here it would only stop the others
                 _log.debug("prefetch: %s", error)
             finally:
@@ -178,7 +183,7 @@ def localise(url: str, *, cache: CacheConfig, allow_pipe: bool, layout: str | No
         raise ConfigError(
             f"data.path={redact(url)!r} runs a command of this machine; set data.allow_pipe=true if you trust whoever wrote this config"
         )
-    shards = ShardCache(expand(cache.path), max_bytes=int(cache.max_gib * 2**30))
+    shards = ShardCache(expand(cache.path), max_bytes=int(cache.max_gib * 2**30), patience=PATIENCE)
     try:
         if not is_remote(url):
             return _local(expand(url.removeprefix("file://")), shards, layout)
@@ -227,7 +232,7 @@ def _foreign(url: str, cache: ShardCache, layout: str | None, *, ahead: int) -> 
     home = cache.root / hash_bytes(url.encode())
     origins = dict(zip(short_names(urls), map(origin_of, urls), strict=True))
     with ThreadPoolExecutor(max_workers=8) as asking:
-        answers = asking.map(lambda o: retried(o.version, shown=o.shown, patience=Patience()) or "", origins.values())
+        answers = asking.map(lambda o: retried(o.version, shown=o.shown, patience=PATIENCE) or "", origins.values())
         versions = dict(zip(origins, answers, strict=True))
     paths = {
         name: home / f"{_safe(name).removesuffix('.tar')}.{hash_bytes(version.encode())}.tar"
@@ -256,7 +261,7 @@ def _layout(beside: str | None, named: str | None, *, tars: str) -> tuple[str, s
     origin = origin_of(where) if is_remote(where) else None
     try:
         read = Path(where).read_bytes if origin is None else lambda: b"".join(origin.read(0))
-        return retried(read, shown=redact(where), patience=Patience()).decode(), redact(where)
+        return retried(read, shown=redact(where), patience=PATIENCE).decode(), redact(where)
     except FetchError as error:
         if not error.missing:
             raise
@@ -276,7 +281,7 @@ def _tar_urls(url: str) -> list[str]:
     if url.startswith(PIPE) or url.partition("?")[0].endswith(".tar"):
         return expand_braces(url)
     fs, path = file_system(url)
-    names: list[str] = retried(lambda: fs.ls(path, detail=False), shown=redact(url), patience=Patience())
+    names: list[str] = retried(lambda: fs.ls(path, detail=False), shown=redact(url), patience=PATIENCE)
     tars = sorted({name.partition("?")[0].rpartition("/")[2] for name in names})
     if found := [child(url, name) for name in tars if name.endswith(".tar")]:
         return found
@@ -291,7 +296,7 @@ def _is_prepared(url: str) -> bool:
         return False
     index = UrlOrigin(child(url, INDEX_NAME))
     try:
-        retried(index.version, shown=index.shown, patience=Patience())
+        retried(index.version, shown=index.shown, patience=PATIENCE)
     except FetchError as error:
         if not error.missing:
             raise
@@ -325,10 +330,10 @@ def _prepared(url: str, cache: ShardCache, *, ahead: int) -> Located:
 
 def _fetch_index(origin: Origin, cache: ShardCache, home: Path) -> Path:
     """The folder of the index as it is now: each version has its own, so that who reads an older one goes on."""
-    version = retried(origin.version, shown=origin.shown, patience=Patience())
+    version = retried(origin.version, shown=origin.shown, patience=PATIENCE)
     wanted = _wanted(home / f"index-{version}" / INDEX_NAME, origin)
     if version is None:  # only the content tells
-        content = retried(lambda: b"".join(origin.read(0)), shown=origin.shown, patience=Patience())
+        content = retried(lambda: b"".join(origin.read(0)), shown=origin.shown, patience=PATIENCE)
         path = home / f"index-{hash_bytes(content)}" / INDEX_NAME
         wanted = Wanted(path=path, shown=origin.shown, read=lambda start: iter([content[start:]]))
     os.close(cache.open(wanted))

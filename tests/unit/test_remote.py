@@ -1,0 +1,433 @@
+"""Shards that lie elsewhere: fetched whole or not at all, once for all ranks of a machine, within the space given; failures say all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import fsspec
+import pytest
+from dataset_factory import SPEC, write_dataset
+from stores import Store, serving
+
+from opensora_dist.config.load import dump_yaml
+from opensora_dist.config.train import CacheConfig
+from opensora_dist.core.errors import ConfigError, DataError
+from opensora_dist.core.index import read_header, read_rows
+from opensora_dist.core.io import hash_bytes
+from opensora_dist.data import cache as cache_module
+from opensora_dist.data import remote, transport
+from opensora_dist.data.cache import ShardCache, Wanted
+from opensora_dist.data.index import DataSet, Index
+from opensora_dist.data.reader import Damage, ShardReader
+from opensora_dist.data.remote import localise
+from opensora_dist.data.transport import FetchError, Patience
+
+QUICK = Patience(attempts=4, backoff_s=0.01, stall_s=1.0)
+CONTENT = bytes(range(256)) * 1000
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(remote, "PATIENCE", QUICK)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("remote") / "set"
+    written = write_dataset(folder, samples={(3, 32, 48): 8, (1, 48, 32): 6})
+    return folder, written
+
+
+@pytest.fixture
+def store(dataset):
+    folder = dataset[0]
+    with serving(Store(files={f"set/{path.name}": path.read_bytes() for path in folder.iterdir()})) as store:
+        yield store
+
+
+@pytest.fixture
+def config(tmp_path):
+    return CacheConfig(path=str(tmp_path / "cache"), prefetch_shards=0)
+
+
+def _open(url, config, **kwargs):
+    at = localise(url, cache=config, allow_pipe=kwargs.pop("allow_pipe", False), **kwargs)
+    return at, at.open_shards(read_header(at.folder).shards)
+
+
+def _content(source, number):
+    fd = source.open(number)
+    try:
+        return os.pread(fd, 1 << 30, 0)
+    finally:
+        os.close(fd)
+
+
+def _wanted(tmp_path, read, *, name="a.tar", num_bytes=len(CONTENT), xxh3=hash_bytes(CONTENT)):
+    path = tmp_path / "cache" / name
+    return Wanted(path=path, shown=f"store://{name}", read=read, num_bytes=num_bytes, xxh3=xxh3)
+
+
+def _cache(tmp_path, *, max_bytes=1 << 30, patience=QUICK):
+    return ShardCache(tmp_path / "cache", max_bytes=max_bytes, patience=patience)
+
+
+def _whole(start):
+    yield CONTENT[start:]
+
+
+def _left(tmp_path):
+    return sorted(p.name for p in (tmp_path / "cache").rglob("*") if p.is_file() and not p.name.endswith(".lock"))
+
+
+def test_a_data_set_behind_a_url_reads_as_the_folder_it_was_copied_from(store, dataset, config):
+    folder, written = dataset
+    at, source = _open(f"{store.url}/set", config)
+    assert list(read_rows(at.folder)) == list(read_rows(folder))
+    shards = read_header(folder).shards
+    assert [_content(source, n) for n in range(len(shards))] == [(folder / s.name).read_bytes() for s in shards]
+    assert [_content(source, 0), store.downloads("set/shard-00000.tar")] == [(folder / shards[0].name).read_bytes(), [None]]
+    again = _open(f"{store.url}/set", config)[1]
+    _content(again, 0)
+    assert store.downloads("set/index.parquet") == store.downloads("set/shard-00000.tar") == [None], "fetched twice"
+    assert written
+
+
+def test_fsspecs_other_stores_are_read_alike(dataset, config):
+    folder, _ = dataset
+    memory = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        memory.pipe(f"/bucket/set/{path.name}", path.read_bytes())
+    at, source = _open("memory://bucket/set", config)
+    assert list(read_rows(at.folder)) == list(read_rows(folder))
+    assert _content(source, 1) == (folder / read_header(folder).shards[1].name).read_bytes()
+    memory.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no-ranges"])
+@pytest.mark.parametrize("fault", ["503", "cut", "short", "flip"])
+def test_a_transfer_that_fails_once_is_made_again(store, dataset, config, fault, ranges):
+    store.ranges = ranges
+    _, source = _open(f"{store.url}/set", config)
+    store.faults["set/shard-00000.tar"] = [fault]
+    assert _content(source, 0) == (dataset[0] / "shard-00000.tar").read_bytes()
+    assert len(store.downloads("set/shard-00000.tar")) == 2
+
+
+def test_a_cut_transfer_goes_on_where_it_ended(store, dataset, config):
+    content = (dataset[0] / "shard-00000.tar").read_bytes()
+    _, source = _open(f"{store.url}/set", config)
+    store.faults["set/shard-00000.tar"] = ["short"]
+    assert _content(source, 0) == content
+    assert store.downloads("set/shard-00000.tar") == [None, f"bytes={len(content) // 2}-"]
+
+
+def test_the_index_and_the_question_whether_there_is_one_survive_failures(store, config):
+    store.faults["set/index.parquet"] = ["503", "cut"]
+    at, _ = _open(f"{store.url}/set", config)
+    assert read_header(at.folder).num_samples == 14
+
+
+def test_giving_up_names_url_attempts_reason_and_way_out_and_leaves_nothing(store, config, tmp_path):
+    _, source = _open(f"{store.url}/set", config)
+    before = _left(tmp_path)
+    store.faults["set/shard-00001.tar"] = ["503"] * 9
+    with pytest.raises(FetchError) as caught:
+        source.open(1)
+    for part in (
+        f"{store.url}/set/shard-00001.tar",
+        "after 4 attempts",
+        "503",
+        "credentials in the environment",
+        "docs/remote.md",
+    ):
+        assert part in str(caught.value)
+    assert _left(tmp_path) == before
+    asked = len(store.asked)
+    with pytest.raises(FetchError):
+        source.open(1)
+    assert len(store.asked) == asked, "each sample of a shard that is gone would wait through all attempts"
+
+
+@pytest.mark.parametrize("status", ["403", "404"])
+def test_what_is_forbidden_or_not_there_is_not_asked_for_again(store, config, status):
+    _, source = _open(f"{store.url}/set", config)
+    if status == "404":
+        del store.files["set/shard-00001.tar"]
+    store.faults["set/shard-00001.tar"] = ["403"] if status == "403" else []
+    with pytest.raises(FetchError, match="after 1 attempt "):
+        source.open(1)
+
+
+def test_a_store_that_does_not_answer_is_an_error_that_says_so(config):
+    with serving(Store(files={})) as store:
+        url = store.url
+    with pytest.raises(DataError, match=r"after 4 attempts .*[Cc]onnect"):
+        localise(f"{url}/set", cache=config, allow_pipe=False)
+
+
+def test_a_shard_that_can_not_be_had_is_damage_of_its_samples_alone(store, config):
+    at = localise(f"{store.url}/set", cache=config, allow_pipe=False)
+    store.faults["set/shard-00001.tar"] = ["503"] * 99
+    index = Index.join([DataSet(at=at)])
+    samples = ShardReader(index).try_read(range(len(index)))
+    damaged = [row for row, sample in enumerate(samples) if isinstance(sample, Damage)]
+    assert damaged == [row for row in range(len(index)) if index.shard[row] == 1]
+    assert "after 4 attempts" in samples[damaged[0]].reason
+
+
+def test_a_data_set_that_was_prepared_anew_is_not_read_with_the_old_shards(store, dataset, config, tmp_path):
+    _, source = _open(f"{store.url}/set", config)
+    old = _content(source, 0)
+    folder = tmp_path / "new"
+    write_dataset(folder, samples={(3, 32, 48): 8, (1, 48, 32): 6}, seed=1)
+    store.files = {f"set/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    at, source = _open(f"{store.url}/set", config)
+    assert len(_content(source, 0)) == len(old) and _content(source, 0) == (folder / "shard-00000.tar").read_bytes()
+    assert list(read_rows(at.folder)) == list(read_rows(folder))
+
+
+def test_shards_are_fetched_ahead_in_the_order_they_are_read(store, config):
+    at = localise(f"{store.url}/set", cache=config.model_copy(update={"prefetch_shards": 1}), allow_pipe=False)
+    source = at.open_shards(read_header(at.folder).shards)
+    source.prefetch([2, 1])
+    _wait_for(lambda: store.downloads("set/shard-00002.tar"))
+    source.prefetch([1, 2])
+    _wait_for(lambda: store.downloads("set/shard-00001.tar"))
+    source.close()
+    assert not store.downloads("set/shard-00000.tar")
+    os.close(source.open(2))
+    assert store.downloads("set/shard-00002.tar") == [None]
+
+
+def test_closing_ends_a_prefetch_and_the_source_can_be_used_again(store, config):
+    at = localise(f"{store.url}/set", cache=config.model_copy(update={"prefetch_shards": 2}), allow_pipe=False)
+    source = at.open_shards(read_header(at.folder).shards)
+    source.prefetch([0, 1])
+    source.close()
+    assert not [t for t in threading.enumerate() if t.name == "prefetch-shards"]
+    os.close(source.open(0))
+    source.prefetch([1])
+    _wait_for(lambda: store.downloads("set/shard-00001.tar"))
+    source.close()
+
+
+def _wait_for(done):
+    end = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+FETCHER = """
+import os, sys, time
+from pathlib import Path
+from opensora_dist.data.cache import ShardCache, Wanted
+from opensora_dist.data.transport import Patience
+root, log, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+def read(start):
+    with open(log, "a") as handle:
+        handle.write("fetched\\n")
+    yield b"x" * 1000
+    if mode == "hang":
+        time.sleep(60)
+    time.sleep(0.3)
+    yield b"x" * 1000
+cache = ShardCache(root, max_bytes=1 << 20, patience=Patience(stall_s=20))
+fd = cache.open(Wanted(path=root / "a.tar", shown="store://a.tar", read=read, num_bytes=2000))
+assert os.pread(fd, 3000, 0) == b"x" * 2000
+"""
+
+
+def _fetcher(tmp_path, mode):
+    return subprocess.Popen([sys.executable, "-c", FETCHER, str(tmp_path / "cache"), str(tmp_path / "log"), mode])
+
+
+def test_of_the_processes_of_a_machine_one_fetches_and_the_others_wait(tmp_path):
+    processes = [_fetcher(tmp_path, "go") for _ in range(3)]
+    assert [p.wait(60) for p in processes] == [0, 0, 0]
+    assert (tmp_path / "log").read_text() == "fetched\n"
+    assert _left(tmp_path) == ["a.tar"]
+
+
+def test_the_lock_of_a_fetcher_that_was_killed_blocks_nobody_and_its_part_is_removed(tmp_path):
+    dead = _fetcher(tmp_path, "hang")
+    _wait_for(lambda: any((tmp_path / "cache").glob(".a.tar.partial-*")) if (tmp_path / "cache").exists() else False)
+    dead.kill()
+    dead.wait()
+    os.close(_cache(tmp_path).open(_wanted(tmp_path, _whole)))
+    assert _left(tmp_path) == ["a.tar"]
+
+
+def test_who_waits_for_a_fetcher_that_gets_nothing_gives_up(tmp_path):
+    cache = _cache(tmp_path, patience=Patience(stall_s=0.1))
+    with open(tmp_path / "cache" / ".a.tar.lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(FetchError, match="another process of this machine fetches it"):
+            cache.open(_wanted(tmp_path, _whole))
+
+
+def test_the_shards_used_least_recently_go_first_and_the_cache_stays_in_its_bounds(tmp_path):
+    cache = _cache(tmp_path, max_bytes=3 * len(CONTENT))
+    for number, name in enumerate("abc"):
+        os.close(cache.open(_wanted(tmp_path, _whole, name=f"{name}.tar")))
+        os.utime(tmp_path / "cache" / f"{name}.tar", (number, number))
+    os.close(cache.open(_wanted(tmp_path, _whole, name="a.tar")))
+    os.close(cache.open(_wanted(tmp_path, _whole, name="d.tar")))
+    assert _left(tmp_path) == ["a.tar", "c.tar", "d.tar"]
+
+
+def test_a_shard_that_is_open_is_not_removed_while_another_can_be(tmp_path):
+    cache = _cache(tmp_path, max_bytes=2 * len(CONTENT))
+    held = cache.open(_wanted(tmp_path, _whole, name="a.tar"))
+    os.utime(tmp_path / "cache" / "a.tar", (0, 0))
+    for name in "bc":
+        os.close(cache.open(_wanted(tmp_path, _whole, name=f"{name}.tar")))
+    assert _left(tmp_path) == ["a.tar", "c.tar"]
+    os.close(held)
+
+
+def test_descriptors_stay_valid_where_everything_is_open_and_the_bound_is_kept(tmp_path, caplog):
+    cache = _cache(tmp_path, max_bytes=len(CONTENT))
+    held = cache.open(_wanted(tmp_path, _whole, name="a.tar"))
+    os.close(cache.open(_wanted(tmp_path, _whole, name="b.tar")))
+    assert _left(tmp_path) == ["b.tar"]
+    assert os.pread(held, 1 << 30, 0) == CONTENT
+    assert "less than the shards that readers hold open" in caplog.text
+    os.close(held)
+
+
+def test_a_shard_larger_than_the_cache_is_an_error_with_the_field(tmp_path):
+    with pytest.raises(FetchError, match=r"data\.cache\.max_gib"):
+        _cache(tmp_path, max_bytes=10).open(_wanted(tmp_path, _whole))
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_no_part(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache_module.os, "pwrite", full)
+    with pytest.raises(FetchError, match=r"no space left in .*cache; free some there, name another disk with data\.cache\.path"):
+        _cache(tmp_path).open(_wanted(tmp_path, _whole))
+    assert _left(tmp_path) == []
+
+
+def test_the_pause_between_attempts_doubles(tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(cache_module.time, "sleep", pauses.append)
+
+    def broken(start):
+        raise ConnectionResetError("gone")
+        yield b""
+
+    with pytest.raises(FetchError, match=r"after 4 attempts \(ConnectionResetError: gone\)"):
+        _cache(tmp_path, patience=Patience(attempts=4, backoff_s=1)).open(_wanted(tmp_path, broken))
+    assert pauses == [1, 2, 4]
+
+
+def test_a_command_is_run_only_where_the_config_allows_it(dataset, config, tmp_path):
+    flag = tmp_path / "flag"
+    with pytest.raises(ConfigError, match=r"data\.allow_pipe=true"):
+        localise(f"pipe:touch {flag} {{}}", cache=config, allow_pipe=False)
+    assert not flag.exists()
+
+
+def test_a_prepared_data_set_is_read_through_a_command(dataset, config):
+    folder, _ = dataset
+    at, source = _open(f"pipe:cat {folder}/{{}}", config, allow_pipe=True)
+    assert list(read_rows(at.folder)) == list(read_rows(folder))
+    assert _content(source, 1) == (folder / "shard-00001.tar").read_bytes()
+    assert _open(f"pipe:cat {folder}/{{}}", config, allow_pipe=True)[0].folder == at.folder
+
+
+def test_webdatasets_form_of_a_pipe_names_a_tar_per_command(dataset, config, tmp_path):
+    folder, written = dataset
+    layout = tmp_path / "layout.yaml"
+    layout.write_text(dump_yaml(SPEC))
+    url = f"pipe:cat {folder}/shard-{{00000..00001}}.tar"
+    with pytest.raises(ConfigError, match=r"data\.layout="):
+        localise(url, cache=config, allow_pipe=True)
+    at, source = _open(url, config, allow_pipe=True, layout=str(layout))
+    rows = list(read_rows(at.folder))
+    assert [r.key.rpartition("/")[2] for r in rows] == list(written)[:10]
+    assert _content(source, 0) == (folder / "shard-00000.tar").read_bytes()
+
+
+def test_a_command_that_fails_says_its_code_and_last_words(config):
+    with pytest.raises(DataError, match=r"pipe:cat .*code 1: cat: /nowhere/index\.parquet: No such file"):
+        localise("pipe:cat /nowhere/{}", cache=config, allow_pipe=True)
+
+
+def test_a_shard_behind_a_command_that_breaks_off_is_not_taken_for_whole(dataset, config, tmp_path):
+    folder, _ = dataset
+    script = tmp_path / "half.py"
+    script.write_text("import sys\ndata = open(sys.argv[1], 'rb').read()\nsys.stdout.buffer.write(data[: len(data) // 2])\n")
+    at, _ = _open(f"pipe:cat {folder}/{{}}", config, allow_pipe=True)
+    name = read_header(folder).shards[0].name
+    wanted = remote._wanted(
+        tmp_path / "cache" / "x.tar", remote.origin_of(f"pipe:{sys.executable} {script} {folder}/{name}"), num_bytes=10, xxh3="0"
+    )
+    with pytest.raises(FetchError, match="after 4 attempts"):
+        _cache(tmp_path).open(wanted)
+    assert at.remote
+
+
+def test_credentials_of_the_environment_are_used_and_shown_nowhere(store, config, monkeypatch, caplog):
+    monkeypatch.setenv("SIGNATURE", "s3cret")
+    url = f"{store.url}/set?sig=$SIGNATURE"
+    store.faults["set/shard-00000.tar"] = ["503"] * 9
+    at, source = _open(url, config)
+    with pytest.raises(FetchError) as caught:
+        source.open(0)
+    shown = f"{caught.value!r} {caught.value.__cause__!r} {caplog.text} {source.path_of(0)} {at}"
+    assert "s3cret" not in shown
+    assert "/set/shard-00000.tar?..." in source.path_of(0)
+
+
+@pytest.mark.parametrize("url", ["https://me:pw@host/set", "s3://KEY@bucket/set", "https://host/set?X-Amz-Signature=abc"])
+def test_a_secret_in_a_url_is_refused_as_every_dump_of_the_config_would_show_it(url, config):
+    with pytest.raises(ConfigError, match="environment variable") as caught:
+        localise(url, cache=config, allow_pipe=False)
+    assert not any(secret in str(caught.value) for secret in ("pw", "KEY", "abc"))
+
+
+@pytest.mark.parametrize("name", ["../../etc/x.tar", "/etc/x.tar", "a.txt"])
+def test_shard_names_of_an_index_made_elsewhere_stay_in_the_cache(name):
+    with pytest.raises(DataError, match="stays in the data set's folder"):
+        remote._safe(name)
+
+
+def test_what_can_not_be_mended_by_trying_again_is_final():
+    assert transport.is_final(FileNotFoundError()) and transport.is_final(PermissionError())
+    assert not transport.is_final(ConnectionResetError()) and not transport.is_final(TimeoutError())
+
+
+S3_LIST = (
+    '<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>b</Name><KeyCount>0</KeyCount>'
+    "<IsTruncated>false</IsTruncated></ListBucketResult>"
+)
+
+
+def test_s3_is_read_with_the_credentials_of_the_environment(dataset, config, monkeypatch):
+    pytest.importorskip("s3fs")
+    folder, _ = dataset
+    files = {f"bucket/set/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    with serving(Store(files=files)) as store:
+        for name, value in {
+            "AWS_ENDPOINT_URL": store.url,
+            "AWS_ACCESS_KEY_ID": "theid",
+            "AWS_SECRET_ACCESS_KEY": "thesecret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": "/dev/null",
+        }.items():
+            monkeypatch.setenv(name, value)
+        at, source = _open("s3://bucket/set", config)
+        assert list(read_rows(at.folder)) == list(read_rows(folder))
+        assert _content(source, 1) == (folder / "shard-00001.tar").read_bytes()
+        assert any("theid" in headers.get("Authorization", "") for headers in store.headers)
