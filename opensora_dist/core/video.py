@@ -53,13 +53,49 @@ def iter_frames(file: Path | BinaryIO, *, max_width: int | None = None) -> Itera
             for index, frame in enumerate(container.decode(stream)):
                 time_s = float(frame.time) if frame.time is not None else float(index / rate)
                 first = time_s if first is None else first
-                scale = 1.0 if max_width is None else min(1.0, max_width / frame.width)
-                size = {"width": round(frame.width * scale), "height": max(1, round(frame.height * scale))}
-                picture = frame.to_ndarray(format="rgb24", **size)
-                # Phones store pictures as the sensor lies and say by how many degrees, counter-clockwise, to turn them.
-                yield time_s - first, np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90) % 4))
+                yield time_s - first, _picture(frame, max_width)
     except FFmpegError as error:
         raise DataError(f"{path}: can't be decoded ({error}); re-encode it, or leave it out") from error
+
+
+def peek_frames(file: Path | BinaryIO, *, start_s: float, end_s: float, count: int, max_width: int) -> list[NDArray[np.uint8]]:
+    """At most ``count`` frames [H, W, 3] of a stretch of a video, about evenly spaced: to look at, not to count on.
+
+    Decoding begins at the key frame before the stretch. Of an image it is the image.
+
+    Raises:
+        DataError: As ``iter_frames``.
+    """
+    path = file if isinstance(file, Path) else Path(file.name)
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return [_read_image(file, path)]
+    wanted = [start_s + (end_s - start_s) * (i + 0.5) / count for i in range(count)]
+    found: list[NDArray[np.uint8]] = []
+    try:
+        with av.open(str(file) if isinstance(file, Path) else file) as container:
+            stream = container.streams.video[0]
+            assert stream.time_base is not None
+            first = stream.start_time or 0
+            container.seek(first + int(start_s / stream.time_base), stream=stream)
+            frame = None
+            for frame in container.decode(stream):
+                if len(found) == count:
+                    break
+                if frame.pts is not None and float((frame.pts - first) * stream.time_base) >= wanted[len(found)]:
+                    found.append(_picture(frame, max_width))
+            if not found and frame is not None:  # the video ends before; its last frame says more than none
+                found.append(_picture(frame, max_width))
+    except (FFmpegError, IndexError, OSError) as error:
+        raise DataError(f"{path}: can't be decoded ({error}); re-encode it, or leave it out") from error
+    return found
+
+
+def _picture(frame: av.VideoFrame, max_width: int | None) -> NDArray[np.uint8]:
+    """A decoded frame, [H, W, 3], as it is to be seen."""
+    scale = 1.0 if max_width is None else min(1.0, max_width / frame.width)
+    picture = frame.to_ndarray(format="rgb24", width=round(frame.width * scale), height=max(1, round(frame.height * scale)))
+    # Phones store pictures as the sensor lies and say by how many degrees, counter-clockwise, to turn them.
+    return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90) % 4))
 
 
 def _read_image(file: Path | BinaryIO, path: Path) -> NDArray[np.uint8]:

@@ -101,6 +101,20 @@ def scan_sources(folder: Path) -> list[Source]:
     return sorted(sources, key=lambda source: source.name)
 
 
+def find_source(folder: Path, name: str) -> Source | None:
+    """The source of that name, as ``scan_sources`` would give it but for its caption; None where it is gone.
+
+    Raises:
+        DataError: The tar it lies in can't be read.
+    """
+    if (folder / name).is_file():
+        return _source(folder, name, None)
+    tar, mark, _ = name.partition(f"{_TAR}/")
+    if not mark or not (folder / f"{tar}{_TAR}").is_file():
+        return None
+    return next((s for s in _read_tar(folder / f"{tar}{_TAR}", f"{tar}{_TAR}") if s.name == name), None)
+
+
 def _source(folder: Path, name: str, caption: str | None) -> Source:
     path = folder / name
     try:

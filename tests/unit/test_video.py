@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from opensora_dist.core.errors import DataError
-from opensora_dist.core.video import contact_sheet, iter_frames, read_video, write_video
+from opensora_dist.core.video import contact_sheet, iter_frames, peek_frames, read_video, write_video
 
 
 def _frames(t, h, w):
@@ -71,3 +71,13 @@ def test_a_contact_sheet_has_a_row_per_video_of_any_size(tmp_path):
     contact_sheet(tmp_path / "s.png", [_frames(9, 96, 96), _frames(2, 96, 130)], columns=4, captions=["one", "two"])
     with Image.open(tmp_path / "s.png") as sheet:
         assert sheet.size == (4 * 98, 2 * (98 + 14))
+
+
+def test_a_peek_gives_frames_of_the_stretch_asked_for(tmp_path):
+    levels = np.repeat(np.arange(0, 240, 5, dtype=np.uint8), 1)  # 48 frames at 8 per second; frame i is grey 5 i
+    write_video(tmp_path / "a.mp4", np.broadcast_to(levels[:, None, None, None], (48, 32, 48, 3)).copy(), fps=8)
+    frames = peek_frames(tmp_path / "a.mp4", start_s=3, end_s=5, count=4, max_width=24)
+    assert [f.shape for f in frames] == [(16, 24, 3)] * 4
+    assert [round(f.mean() / 5) for f in frames] == [26, 30, 34, 38]  # at 3.25, 3.75, 4.25, 4.75 s
+    with open(tmp_path / "a.mp4", "rb") as file:
+        assert len(peek_frames(file, start_s=5.5, end_s=9, count=4, max_width=24)) == 1
