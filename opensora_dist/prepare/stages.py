@@ -93,6 +93,8 @@ class StageKeys:
         self._cut = address("cut", _VERSIONS["cut"], self._shots, cut)
         caption = config.caption.model_dump(mode="json", exclude={"keep_existing", "use", "append", "batch"})
         self._caption = address("caption", _VERSIONS["caption"], caption)
+        images = config.safety.model_dump(mode="json", exclude={"words"})
+        self._images = address("images", _VERSIONS["images"], images)
         codec, text = config.codec.model_dump(mode="json"), config.text.model_dump(mode="json")
         self._latents = address("latents", _VERSIONS["latents"], codec, config.seed, config.output.dtype)
         self._text = address("text", _VERSIONS["text"], text, config.output.dtype)

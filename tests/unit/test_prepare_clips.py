@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +8,8 @@ import pytest
 
 from opensora_dist.core.errors import DataError
 from opensora_dist.core.types import Thw
-from opensora_dist.core.video import write_video
-from opensora_dist.prepare import clips
-from opensora_dist.prepare.clips import choose_bucket, cut_clip, resize_and_crop, sample_frames
+from opensora_dist.core.video import Frames, iter_frames, write_video
+from opensora_dist.prepare.clips import choose_bucket, cut_clips, resize_and_crop, sample_frames
 
 
 def numbered(times_s: list[float]) -> Iterator[tuple[float, np.ndarray]]:
@@ -25,6 +24,11 @@ def grey_video(path: Path, *, frames: int, height: int, width: int, fps: float =
     """Frame i has grey level 10 * i."""
     levels = (10 * np.arange(frames, dtype=np.uint8)).reshape(-1, 1, 1, 1)
     write_video(path, np.broadcast_to(levels, (frames, height, width, 3)).copy(), fps=fps)
+
+
+def cut_clip(path: Path, *, fps: float, buckets: Sequence[Thw]) -> Frames:
+    (cut,) = cut_clips(iter_frames(path), fps=fps, buckets=buckets)
+    return cut.frames_THW3
 
 
 def levels(clip: np.ndarray) -> list[int]:
@@ -132,17 +136,76 @@ def test_a_video_shorter_than_every_bucket_says_what_it_has_and_what_is_needed(t
         cut_clip(tmp_path / "a.mp4", fps=4, buckets=[Thw(8, 16, 16), Thw(16, 16, 16)])
 
 
-def test_decoding_stops_once_no_further_frame_can_matter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_decoding_stops_once_no_further_frame_can_matter() -> None:
     decoded = 0
 
-    def endless(path: Path) -> Iterator[tuple[float, np.ndarray]]:
+    def endless() -> Iterator[tuple[float, np.ndarray]]:
         nonlocal decoded
         while True:
             decoded += 1
             yield (decoded - 1) / 8, np.zeros((32, 32, 3), np.uint8)
 
-    monkeypatch.setattr(clips, "iter_frames", endless)
     # The 99-frame bucket has another shape, which a square video never takes.
-    clip = cut_clip(tmp_path, fps=8, buckets=[Thw(4, 16, 16), Thw(99, 16, 32)])
-    assert clip.shape == (4, 16, 16, 3)
+    (cut,) = cut_clips(endless(), fps=8, buckets=[Thw(4, 16, 16), Thw(99, 16, 32)])
+    assert cut.frames_THW3.shape == (4, 16, 16, 3)
     assert decoded == 5  # one more than sampled: a frame is known to be the last before a moment by the next one
+
+
+# Shots and windows
+
+
+def grey_frames(count: int, *, fps: float = 8.0) -> Iterator[tuple[float, np.ndarray]]:
+    """Frame i has grey level i."""
+    return ((i / fps, np.full((32, 32, 3), i, np.uint8)) for i in range(count))
+
+
+def spans(cuts: Iterator[object]) -> list[tuple[float, list[int]]]:
+    return [(cut.start_s, cut.frames_THW3[:, 0, 0, 0].tolist()) for cut in cuts]
+
+
+def test_windows_follow_each_other_longest_first_and_what_is_left_fills_shorter_ones() -> None:
+    buckets = [Thw(8, 16, 16), Thw(4, 16, 16)]
+    found = spans(cut_clips(grey_frames(23), fps=8, buckets=buckets, every=True))
+    assert found == [(0.0, list(range(8))), (1.0, list(range(8, 16))), (2.0, list(range(16, 20)))]
+
+
+def test_one_window_from_the_start_of_each_shot_and_none_across_a_cut() -> None:
+    shots = [(0, 6), (6, 9), (9, 20)]
+    found = spans(cut_clips(grey_frames(20), fps=8, buckets=[Thw(4, 16, 16)], shots=shots))
+    assert found == [(0.0, [0, 1, 2, 3]), (9 / 8, [9, 10, 11, 12])]
+
+
+def test_windows_of_each_shot_start_anew() -> None:
+    shots = [(0, 9), (9, 18)]
+    found = spans(cut_clips(grey_frames(18), fps=8, buckets=[Thw(4, 16, 16)], shots=shots, every=True))
+    assert [start for start, _ in found] == [0, 4 / 8, 9 / 8, 13 / 8]
+    assert found[2][1] == [9, 10, 11, 12]
+
+
+def test_frames_between_shots_are_of_no_clip() -> None:
+    found = spans(cut_clips(grey_frames(20), fps=8, buckets=[Thw(4, 16, 16)], shots=[(2, 8), (12, 20)], every=True))
+    assert [frames for _, frames in found] == [[2, 3, 4, 5], [12, 13, 14, 15], [16, 17, 18, 19]]
+
+
+def test_both_ends_of_a_shot_are_trimmed() -> None:
+    found = spans(cut_clips(grey_frames(40), fps=8, buckets=[Thw(4, 16, 16)], shots=[(0, 20), (20, 40)], trim_s=0.5, every=True))
+    assert [frames for _, frames in found] == [
+        [4, 5, 6, 7],
+        [8, 9, 10, 11],
+        [12, 13, 14, 15],
+        [24, 25, 26, 27],
+        [28, 29, 30, 31],
+        [32, 33, 34, 35],
+    ]
+
+
+def test_a_bucket_of_one_frame_does_not_take_what_windows_leave_over() -> None:
+    buckets = [Thw(8, 16, 16), Thw(1, 16, 16)]
+    assert [len(frames) for _, frames in spans(cut_clips(grey_frames(13), fps=8, buckets=buckets, every=True))] == [8]
+    assert [len(frames) for _, frames in spans(cut_clips(grey_frames(5), fps=8, buckets=buckets, every=True))] == [1]
+
+
+def test_decoding_stops_behind_the_last_clip_of_the_last_shot() -> None:
+    frames = grey_frames(100)
+    list(cut_clips(frames, fps=8, buckets=[Thw(4, 16, 16)], shots=[(0, 10), (10, 100)]))
+    assert next(frames)[0] < 2.5
