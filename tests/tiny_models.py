@@ -115,12 +115,63 @@ def save_qwen2_vl(folder: Path, *, template: str | None = QWEN_TEMPLATE) -> Path
 
 
 def _save(model, folder: Path) -> None:
-    """Larger weights than a fresh model has, so that what it says depends on what it sees; it never ends before it must."""
+    """It never ends before it must, and says words of captions."""
+    with torch.no_grad():
+        _scatter(model).get_output_embeddings().weight[: VOCABULARY.index(WORDS[0])] *= 0.01
+    model.save_pretrained(folder)
+
+
+def _scatter(model):
+    """Larger weights than a fresh model has, so that what comes out depends on what goes in."""
     draws = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=parameter[0].numel() ** -0.5 * 2, generator=draws)
-        head = model.get_output_embeddings().weight
-        head[: VOCABULARY.index(WORDS[0])] *= 0.01
-    model.save_pretrained(folder)
+                parameter.normal_(std=2 * parameter[0].numel() ** -0.5, generator=draws)
+    return model
+
+
+def save_clip(folder: Path) -> Path:
+    """CLIP: 28 x 28 pixels, at most 16 tokens, embeddings of 8 values."""
+    transformers = pytest.importorskip("transformers")
+    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={
+            **layers,
+            "vocab_size": len(VOCABULARY),
+            "max_position_embeddings": 16,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        vision_config={**layers, "image_size": 28, "patch_size": 14},
+        projection_dim=8,
+    )
+    _scatter(transformers.CLIPModel(config)).save_pretrained(folder)
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    transformers.CLIPProcessor(images, _closed(tokenizer())).save_pretrained(folder)
+    return folder
+
+
+def save_siglip(folder: Path) -> Path:
+    """SigLIP: 28 x 28 pixels, captions padded to 16 tokens, embeddings of 16 values."""
+    transformers = pytest.importorskip("transformers")
+    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.SiglipConfig(
+        text_config={**layers, "vocab_size": len(VOCABULARY), "max_position_embeddings": 16},
+        vision_config={**layers, "image_size": 28, "patch_size": 14},
+    )
+    _scatter(transformers.SiglipModel(config)).save_pretrained(folder)
+    images = transformers.SiglipImageProcessor(size={"height": 28, "width": 28})
+    transformers.SiglipProcessor(images, _closed(tokenizer())).save_pretrained(folder)
+    return folder
+
+
+def _closed(words):
+    """Captions end in </s>, whose state is CLIP's of the whole; no mask, as SigLIP's tokenizer gives none."""
+    import tokenizers
+
+    words.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", VOCABULARY.index("</s>"))]
+    )
+    words.model_input_names = ["input_ids"]
+    return words
