@@ -52,10 +52,12 @@ class DataSet:
     Args:
         at: Where its index and its shards are.
         name: What its samples' keys begin with, where there are several.
+        weight: Its share of the samples that are trained on, relative to others; None: how many it has.
     """
 
     at: Located
     name: str = ""
+    weight: float | None = None
 
     @property
     def folder(self) -> Path:
@@ -229,6 +231,10 @@ class Index:
         index._check_shards(max_lost=max_lost)
         return index
 
+    def with_spec(self, spec: DatasetSpec) -> Index:
+        """The same samples, described by another spec."""
+        return replace(self, spec=spec)
+
     def __len__(self) -> int:
         return self.set_starts[-1]
 
@@ -271,11 +277,11 @@ class Index:
 
     def latent_shape(self, row: int) -> Thw:
         """Latent (t, h, w) of a sample."""
-        return self.shapes[self.numbers.shape[row]].latent
+        return self.shapes[int(self.numbers.shape[row])].latent
 
     def clip_shape(self, row: int) -> Thw:
         """Clip (T, H, W) of a sample, in pixels: its bucket."""
-        return self.shapes[self.numbers.shape[row]].clip
+        return self.shapes[int(self.numbers.shape[row])].clip
 
     def latent_of(self, bucket: Thw) -> Thw:
         """Latent (t, h, w) of the samples of a bucket."""
@@ -283,7 +289,7 @@ class Index:
 
     def dtype(self, row: int) -> np.dtype[np.floating]:
         """Stored precision of a sample's latents and text."""
-        return np.dtype(self.shapes[self.numbers.shape[row]].dtype)
+        return np.dtype(self.shapes[int(self.numbers.shape[row])].dtype)
 
     def shard_path(self, row: int) -> Path:
         """The tar file a sample lies in; for people (of a remote one it may be a URL), and for tests."""
@@ -291,7 +297,7 @@ class Index:
 
     def latents_place(self, row: int) -> Place:
         """Where a sample's latents lie, stored [t, C, h, w]."""
-        num_bytes = self.shapes[self.numbers.shape[row]].latents_bytes(self.spec.channels)
+        num_bytes = self.shapes[int(self.numbers.shape[row])].latents_bytes(self.spec.channels)
         return Place(offset=int(self.numbers.latents_offset[row]), num_bytes=num_bytes)
 
     def text_place(self, row: int) -> Place:
@@ -309,7 +315,7 @@ class Index:
 
     def _hashes(self, row: int) -> NDArray[np.uint64]:
         first, frames = int(self.numbers.first_hash[row]), self.latent_shape(row).t
-        return self.hashes[self.shard_sets[self.numbers.shard[row]]][first : first + frames + 1]
+        return self.hashes[int(self.shard_sets[self.numbers.shard[row]])][first : first + frames + 1]
 
     def _check_shards(self, *, max_lost: int) -> None:
         """Sizes only: hashing whole shards at start would read the data set twice. Every read is checked by its own hash."""
@@ -318,7 +324,7 @@ class Index:
             one = self.sets[self.shard_sets[number]]
             if one.at.remote:
                 continue
-            path = one.folder / shard.name
+            path = Path(self.shard_source.path_of(number))
             if not path.is_file():
                 there[number] = 0
                 problems.append(f"{one.prefix}{shard.name}: missing")

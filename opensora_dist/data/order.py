@@ -6,22 +6,26 @@ there is no state to save.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 import xxhash
-from numpy.typing import NDArray
 
-from opensora_dist.core.errors import ConfigError, DataError
+from opensora_dist.config.train import DataConfig
+from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index
+from opensora_dist.data.permutation import permute, seed_of
+from opensora_dist.data.plans import BucketPlan, BucketYield, PackedPlan, PackingQuality, Plan, check_units
+from opensora_dist.data.streams import Streams, make_groups
 from opensora_dist.parallel.keys import Keys
 
 MAX_ATTEMPTS = 8
 """Substitutes that are tried for one sample before the step goes on without it."""
+_BATCHES_KEPT = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,7 @@ class GlobalBatch:
         text_tokens: Of the longest caption, to which all are padded.
         epoch: How often the data set was gone through before.
         digest: xxh3-64 (hex) of their identities, for comparing runs.
+        left_out: Rows that no pack of the step had room for.
     """
 
     units: tuple[tuple[int, ...], ...]
@@ -41,61 +46,67 @@ class GlobalBatch:
     text_tokens: int
     epoch: int
     digest: str
+    left_out: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def rows(self) -> tuple[int, ...]:
         """All rows, unit by unit: a *place* is a position in this."""
         return tuple(row for unit in self.units for row in unit)
 
 
 class Order:
-    """The order of a data set.
+    """The order of a data set: what each step has, and what stands in for a sample that can't be read.
 
-    In each epoch, each bucket is shuffled and cut into global batches; the tail that fills none is dropped for that epoch
-    (another epoch drops others). The batches of all buckets are shuffled together. ``dropped`` counts, per bucket and reason, the
-    samples an epoch leaves out; ``latents`` are the latent shapes of its batches.
+    ``latents`` are the latent shapes of its batches; ``batches_per_epoch`` how many steps an epoch has.
 
     Args:
         index: The data set.
-        keys: The run's keys; the order is theirs alone.
-        global_batch: Samples per step.
-    Raises:
-        DataError: No bucket fills one global batch.
+        seed: Of the order, 64 bits.
+        global_batch: Units per step.
+        plan: Which samples make which step.
     """
 
-    def __init__(self, index: Index, *, keys: Keys, global_batch: int) -> None:
-        self._index = index
-        self._keys = keys
+    def __init__(self, index: Index, *, seed: int, global_batch: int, plan: Plan) -> None:
+        self._index, self._seed, self._plan = index, seed, plan
         self.global_batch = global_batch
-        self._buckets = [(bucket, rows) for bucket, rows in index.buckets.items() if len(rows) >= global_batch]
-        if not self._buckets:
-            counts = ", ".join(f"{bucket}: {len(rows)}" for bucket, rows in index.buckets.items())
-            most = max(len(rows) for rows in index.buckets.values())
-            raise DataError(
-                f"data.global_batch={global_batch} is more than any bucket of {index.where} holds, and a batch has one shape "
-                f"(samples per bucket: {counts}); use data.global_batch={most} or less, prepare more clips, or list fewer "
-                "clip.buckets when preparing"
-            )
-        self.dropped = {
-            f"{bucket}: " + ("tail of each epoch" if len(rows) >= global_batch else "fewer than a global batch"): int(count)
-            for bucket, rows in index.buckets.items()
-            if (count := len(rows) % global_batch)
-        }
-        self.latents = tuple(sorted({index.latent_shape(int(rows[0])) for _, rows in self._buckets}))
-        self.batches_per_epoch = sum(len(rows) // global_batch for _, rows in self._buckets)
-        self._plan = lru_cache(maxsize=2)(self._make_plan)  # two: readers cross into the next epoch before the consumer does
+        self.batches_per_epoch = plan.batches_per_epoch
+        self.latents = tuple(sorted({index.latent_of(y.bucket) for y in plan.yields() if y.used_per_epoch}))
+        self._batches = lru_cache(maxsize=_BATCHES_KEPT)(self._make_batch)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Bucket and reason to the samples that an epoch leaves out."""
+        left = {f"{y.bucket}: {y.reason}": y.planned - y.used_per_epoch for y in self.yields() if y.reason}
+        return {what: count for what, count in left.items() if count}
+
+    @property
+    def packing(self) -> PackingQuality | None:
+        """How well steps are packed; None where they aren't."""
+        return self._plan.quality
+
+    def yields(self) -> list[BucketYield]:
+        """What becomes of each bucket in an epoch."""
+        return self._plan.yields()
 
     def batch(self, step: int) -> GlobalBatch:
-        """The global batch of a step, in constant time once its epoch was planned."""
-        epoch, number = divmod(step, self.batches_per_epoch)
-        rows = self._plan(epoch)[number].tolist()
-        digest = xxhash.xxh3_64_hexdigest(self._index.sample_ids[rows].astype("<u8").tobytes())
+        """The global batch of a step, in time that doesn't grow with the data set."""
+        return self._batches(step)
+
+    def _make_batch(self, step: int) -> GlobalBatch:
+        planned = self._plan.step(step)
+        rows = np.array([row for unit in planned.units for row in unit])
+        shapes = np.bincount(self._index.numbers.shape[rows], minlength=len(self._index.shapes))
+        counts: dict[Thw, int] = {}
+        for number in np.flatnonzero(shapes).tolist():
+            latent = self._index.shapes[number].latent
+            counts[latent] = counts.get(latent, 0) + int(shapes[number])
         return GlobalBatch(
-            units=tuple((row,) for row in rows),
-            shapes={self._index.latent_shape(rows[0]): len(rows)},
+            units=planned.units,
+            shapes=counts,
             text_tokens=int(self._index.text_tokens[rows].max()),
-            epoch=epoch,
-            digest=digest,
+            epoch=planned.epoch,
+            digest=xxhash.xxh3_64_hexdigest(self._index.sample_ids[rows].astype("<u8").tobytes()),
+            left_out=planned.left_out,
         )
 
     def substitute(self, step: int, place: int, attempt: int) -> int | None:
@@ -110,26 +121,67 @@ class Order:
         Returns:
             None where there is no further one.
         """
-        batch, tokens = self.batch(step), self._index.text_tokens
-        rows = self._index.buckets[self._index.clip_shape(batch.rows[place])]
-        fits = rows[(tokens[rows] <= batch.text_tokens) & ~np.isin(rows, batch.rows)]
-        number = attempt * self.global_batch + place
-        if attempt >= MAX_ATTEMPTS or number >= len(fits):
+        if attempt >= MAX_ATTEMPTS:
             return None
-        return int(fits[self._permutation("substitutes", key=step, size=len(fits))[number]])
+        batch, index = self.batch(step), self._index
+        bucket = index.clip_shape(batch.rows[place])
+        alike = [p for p, row in enumerate(batch.rows) if index.clip_shape(row) == bucket]
+        skip = attempt * len(alike) + alike.index(place)
+        rows, taken = index.buckets[bucket], np.array(batch.rows)
+        seed, done, size = seed_of(self._seed, *bucket, step), 0, 1024
+        while done < len(rows):  # few looks: most samples of a bucket fit
+            places = np.arange(done, min(done + size, len(rows)))
+            seeds, sizes = np.broadcast_to(seed, places.shape), np.full(len(places), len(rows))
+            some = rows[permute(places, sizes=sizes, seeds=seeds)]
+            fits = some[(index.text_tokens[some] <= batch.text_tokens) & ~np.isin(some, taken)]
+            if skip < len(fits):
+                return int(fits[skip])
+            skip, done, size = skip - len(fits), done + len(places), 2 * size
+        return None
 
-    def _make_plan(self, epoch: int) -> NDArray[np.int64]:
-        """All batches of an epoch, [batches_per_epoch, global_batch] rows."""
-        batches = []
-        for bucket, rows in self._buckets:
-            shuffled = rows[self._permutation(f"order:{bucket}", key=epoch, size=len(rows))]
-            whole = len(rows) // self.global_batch * self.global_batch
-            batches.append(shuffled[:whole].reshape(-1, self.global_batch))
-        return np.concatenate(batches)[self._permutation("order:batches", key=epoch, size=self.batches_per_epoch)]
 
-    def _permutation(self, purpose: str, *, key: int, size: int) -> NDArray[np.int64]:
-        draws = torch.empty(size, dtype=torch.int64).random_(generator=self._keys.generator(purpose, step=key))
-        return np.argsort(draws.numpy(), kind="stable")
+def build_order(
+    index: Index,
+    data: DataConfig,
+    *,
+    keys: Keys,
+    tokens_of: Callable[[Thw], int] = lambda latent: latent.volume,
+    cost_of: Callable[[Thw, int], float] = lambda latent, _text_tokens: float(latent.volume),
+) -> Order:
+    """The order that a config asks for.
+
+    Args:
+        index: The data set.
+        data: Section ``data``.
+        keys: The run's keys; the order is theirs alone.
+        tokens_of: Model tokens of a sample, by its latent shape; default: latent positions.
+        cost_of: What a sample costs to compute, by its latent shape and the tokens its text is padded to; default: its positions.
+    Raises:
+        DataError: Nothing can be trained on: each bucket with the reason.
+    """
+    seed = int(torch.empty(1, dtype=torch.int64).random_(generator=keys.generator("order")).item())
+    groups = make_groups(index, image_share=data.image_share)
+    streams = Streams(index, groups, seed=seed, window_shards=data.shuffle_shards)
+    common = {"seed": seed ^ 1, "image_share": data.image_share}
+    unit_tokens = data.unit_tokens or 0
+    plan: Plan
+    if data.batching == "packed":
+        plan = PackedPlan(
+            index, streams, num_packs=data.global_batch, budget=unit_tokens, tokens_of=tokens_of, cost_of=cost_of, **common
+        )
+    elif data.batching == "tokens":
+        used = {g.bucket for g in groups if g.use}
+        check_units(index, [tokens_of(index.latent_of(b)) if b in used else 0 for b in index.buckets], unit_tokens=unit_tokens)
+        plan = BucketPlan(
+            index,
+            streams,
+            global_batch=data.global_batch,
+            unit_samples=lambda latent: max(1, unit_tokens // tokens_of(latent)),
+            **common,
+        )
+    else:
+        plan = BucketPlan(index, streams, global_batch=data.global_batch, unit_samples=lambda _latent: 1, **common)
+    return Order(index, seed=seed, global_batch=data.global_batch, plan=plan)
 
 
 def micro_places(units: Sequence[int], *, data_rank: int, data_size: int, accum: int, micro: int) -> range:

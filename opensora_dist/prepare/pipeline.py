@@ -102,6 +102,7 @@ def prepare(
         for plan in plans:
             counts[plan.kept[0].shape] += len(plan.kept)
         report = PrepareReport(
+            input=str(expand(config.input.path or "").resolve()),
             samples=len(kept),
             shards=len(plans),
             buckets=bucket_counts(sorted({Thw(*bucket) for bucket in config.clip.buckets}), counts),
@@ -178,25 +179,25 @@ def _advance(run: Run, sources: Sequence[Source], lots: Sequence[Sequence[Source
 
 def _work(run: Run, lots: Sequence[Sequence[Source]], on_progress: OnProgress, *, until: tuple[Work, ...], what: str) -> None:
     sources = [source for lot in lots for source in lot]
-    tally, done = Tally(), 0
-    for source in sources:
-        if run.book.is_done(source, until=until):
-            done += 1
-            for clip, verdict in _verdicts_of(run.book, source):
-                tally.add(source, clip, verdict)
+    tally = Tally()
+    already = [source for source in sources if run.book.is_done(source, until=until)]
+    done = len(already)
+
+    def count(some: Sequence[Source]) -> None:
+        for source, clip, verdict in _verdicts(run.book, some):
+            tally.add(source, clip, verdict)
 
     def tell() -> None:
         on_progress(PrepareProgress(what=what, done=done, total=len(sources), samples=tally.kept, dropped=tally.num_dropped))
 
-    def after(source: Source) -> None:
+    def after() -> None:
         nonlocal done
         done += 1
-        for clip, verdict in _verdicts_of(run.book, source):
-            tally.add(source, clip, verdict)
         tell()
 
+    count(already)
     tell()
-    run.advance(lots, until=until, on_source=after)
+    run.advance(lots, until=until, on_source=after, on_lot=count)
 
 
 def _verdicts_of(book: Book, source: Source) -> Iterator[tuple[Clip | None, Verdict]]:

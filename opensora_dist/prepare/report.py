@@ -81,6 +81,7 @@ class PrepareReport:
     """What a preparation made. ``seconds``, ``clips_per_s`` and ``stages`` are of this run, the rest of the whole data set.
 
     Args:
+        input: Folder of the sources.
         sources, clips: Looked at.
         dropped: The first of them; all are in ``clips.parquet``.
         num_dropped: All of them.
@@ -88,6 +89,7 @@ class PrepareReport:
         stages: Per stage its ``calls``, ``seconds`` of all processes together, and ``per_core_s``: calls per second of one core or device.
     """
 
+    input: str
     samples: int
     shards: int
     buckets: dict[str, int]
@@ -119,7 +121,7 @@ class Tally:
         if not verdict.stage:
             return
         self.num_dropped += 1
-        self.reasons[verdict.stage][_group(verdict.reason)] += 1
+        self.reasons[verdict.stage][group_reason(verdict.reason)] += 1
         if len(self.dropped) < DROPS_LISTED:
             start_s = None if clip is None else clip.start_s
             self.dropped.append(Drop(source=source.name, reason=verdict.reason, stage=verdict.stage, start_s=start_s))
@@ -177,7 +179,7 @@ def nothing_left(tally: Tally, *, shown: int) -> str:
     return f"none of {tally.num_dropped} videos and clips gives a sample, so there is no data set:{lines}{rest}"
 
 
-def _group(reason: str) -> str:
+def group_reason(reason: str) -> str:
     """A reason without what differs from clip to clip."""
     return re.sub(r"\d[\d.]*(e-?\d+)?", "#", reason.split(": ")[0])
 

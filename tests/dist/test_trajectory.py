@@ -14,6 +14,7 @@ from dataset_factory import write_dataset
 from spy import Spy, full, randomise
 
 from opensora_dist.config.train import (
+    DataConfig,
     IddpmConfig,
     ModelConfig,
     OptimConfig,
@@ -24,7 +25,7 @@ from opensora_dist.config.train import (
 )
 from opensora_dist.data.index import Index
 from opensora_dist.data.loader import Loader
-from opensora_dist.data.order import Order
+from opensora_dist.data.order import build_order
 from opensora_dist.diffusion.draws import draw
 from opensora_dist.models.levers import set_levers
 from opensora_dist.models.tensor import share_blocks
@@ -169,7 +170,7 @@ def _trajectory(folder: str, name: str, layout: Layout):
     losses, norms, drawn, levels = [], [], {}, {}
     loader = Loader(
         index,
-        Order(index, keys=keys, global_batch=GLOBAL_BATCH),
+        build_order(index, DataConfig(global_batch=GLOBAL_BATCH), keys=keys),
         share=shards.share,
         accum=layout.accum,
         start_step=0,

@@ -13,7 +13,7 @@ import pytest
 from dataset_factory import SPEC, write_dataset
 
 from opensora_dist.core.errors import DataError
-from opensora_dist.core.index import INDEX_NAME, ShardRow, read_header, read_rows, write_index
+from opensora_dist.core.index import INDEX_NAME, read_header, read_rows, write_index
 from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index, Place, verify_index
 from opensora_dist.parallel import keys
@@ -24,13 +24,13 @@ def folder(tmp_path):
     return tmp_path / "set"
 
 
-def rewrite(folder, *, spec=None, shards=None, **values):
+def rewrite(folder, *, spec=None, **values):
     """Writes the index of ``folder`` again with some cells of row 3 changed."""
     file = read_header(folder)
     written = write_dataset(folder.parent / "again", samples={(2, 16, 24): 7, (4, 16, 16): 5})
     rows = [w.row for w in written.values()]
     rows[3] = dataclasses.replace(rows[3], **values)
-    write_index(folder, rows=rows, shards=file.shards if shards is None else shards, spec=spec or file.spec)
+    write_index(folder, rows=rows, shards=file.shards, spec=spec or file.spec)
 
 
 def test_an_index_offers_its_samples_by_bucket(folder):
@@ -98,12 +98,14 @@ def test_the_index_of_another_program_is_refused(tmp_path):
         Index.open(tmp_path)
 
 
+def save_table(folder, table, change=lambda header: header):
+    """Writes another table, or another footer, in place of an index."""
+    header = json.loads(pq.read_metadata(folder / INDEX_NAME).metadata[b"opensora_dist"])
+    pq.write_table(table.replace_schema_metadata({"opensora_dist": json.dumps(change(header))}), folder / INDEX_NAME)
+
+
 def change_header(folder, change):
-    """Rewrites the footer of an index."""
-    table = pq.read_table(folder / INDEX_NAME)
-    raw = pq.read_metadata(folder / INDEX_NAME).metadata[b"opensora_dist"]
-    header = change(json.loads(raw))
-    pq.write_table(table.replace_schema_metadata({"opensora_dist": json.dumps(header)}), folder / INDEX_NAME)
+    save_table(folder, pq.read_table(folder / INDEX_NAME), change)
 
 
 def test_an_index_of_an_earlier_format_is_refused_by_its_version(folder):
@@ -149,15 +151,14 @@ def test_verifying_finds_what_opening_takes_on_trust(folder):
     table = pq.read_table(folder / INDEX_NAME)
     keys_ = table.column("key").to_pylist()
     keys_[2] = keys_[3]
-    pq.write_table(table.set_column(0, "key", pa.array(keys_)), folder / INDEX_NAME)
+    save_table(folder, table.set_column(0, "key", pa.array(keys_)))
     found = "; ".join(verify_index(folder))
     assert "1 samples have another identity than the hash of their key" in found and "not that of the data set hash" in found
 
 
 def test_an_index_without_samples_is_refused(folder):
     write_dataset(folder, samples={(2, 16, 24): 3})
-    table = pq.read_table(folder / INDEX_NAME)
-    pq.write_table(table.slice(0, 0), folder / INDEX_NAME)
+    save_table(folder, pq.read_table(folder / INDEX_NAME).slice(0, 0))
     with pytest.raises(DataError, match="lists no sample"):
         Index.open(folder)
 
@@ -217,12 +218,10 @@ def test_an_index_that_contradicts_itself_is_refused(folder, values, rule):
 def test_numbers_that_nothing_is_listed_for_are_refused(folder, column, number):
     write_dataset(folder, samples={(2, 16, 24): 7, (4, 16, 16): 5})
     table = pq.read_table(folder / INDEX_NAME)
-    raw = pq.read_metadata(folder / INDEX_NAME).metadata[b"opensora_dist"]
     values = table.column(column).to_pylist()
     values[5] = number
     place = table.column_names.index(column)
-    table = table.set_column(place, column, pa.array(values, type=table.schema.field(column).type))
-    pq.write_table(table.replace_schema_metadata({"opensora_dist": raw}), folder / INDEX_NAME)
+    save_table(folder, table.set_column(place, column, pa.array(values, type=table.schema.field(column).type)))
     with pytest.raises(DataError, match=f"1 samples, first 'clip-00005': its {column} is not listed"):
         Index.open(folder)
 
@@ -230,7 +229,8 @@ def test_numbers_that_nothing_is_listed_for_are_refused(folder, column, number):
 def test_shard_names_that_leave_the_folder_are_refused(folder):
     write_dataset(folder, samples={(2, 16, 24): 7, (4, 16, 16): 5})
     shutil.copy(folder / "shard-00000.tar", folder.parent / "outside.tar")
-    rewrite(folder, shards=[ShardRow(name="../outside.tar", num_bytes=1, num_samples=1, xxh3="0")])
+    shard = {"name": "../outside.tar", "num_bytes": 1, "num_samples": 1, "xxh3": "0"}
+    change_header(folder, lambda header: header | {"shards": [shard] * 3})
     with pytest.raises(DataError, match=r"'\.\./outside\.tar': not a plain file name"):
         Index.open(folder)
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from dataset_factory import write_dataset
 
+from opensora_dist.config.train import DataConfig
 from opensora_dist.core.errors import ConfigError, DataError
 from opensora_dist.core.types import Region, Share, Thw
 from opensora_dist.data import reader as reader_module
 from opensora_dist.data.index import Index
 from opensora_dist.data.loader import Loader
-from opensora_dist.data.order import Order
+from opensora_dist.data.order import build_order
 from opensora_dist.data.reader import ShardReader
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.sequence.base import ranges, split_sizes
@@ -42,7 +43,7 @@ def part(latent, size, rank):
 
 
 def load(index, share, *, num_steps=4, accum=1, weight="sample"):
-    order = Order(index, keys=Keys(0), global_batch=GLOBAL_BATCH)
+    order = build_order(index, DataConfig(global_batch=GLOBAL_BATCH), keys=Keys(0))
     return Loader(
         index,
         order,
@@ -137,7 +138,7 @@ def test_ranks_that_share_samples_by_frames_ask_for_each_latent_byte_once(index,
 
 
 def test_a_flipped_bit_is_seen_by_the_rank_that_owns_its_frame_and_by_no_other(index):
-    order = Order(index, keys=Keys(0), global_batch=GLOBAL_BATCH)
+    order = build_order(index, DataConfig(global_batch=GLOBAL_BATCH), keys=Keys(0))
     row = next(order.batch(step).rows[2] for step in range(4) if any(latent.t == 5 for latent in order.batch(step).shapes))
     frame, frame_bytes = 3, 4 * 4 * 2 * 2
     offset = index.latents_place(row).offset + frame * frame_bytes

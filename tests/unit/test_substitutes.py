@@ -10,10 +10,11 @@ from dataset_factory import write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opensora_dist.config.train import DataConfig
 from opensora_dist.core.types import Region, Share, Thw
 from opensora_dist.data.index import Index
 from opensora_dist.data.loader import Loader
-from opensora_dist.data.order import MAX_ATTEMPTS, Order
+from opensora_dist.data.order import MAX_ATTEMPTS, build_order
 from opensora_dist.data.reader import Damage, ShardReader
 from opensora_dist.parallel.keys import Keys
 
@@ -29,7 +30,7 @@ def index(tmp_path_factory):
 
 
 def _order(index, *, seed=0, global_batch=GLOBAL_BATCH):
-    return Order(index, keys=Keys(seed), global_batch=global_batch)
+    return build_order(index, DataConfig(global_batch=global_batch), keys=Keys(seed))
 
 
 def _all(order, step):
@@ -117,7 +118,7 @@ def test_this_ranks_first_sample_reads_as_damaged_where_a_drill_says_so_and_is_t
 
 def test_a_bad_sample_is_read_once(index, monkeypatch):
     row, asked = int(index.buckets[SQUARE][0]), []
-    steps = [step for step in range(40) if row in _order(index).batch(step).rows]
+    steps = [step for step in range(80) if row in _order(index).batch(step).rows]
     real = ShardReader.read_into
 
     def read_into(self, targets):
@@ -126,7 +127,7 @@ def test_a_bad_sample_is_read_once(index, monkeypatch):
         return [Damage(shard="s", reason="r") if t.row == row else why for t, why in zip(targets, found, strict=True)]
 
     monkeypatch.setattr(ShardReader, "read_into", read_into)
-    loader = _loader(index, share=lambda latent: Share(0, 1, Region.whole(latent)), num_steps=40, reader_threads=1)
+    loader = _loader(index, share=lambda latent: Share(0, 1, Region.whole(latent)), num_steps=80, reader_threads=1)
     assert [step.step for step in loader if any(step.micros[0].bad)] == steps
     assert len(steps) > 1 and asked.count(row) == 1
 

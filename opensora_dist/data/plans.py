@@ -1,0 +1,363 @@
+"""Which samples make which step: a batch of one bucket, or packs of all of them. Both in time that doesn't grow with the data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opensora_dist.core.errors import DataError
+from opensora_dist.core.types import Thw
+from opensora_dist.data.index import Index
+from opensora_dist.data.packing import Packing, pack
+from opensora_dist.data.permutation import Merge, seed_of
+from opensora_dist.data.streams import Streams
+
+_FILLS = (0.99, 0.98, 0.97, 0.96, 0.955, 0.95, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
+_TRIAL_STEPS = 8
+_MAX_LEFT_OUT = 0.001
+_MAX_IMBALANCE = 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """The samples of a step.
+
+    Args:
+        units: Rows of the index, unit by unit.
+        left_out: Rows that the step took and had no room for.
+    """
+
+    epoch: int
+    units: tuple[tuple[int, ...], ...]
+    left_out: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketYield:
+    """What becomes of one bucket in an epoch.
+
+    Args:
+        samples: How many there are.
+        planned: How many an epoch is to take, by weights and shares.
+        used_per_epoch: How many places in batches they take; more than there are where a weight repeats them.
+        steps_per_epoch: Steps that have samples of it.
+        reason: Why some are left out; "" where none is.
+    """
+
+    bucket: Thw
+    samples: int
+    planned: int
+    used_per_epoch: int
+    steps_per_epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingQuality:
+    """How well steps are packed, on average over some of them.
+
+    Args:
+        fill: Share of the budget of tokens that is used.
+        imbalance: How much more than the mean the costliest pack of a step costs.
+        left_out: Share of the samples that have no room in their step, by bucket.
+    """
+
+    fill: float
+    imbalance: float
+    left_out: Mapping[Thw, float]
+
+
+class Plan(Protocol):
+    """Steps, by number."""
+
+    batches_per_epoch: int
+
+    def step(self, number: int) -> Planned:
+        """The samples of a step."""
+
+    def yields(self) -> list[BucketYield]:
+        """What becomes of each bucket."""
+
+    @property
+    def quality(self) -> PackingQuality | None:
+        """Of packs."""
+
+
+class _Buckets:
+    """The groups of streams, by bucket."""
+
+    def __init__(self, index: Index, streams: Streams) -> None:
+        self.names = list(index.buckets)
+        self.samples = np.array([len(rows) for rows in index.buckets.values()])
+        self.latents = [index.latent_of(bucket) for bucket in self.names]
+        self.of_group = np.array([self.names.index(g.bucket) for g in streams.groups])
+        self.use_of_group = np.array([g.use for g in streams.groups])
+        self.use = np.bincount(self.of_group, weights=self.use_of_group, minlength=len(self.names)).astype(np.int64)
+
+
+class BucketPlan:
+    """Each step has one bucket: batches of all buckets are spread evenly over the epoch.
+
+    The samples of an epoch that fill no batch of their bucket are left out of it; those of the next epoch are others.
+
+    Args:
+        index: The data set.
+        streams: Its samples in order.
+        seed: Of the order of steps.
+        global_batch: Units per step.
+        unit_samples: Samples of a unit, by latent shape.
+        field: What makes batches too large, for errors.
+    Raises:
+        DataError: No bucket fills a batch.
+    """
+
+    quality = None
+
+    def __init__(
+        self,
+        index: Index,
+        streams: Streams,
+        *,
+        seed: int,
+        global_batch: int,
+        unit_samples: Callable[[Thw], int],
+        image_share: float | None,
+    ) -> None:
+        self._streams, self._seed, self._units, self._image_share = streams, seed, global_batch, image_share
+        self._buckets = _Buckets(index, streams)
+        self._batch = np.array([global_batch * unit_samples(latent) for latent in self._buckets.latents])
+        self._steps = self._buckets.use // self._batch
+        self.batches_per_epoch = int(self._steps.sum())
+        if not self.batches_per_epoch:
+            raise DataError(self._nothing(index))
+        self._order = lru_cache(maxsize=4)(self._make_order)
+
+    def step(self, number: int) -> Planned:
+        epoch, k = divmod(number, self.batches_per_epoch)
+        order, members = self._order(epoch)
+        (bucket,), (batch,) = order.members(k, k + 1)
+        size = int(self._batch[bucket])
+        groups = np.flatnonzero(self._buckets.of_group == bucket)
+        which, numbers = members[bucket].members(int(batch) * size, int(batch + 1) * size)
+        rows = self._streams.rows(groups[which], numbers, epoch=epoch).reshape(self._units, -1)
+        return Planned(epoch=epoch, units=tuple(map(tuple, rows.tolist())))
+
+    def yields(self) -> list[BucketYield]:
+        b = self._buckets
+        return [
+            BucketYield(
+                bucket=name,
+                samples=int(b.samples[i]),
+                planned=int(b.use[i]) or int(b.samples[i]),
+                used_per_epoch=int(self._steps[i] * self._batch[i]),
+                steps_per_epoch=int(self._steps[i]),
+                reason=self._reason(i),
+            )
+            for i, name in enumerate(b.names)
+        ]
+
+    def _make_order(self, epoch: int) -> tuple[Merge, list[Merge]]:
+        """Of the buckets' batches, and of each bucket's groups."""
+        b, ones = self._buckets, np.ones_like
+        seeds = seed_of(self._seed, epoch, np.arange(len(b.names) + 1)).tolist()
+        by_bucket = [b.use_of_group[b.of_group == i] for i in range(len(b.names))]
+        members = [Merge(use, ones(use), seed=seed) for use, seed in zip(by_bucket, seeds)]
+        return Merge(self._steps, ones(self._steps), seed=seeds[-1]), members
+
+    def _reason(self, i: int) -> str:
+        use, batch = int(self._buckets.use[i]), int(self._batch[i])
+        if not use:
+            return f"data.image_share={self._image_share:g}"
+        if use < batch:
+            return f"fewer than a global batch of {batch}"
+        return "tail of each epoch" if use % batch else ""
+
+    def _nothing(self, index: Index) -> str:
+        b = self._buckets
+        counts = ", ".join(f"{name}: {n} of {size}" for name, n, size in zip(b.names, b.use, self._batch))
+        most = int((b.use // (self._batch // self._units)).max())
+        ways = f"use data.global_batch={most} or less, " if most else "use a smaller data.unit_tokens, "
+        return (
+            f"data.global_batch={self._units} is more than any bucket of {index.where} holds, and a batch has one shape (samples per "
+            f"bucket, of how many that a batch takes: {counts}); {ways}prepare more clips, or list fewer clip.buckets when preparing"
+        )
+
+
+class PackedPlan:
+    """Each step has samples of all buckets, in the share the epoch has them, packed so that packs cost alike.
+
+    The samples of all groups are merged evenly, and the merge is cut into steps of equal tokens (of equal numbers of samples, where
+    a step has few). How full packs are planned follows from packing some steps: as full as leaves out (almost) nothing and
+    keeps costs together.
+
+    Args:
+        index: The data set.
+        streams: Its samples in order.
+        seed: Of the order of samples.
+        num_packs: Units per step.
+        budget: Tokens of a unit at most.
+        tokens_of: Of a sample, by latent shape.
+        cost_of: Of a sample, by latent shape and the tokens its text is padded to.
+    Raises:
+        DataError: Samples that are larger than a unit, or fewer samples than units.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        streams: Streams,
+        *,
+        seed: int,
+        num_packs: int,
+        budget: int,
+        tokens_of: Callable[[Thw], int],
+        cost_of: Callable[[Thw, int], float],
+        image_share: float | None,
+    ) -> None:
+        self._index, self._streams, self._seed, self._packs, self._budget = index, streams, seed, num_packs, budget
+        self._image_share = image_share
+        self._buckets = b = _Buckets(index, streams)
+        self._tokens = np.array([tokens_of(latent) for latent in b.latents])
+        self._costs = lru_cache(maxsize=64)(lambda text: np.array([float(cost_of(latent, text)) for latent in b.latents]))
+        check_units(index, [n if use else 0 for n, use in zip(self._tokens.tolist(), b.use)], unit_tokens=budget)
+        total = int(b.use.sum())
+        if total < num_packs:
+            raise DataError(
+                f"data.global_batch={num_packs} packs are more than the {total} samples of {index.where}; use data.global_batch={total} "
+                "or less, or prepare more clips"
+            )
+        self._merge = lru_cache(maxsize=4)(self._make_merge)
+        self._choose_pace()
+
+    @property
+    def quality(self) -> PackingQuality:
+        return self._quality
+
+    def step(self, number: int) -> Planned:
+        epoch, k = divmod(number, self.batches_per_epoch)
+        rows, _, packing = self._pack(epoch, k)
+        room = np.concatenate([packing.counts.T, packing.left_out[:, None]], axis=1)  # [buckets, packs and none]
+        pack_of = np.repeat(np.tile(np.arange(self._packs + 1), len(room)), room.ravel())
+        by_pack = rows[np.argsort(pack_of, kind="stable")]
+        ends = np.cumsum(room.sum(axis=0))
+        parts = [part.tolist() for part in np.split(by_pack, ends[:-1])]
+        return Planned(epoch=epoch, units=tuple(map(tuple, parts[:-1])), left_out=tuple(parts[-1]))
+
+    def yields(self) -> list[BucketYield]:
+        b, found = self._buckets, []
+        for i, name in enumerate(b.names):
+            lost = round(self._quality.left_out[name] * int(b.use[i]))
+            reason = "no room in its step" if lost else ""
+            if not b.use[i]:
+                reason = f"data.image_share={self._image_share:g}"
+            used = int(b.use[i]) - lost
+            steps = min(self.batches_per_epoch, used)
+            found.append(
+                BucketYield(
+                    bucket=name,
+                    samples=int(b.samples[i]),
+                    planned=int(b.use[i]) or int(b.samples[i]),
+                    used_per_epoch=used,
+                    steps_per_epoch=steps,
+                    reason=reason,
+                )
+            )
+        return found
+
+    def _make_merge(self, epoch: int) -> Merge:
+        seed = int(seed_of(self._seed, epoch)[0])
+        return Merge(self._buckets.use_of_group, self._weights, seed=seed)
+
+    def _pack(self, epoch: int, k: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Packing]:
+        """Rows of a step, bucket by bucket; the bucket of each; how they are packed."""
+        merge, b = self._merge(epoch), self._buckets
+        start, stop = (merge.cut(i * self._used // self.batches_per_epoch) for i in (k, k + 1))
+        counts = stop - start
+        groups = np.repeat(np.arange(len(counts)), counts)
+        numbers = np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts) + start[groups]
+        rows, bucket = self._streams.rows(groups, numbers, epoch=epoch), b.of_group[groups]
+        packing = pack(
+            np.bincount(bucket, minlength=len(b.names)),
+            tokens=self._tokens,
+            costs=self._costs(int(self._index.text_tokens[rows].max())),
+            num_packs=self._packs,
+            budget=self._budget,
+        )
+        return rows, bucket, packing
+
+    def _choose_pace(self) -> None:
+        """How much a step takes: the fullest packs that leave out next to nothing and are balanced; else that leave out nothing."""
+        b, room = self._buckets, self._packs * self._budget
+        tokens, total = self._tokens[b.of_group], int(b.use.sum())
+        all_tokens = int((tokens * b.use_of_group).sum())
+        second: int | None = None
+        paces = list(dict.fromkeys(self._pace(fill * room, all_tokens, total) for fill in _FILLS))
+        paces.append((False, self._packs, max(1, total // self._packs)))
+        for number, pace in enumerate(paces):
+            self._set_pace(pace, tokens, all_tokens)
+            quality = self._try()
+            few = sum(quality.left_out[n] * u for n, u in zip(b.names, b.use)) <= _MAX_LEFT_OUT * total
+            if few and quality.imbalance <= _MAX_IMBALANCE:
+                break
+            if few and second is None:
+                second = number
+        else:
+            assert second is not None, "as many samples as packs always fit"
+            self._set_pace(paces[second], tokens, all_tokens)
+            quality = self._try()
+        self._quality = quality
+
+    def _pace(self, step_tokens: float, all_tokens: int, total: int) -> tuple[bool, int, int]:
+        """Whether steps are cut by tokens, how many samples or tokens one takes, and how many steps there are."""
+        b = self._buckets
+        steps = -(-all_tokens // int(step_tokens))
+        slack = 2 * int(self._tokens[b.of_group].sum())
+        sure = (all_tokens / steps - slack) / all_tokens * total - 2 * len(b.of_group)  # samples of any step at least
+        if sure >= self._packs:
+            return True, all_tokens // steps, steps
+        size = max(self._packs, int(step_tokens * total / all_tokens))
+        return False, size, max(1, total // size)
+
+    def _set_pace(self, pace: tuple[bool, int, int], tokens: NDArray[np.int64], all_tokens: int) -> None:
+        by_tokens, size, self.batches_per_epoch = pace
+        self._weights = tokens if by_tokens else np.ones_like(tokens)
+        self._used = all_tokens if by_tokens else min(size * self.batches_per_epoch, int(self._buckets.use.sum()))
+        self._merge.cache_clear()
+
+    def _try(self) -> PackingQuality:
+        """Packs some steps of the first epoch."""
+        b, count = self._buckets, min(_TRIAL_STEPS, self.batches_per_epoch)
+        filled, imbalance, left, taken = 0, 0.0, np.zeros(len(b.names)), np.zeros(len(b.names))
+        for i in range(count):
+            rows, bucket, packing = self._pack(0, i * self.batches_per_epoch // count)
+            filled += int((packing.counts @ self._tokens).sum())
+            imbalance += packing.imbalance(self._costs(int(self._index.text_tokens[rows].max())))
+            left += packing.left_out
+            taken += np.bincount(bucket, minlength=len(b.names))
+        share = left / np.maximum(taken, 1)
+        return PackingQuality(
+            fill=filled / (count * self._packs * self._budget),
+            imbalance=imbalance / count,
+            left_out={name: float(s) for name, s in zip(b.names, share)},
+        )
+
+
+def check_units(index: Index, tokens: Sequence[int], *, unit_tokens: int) -> None:
+    """
+    Args:
+        tokens: Of a sample of each bucket.
+    Raises:
+        DataError: A sample has more than a unit takes.
+    """
+    large = {bucket: n for bucket, n in zip(index.buckets, tokens, strict=True) if n > unit_tokens}
+    if large:
+        said = ", ".join(f"{bucket}: {n:,}" for bucket, n in large.items())
+        raise DataError(
+            f"data.unit_tokens={unit_tokens} is less than one sample of some buckets of {index.where} has (tokens: {said}); use "
+            f"data.unit_tokens={max(large.values())} or more, or leave these out of clip.buckets when preparing"
+        )
