@@ -108,12 +108,18 @@ class Run:
         return total
 
     def advance(
-        self, lots: Sequence[Sequence[Source]], *, until: Collection[Work] = (), on_source: Callable[[Source], None]
+        self,
+        lots: Sequence[Sequence[Source]],
+        *,
+        until: Collection[Work] = (),
+        on_source: Callable[[], None],
+        on_lot: Callable[[Sequence[Source]], None],
     ) -> None:
         """Takes the clips of these lots as far as they go, or until they wait for one of ``until``.
 
         Args:
-            on_source: Called after each source that something was left to do for.
+            on_source: Called after each source that something was left to do for; its last clips may still wait for their batch.
+            on_lot: Called with those sources of a lot, when nothing is left to do for them.
         """
         tasks = (task for number, lot in enumerate(lots) if (task := self._task(number, lot, until)).sources)
         under_way: dict[int, _Lot] = {}
@@ -124,15 +130,30 @@ class Run:
                     self._take(lot, message)
                 elif isinstance(message, SourceDone):
                     self._end_source(lot, message)
-                    on_source(message.source)
+                    on_source()
                 else:
                     for chunk in lot.chunks.values():
                         self._device.work(chunk)
                     del under_way[task.number]
+                    on_lot([one.source for one in task.sources])
 
     def _task(self, number: int, lot: Sequence[Source], until: Collection[Work]) -> LotTask:
+        self._forget_lost(lot)
         tasks = (self._source_task(source, until) for source in lot)
         return LotTask(number=number, sources=tuple(task for task in tasks if task is not None))
+
+    def _forget_lost(self, lot: Sequence[Source]) -> None:
+        """Where arrays that were recorded are gone, forgets those of the whole lot: so they are encoded again in the same batches."""
+        clips = [(s, clip) for s in lot if self.book.source_problem(s) is None for clip in self.book.clips(s)]
+        reached = [(s, clip) for s, clip in clips if self.book.verdict(s, clip).waits_for in (None, "latents", "text", "save")]
+        stored = [
+            (stage, key)
+            for s, clip in reached
+            for stage, key in zip(("latents", "text"), self.book.encoded(s, clip), strict=True)
+            if "xxh3" in (self.store.get(stage, key) or {})
+        ]
+        if any(key not in self.blobs for _, key in stored):
+            self.store.put_all([(stage, key, None) for stage, key in stored])
 
     def _source_task(self, source: Source, until: Collection[Work]) -> SourceTask | None:
         book, keys = self.book, self.book.keys
