@@ -29,7 +29,7 @@ EXTRAS = {
     "safety": ["nudenet>=3.4,<4"],
     "remote": ["fsspec[http]>=2025.3", "s3fs>=2025.3", "gcsfs>=2025.3"],
     "ray": ["ray[data]>=2.40,<3"],
-    "hf": ["transformers>=4.57,<6", "sentencepiece>=0.2", "tokenizers", "accelerate>=1.0"],
+    "hf": ["transformers>=5,<6", "sentencepiece>=0.2", "tokenizers", "accelerate>=1.0"],
     "track": ["wandb>=0.20", "tensorboard>=2.17"],
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "bench": ["deepspeed>=0.19.8,<0.20", "yunchang>=0.6,<0.7", "webdataset>=1.0.2,<2"],

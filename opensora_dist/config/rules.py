@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from math import gcd, prod
 
+from opensora_dist.config.caption_rules import caption_problems
 from opensora_dist.config.data_rules import data_problems
 from opensora_dist.config.faults import fault_form, parse_fault
 from opensora_dist.config.load import Problem, expand
@@ -32,7 +33,7 @@ def prepare_problems(config: PrepareConfig) -> list[Problem]:
             problems.append(Problem(fields=("clip.buckets",), message=message))
     if len(set(config.clip.buckets)) != len(config.clip.buckets):
         problems.append(Problem(fields=("clip.buckets",), message="clip.buckets names a shape twice; keep one of each"))
-    return problems
+    return [*problems, *caption_problems(config)]
 
 
 def train_problems(config: TrainConfig, *, world: int) -> list[Problem]:

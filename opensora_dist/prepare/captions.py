@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from opensora_dist.config.load import expand
 from opensora_dist.config.prepare import CaptionConfig
 from opensora_dist.core.errors import ConfigError, WeightsError
 from opensora_dist.core.extras import require_extra
@@ -64,10 +65,11 @@ class Captioner:
         require_extra("transformers", extra="hf", wanted_by="caption.model")
         self._config, self._device = config, device
         self._dtype: torch.dtype = getattr(torch, config.dtype)
-        model_config = _model_config(config.model)
-        self._processor = _processor(config.model, model_config)
-        self._template = _template(config.model, model_config, self._processor)
-        self._model = _model(config.model, dtype=self._dtype).to(device)
+        path = str(expand(config.model))
+        model_config = _model_config(path)
+        self._processor = _processor(path, model_config)
+        self._template = _template(path, model_config, self._processor)
+        self._model = _model(path, dtype=self._dtype).to(device)
 
     def caption(self, clips: Sequence[Frames]) -> list[dict[str, str]]:
         """Per clip, the answer to each of the config's prompts, by form. Spaces at the ends are taken off; nothing else is.

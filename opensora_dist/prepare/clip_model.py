@@ -41,7 +41,7 @@ class ClipModel:
     def __init__(self, path: str, *, head: str | None, device: torch.device) -> None:
         require_extra("transformers", extra="hf", wanted_by="scores.clip_model")
         self._device = device
-        self._model, self._processor = _load(path)
+        self._model, self._processor = _load(str(expand(path)))
         self._model = self._model.to(device)
         self._max_tokens = int(self._model.config.text_config.max_position_embeddings)
         # SigLIP was trained on captions padded to its full length, and has no mask for them.

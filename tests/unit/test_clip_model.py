@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import numpy as np
@@ -104,7 +105,7 @@ def test_heads_are_read_in_the_order_of_their_numbers(checkpoints, tmp_path):
 
 @pytest.mark.parametrize("sizes", [(768, 16, 1), (8, 4, 2), (8, 4, 3, 1)])
 def test_a_head_that_does_not_fit_is_refused_with_what_it_holds(checkpoints, tmp_path, sizes):
-    tensors = {f"layers.{i}.weight": torch.zeros(b, a) for i, (a, b) in enumerate(zip(sizes, sizes[1:]))}
+    tensors = {f"layers.{i}.weight": torch.zeros(b, a) for i, (a, b) in enumerate(itertools.pairwise(sizes))}
     tensors |= {f"layers.{i}.bias": torch.zeros(b) for i, b in enumerate(sizes[1:])}
     if len(sizes) == 4:
         del tensors["layers.1.bias"]
