@@ -20,6 +20,7 @@ from opensora_dist.core.video import Frames, write_video
 from opensora_dist.parallel.keys import Keys, sample_id
 from opensora_dist.prepare.blobs import hash_array
 from opensora_dist.prepare.book import Book, Work
+from opensora_dist.prepare.captions import even_frames
 from opensora_dist.prepare.sources import Source
 from opensora_dist.prepare.stages import Clip, Clock
 
@@ -104,7 +105,7 @@ class Device:
 
     def _aesthetic(self, items: Sequence[Item]) -> list[tuple[str, str, Any]]:
         keys = self._book.keys
-        return [("aesthetic", keys.aesthetic(i.clip), self._clip_model.aesthetic(i.frames_THW3)) for i in items]
+        return [("aesthetic", keys.aesthetic(i.clip), self._clip_model.aesthetic(self._looks(i))) for i in items]
 
     def _images(self, items: Sequence[Item]) -> list[tuple[str, str, Any]]:
         keys = self._book.keys
@@ -120,8 +121,12 @@ class Device:
             text = self._book.written(item.source, item.clip)
             assert text is not None
             key = self._book.keys.match(item.clip, text)
-            records.append(("match", key, self._clip_model.match(item.frames_THW3, text)))
+            records.append(("match", key, self._clip_model.match(self._looks(item), text)))
         return records
+
+    def _looks(self, item: Item) -> Frames:
+        """The frames that scores look at."""
+        return even_frames(item.frames_THW3, count=self._config.scores.frames)
 
     def _latents(self, items: Sequence[Item]) -> list[tuple[str, str, Any]]:
         frames_BTHW3 = torch.from_numpy(np.stack([item.frames_THW3 for item in items]))

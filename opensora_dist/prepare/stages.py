@@ -122,16 +122,17 @@ class StageKeys:
     def aesthetic(self, clip: Clip) -> str:
         """Of its aesthetic score."""
         scores = self._config.scores
-        return address("aesthetic", _VERSIONS["aesthetic"], clip.content, scores.clip_model, scores.aesthetic_head)
+        seen = (clip.content, scores.frames)
+        return address("aesthetic", _VERSIONS["aesthetic"], seen, scores.clip_model, scores.aesthetic_head)
 
     def match(self, clip: Clip, caption: str) -> str:
         """Of the cosine of a clip and a caption."""
-        return address("match", _VERSIONS["match"], clip.content, caption, self._config.scores.clip_model)
+        scores = self._config.scores
+        return address("match", _VERSIONS["match"], clip.content, scores.frames, caption, scores.clip_model)
 
     def images(self, clip: Clip) -> str:
         """Of what the image filter says."""
-        safety = self._config.safety.model_dump(mode="json", exclude={"words"})
-        return address("images", _VERSIONS["images"], clip.content, safety)
+        return address(self._images, clip.content)
 
     def caption(self, clip: Clip) -> str:
         """Of what the captioner says."""
