@@ -19,7 +19,6 @@ from opensora_dist.core.errors import DataError
 from opensora_dist.core.index import (
     DTYPES,
     INDEX_NAME,
-    NUMBERS,
     IdentityHash,
     IndexHeader,
     SampleShape,
@@ -30,11 +29,11 @@ from opensora_dist.core.index import (
 from opensora_dist.core.io import sample_id
 from opensora_dist.core.logging import get_logger
 from opensora_dist.core.types import Thw
+from opensora_dist.data.numbers import Numbers, ends_of, read_numbers
 from opensora_dist.data.remote import LocalShards, Located, ShardSource
 from opensora_dist.data.strings import Strings, StringsOf
 
 _log = get_logger(__name__)
-_GROUPS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,40 +99,6 @@ class JoinedShards:
     def _find(self, number: int) -> tuple[ShardSource, int]:
         which = bisect_right(self._starts, number) - 1
         return self._sources[which], number - self._starts[which]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Numbers:
-    """The columns that are held in memory, one value per row.
-
-    Args:
-        shard: Number of the shard.
-        shape: Number of the shape.
-        text_tokens: Valid tokens.
-        sample_id: Identity for keyed draws.
-        latents_offset: Bytes into the shard.
-        text_offset: Bytes into the shard.
-        first_hash: Where the sample's hashes begin in the file of its data set.
-    """
-
-    shard: NDArray[np.int32]
-    shape: NDArray[np.int16]
-    text_tokens: NDArray[np.int32]
-    sample_id: NDArray[np.uint64]
-    latents_offset: NDArray[np.int64]
-    text_offset: NDArray[np.int64]
-    first_hash: NDArray[np.int64]
-
-    @classmethod
-    def empty(cls, rows: int) -> Numbers:
-        """Columns to be filled."""
-        types = {"shard": np.int32, "shape": np.int16, "text_tokens": np.int32, "sample_id": np.uint64}
-        names = cls.__dataclass_fields__
-        return cls(**{name: np.empty(rows, dtype=types.get(name, np.int64)) for name in names})
-
-    def rows(self, start: int, stop: int) -> Numbers:
-        """A view of some."""
-        return Numbers(**{name: getattr(self, name)[start:stop] for name in self.__dataclass_fields__})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +169,7 @@ class Index:
         numbers = Numbers.empty(starts[-1])
         for i, (one, header) in enumerate(zip(sets, headers)):
             mine = numbers.rows(starts[i], starts[i + 1])
-            _read_numbers(one, header, specs[i], mine)
+            read_numbers(one.folder, header, specs[i], mine)
             mine.shard[:] += shard_starts[i]
             mine.shape[:] = np.array([shapes.index(s) for s in header.shapes], dtype=np.int16)[mine.shape]
             if one.name:
@@ -344,7 +309,7 @@ class Index:
         _log.warning("%s. %d samples are lost with them; others will take their places", said, lost)
 
     def _ends(self) -> NDArray[np.int64]:
-        return _ends(self.numbers, self.shapes, self.spec)
+        return ends_of(self.numbers, self.shapes, self.spec)
 
 
 def read_spec(folder: Path, header: IndexHeader) -> DatasetSpec:
@@ -412,62 +377,6 @@ def verify_index(folder: Path) -> list[str]:
     elif identity.dataset_hash(spec=header.spec, shards=header.shards) != header.dataset_hash:
         problems.append(f"its content is not that of the data set hash {header.dataset_hash}")
     return problems
-
-
-def _read_numbers(one: DataSet, header: IndexHeader, spec: DatasetSpec, into: Numbers) -> None:
-    """Fills the columns of one data set, some row groups at a time, and checks what a reader relies on.
-
-    Raises:
-        DataError: Rows that contradict the index itself, counted by rule.
-    """
-    path, start, first = one.folder / INDEX_NAME, 0, 0
-    shard_bytes = np.array([s.num_bytes for s in header.shards])
-    frames = np.array([s.latent.t for s in header.shapes])
-    broken: dict[str, tuple[int, int]] = {}
-    with pq.ParquetFile(path) as file:
-        for group in range(0, file.num_row_groups, _GROUPS_AT_ONCE):
-            groups = range(group, min(group + _GROUPS_AT_ONCE, file.num_row_groups))
-            table = file.read_row_groups(groups, columns=list(NUMBERS))
-            rows = into.rows(start, start + len(table))
-            for name in NUMBERS:
-                at = 0
-                for chunk in table.column(name).chunks:
-                    getattr(rows, name)[at : at + len(chunk)] = chunk.to_numpy()
-                    at += len(chunk)
-            ok_shape = (rows.shape >= 0) & (rows.shape < len(header.shapes))
-            ok_shard = (rows.shard >= 0) & (rows.shard < len(header.shards))
-            rules = {"its shape is not listed": ~ok_shape, "its shard is not listed": ~ok_shard}
-            if ok_shape.all() and ok_shard.all():
-                counts = frames[rows.shape] + 1
-                np.cumsum(counts, out=rows.first_hash)
-                rows.first_hash[:] += first - counts
-                first += int(counts.sum())
-                rules = {
-                    "it has no text token (an empty caption has one)": rows.text_tokens < 1,
-                    "its bytes lie outside its shard": (
-                        (np.minimum(rows.latents_offset, rows.text_offset) < 0)
-                        | (_ends(rows, header.shapes, spec) > shard_bytes[rows.shard])
-                    ),
-                }
-            for rule, bad in rules.items():
-                if bad.any():
-                    count, where = broken.get(rule, (0, start + int(bad.argmax())))
-                    broken[rule] = count + int(bad.sum()), where
-            start += len(table)
-    if broken or first != header.num_hashes:
-        keys = Strings([StringsOf(path=path, num_samples=header.num_samples)], "key")
-        problems = [f"{count} samples, first {keys[where]!r}: {rule}" for rule, (count, where) in broken.items()]
-        if not broken:
-            problems.append(f"its samples have {first:,} hashes, but {header.num_hashes:,} are listed")
-        raise DataError(f"{path}: contradicts itself: {'; '.join(problems)}. Run `opensora-dist data prepare` again")
-
-
-def _ends(rows: Numbers, shapes: Sequence[SampleShape], spec: DatasetSpec) -> NDArray[np.int64]:
-    """Where the last byte of each sample lies in its shard."""
-    latents = np.array([s.latents_bytes(spec.channels) for s in shapes])
-    per_token = np.array([spec.text_width * np.dtype(s.dtype).itemsize for s in shapes])
-    text_end = rows.text_offset + rows.text_tokens * per_token[rows.shape]
-    return np.maximum(rows.latents_offset + latents[rows.shape], text_end)
 
 
 def _buckets(shape: NDArray[np.int16], shapes: Sequence[SampleShape]) -> dict[Thw, NDArray[np.int32]]:

@@ -162,25 +162,30 @@ def build_order(
     seed = int(torch.empty(1, dtype=torch.int64).random_(generator=keys.generator("order")).item())
     groups = make_groups(index, image_share=data.image_share)
     streams = Streams(index, groups, seed=seed, window_shards=data.shuffle_shards)
-    common = {"seed": seed ^ 1, "image_share": data.image_share}
     unit_tokens = data.unit_tokens or 0
     plan: Plan
     if data.batching == "packed":
         plan = PackedPlan(
-            index, streams, num_packs=data.global_batch, budget=unit_tokens, tokens_of=tokens_of, cost_of=cost_of, **common
-        )
-    elif data.batching == "tokens":
-        used = {g.bucket for g in groups if g.use}
-        check_units(index, [tokens_of(index.latent_of(b)) if b in used else 0 for b in index.buckets], unit_tokens=unit_tokens)
-        plan = BucketPlan(
             index,
             streams,
-            global_batch=data.global_batch,
-            unit_samples=lambda latent: max(1, unit_tokens // tokens_of(latent)),
-            **common,
+            seed=seed,
+            num_packs=data.global_batch,
+            budget=unit_tokens,
+            tokens_of=tokens_of,
+            cost_of=cost_of,
+            image_share=data.image_share,
         )
-    else:
-        plan = BucketPlan(index, streams, global_batch=data.global_batch, unit_samples=lambda _latent: 1, **common)
+        return Order(index, seed=seed, global_batch=data.global_batch, plan=plan)
+
+    def unit_samples(latent: Thw) -> int:
+        return unit_tokens // tokens_of(latent) if data.batching == "tokens" else 1
+
+    if data.batching == "tokens":
+        used = {g.bucket for g in groups if g.use}
+        check_units(index, [tokens_of(index.latent_of(b)) if b in used else 0 for b in index.buckets], unit_tokens=unit_tokens)
+    plan = BucketPlan(
+        index, streams, seed=seed, global_batch=data.global_batch, unit_samples=unit_samples, image_share=data.image_share
+    )
     return Order(index, seed=seed, global_batch=data.global_batch, plan=plan)
 
 

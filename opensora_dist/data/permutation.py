@@ -34,7 +34,7 @@ def permute(places: NDArray[np.int64], *, sizes: NDArray[np.int64], seeds: NDArr
     return values.astype(np.int64)
 
 
-def seed_of(seed: int, *parts: NDArray[np.uint64] | int) -> NDArray[np.uint64]:
+def seed_of(seed: int, *parts: NDArray[np.integer] | int) -> NDArray[np.uint64]:
     """The seed of a permutation among many, from what tells it apart."""
     values = np.asarray([seed], dtype=np.uint64)
     for part in parts:

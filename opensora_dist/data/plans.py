@@ -130,7 +130,7 @@ class BucketPlan:
     ) -> None:
         self._streams, self._seed, self._units, self._image_share = streams, seed, global_batch, image_share
         self._buckets = _Buckets(index, streams)
-        self._batch = np.array([global_batch * unit_samples(latent) for latent in self._buckets.latents])
+        self._batch = np.array([global_batch * max(1, unit_samples(latent)) for latent in self._buckets.latents])
         self._steps = self._buckets.use // self._batch
         self.batches_per_epoch = int(self._steps.sum())
         if not self.batches_per_epoch:

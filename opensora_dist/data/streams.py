@@ -106,7 +106,8 @@ class Streams:
             for g, number in sorted(set(zip(groups.tolist(), passes.tolist(), strict=True))):
                 mine = np.flatnonzero((groups == g) & (passes == number))
                 inside[mine] = self._in_windows(g, number, places[mine])
-        return self._rows[self._starts[groups] + inside].astype(np.int64)
+        rows: NDArray[np.int64] = self._rows[self._starts[groups] + inside].astype(np.int64)
+        return rows
 
     def _in_windows(self, group: int, number: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Of one pass: shards are shuffled, then the samples of each so many shards that follow each other."""
@@ -116,7 +117,8 @@ class Streams:
         seeds = seed_of(self._seed, self._identities[group], number, window + 1)
         shuffled = first + permute(places - first, sizes=sizes, seeds=seeds)
         run = np.searchsorted(starts, shuffled, side="right") - 1
-        return self._runs[group][order[run]] + shuffled - starts[run]
+        inside: NDArray[np.int64] = self._runs[group][order[run]] + shuffled - starts[run]
+        return inside
 
     def _make_windows(self, group: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """The shards of a group as a pass takes them, at which of its places each begins, and at which each window does."""
