@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal, cast
@@ -78,7 +78,7 @@ def scan_sources(folder: Path) -> list[Source]:
     A table decides which files count where there is one; else every video and image file below the folder does, and those in tars.
 
     Raises:
-        DataError: No such folder, nothing in it, no captions, or a table or tar that can't be used.
+        DataError: No such folder, nothing in it, or a table or tar that can't be used.
     """
     if not folder.is_dir():
         raise DataError(f"input.path={str(folder)!r}: no such folder; give the folder that holds the videos or images")
@@ -96,9 +96,20 @@ def scan_sources(folder: Path) -> list[Source]:
             else f"no video or image in {folder} ({', '.join(sorted(_SUFFIXES))}, or in a {_TAR})"
         )
         raise DataError(f"input.path={str(folder)!r}: {where}")
-    if all(source.caption is None for source in sources):
-        raise DataError(f"input.path={str(folder)!r}: none of {len(sources)} videos and images has a caption; {_WAYS}")
     return sorted(sources, key=lambda source: source.name)
+
+
+def require_captions(sources: Sequence[Source], *, folder: Path) -> None:
+    """Refuses a folder in which nothing is said about anything, where no model will say something.
+
+    Raises:
+        DataError: With the ways to supply captions.
+    """
+    if all(source.caption is None for source in sources):
+        raise DataError(
+            f"input.path={str(folder)!r}: none of {len(sources)} videos and images has a caption; {_WAYS}; or have a model write them "
+            "(caption.model)"
+        )
 
 
 def find_source(folder: Path, name: str) -> Source | None:

@@ -16,7 +16,7 @@ from PIL import Image
 from opensora_dist.core.errors import DataError
 from opensora_dist.core.types import Thw
 from opensora_dist.core.video import iter_frames, read_video, write_video
-from opensora_dist.prepare.sources import Source, image_problem, scan_sources
+from opensora_dist.prepare.sources import Source, image_problem, require_captions, scan_sources
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -96,8 +96,8 @@ def test_an_empty_table_is_no_videos(tmp_path: Path) -> None:
 
 def test_no_captions_says_how_many_and_the_three_ways(tmp_path: Path) -> None:
     touch(tmp_path, "a.mp4", "b.mp4", "c.mp4")
-    with pytest.raises(DataError, match=r"none of 3 videos.*metadata\.parquet.*metadata\.csv.*\.txt"):
-        scan_sources(tmp_path)
+    with pytest.raises(DataError, match=r"none of 3 videos.*metadata\.parquet.*metadata\.csv.*\.txt.*caption\.model"):
+        require_captions(scan_sources(tmp_path), folder=tmp_path)
 
 
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
