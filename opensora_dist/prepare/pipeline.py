@@ -38,7 +38,7 @@ from opensora_dist.prepare.report import (
 )
 from opensora_dist.prepare.resume import STATE_DIR, exclusive, read_finished, shared
 from opensora_dist.prepare.run import OnProgress, PrepareProgress, Run, lots_of
-from opensora_dist.prepare.sources import Source, scan_sources
+from opensora_dist.prepare.sources import Source, require_captions, scan_sources
 from opensora_dist.prepare.stages import STAGES, Clip
 from opensora_dist.prepare.store import StageStore
 
@@ -269,7 +269,10 @@ def _open(config: PrepareConfig, codec: VideoCodec) -> tuple[Path, list[Source]]
     if problems:
         raise ConfigError(problems)
     assert config.input.path is not None and config.output.path is not None
-    return expand(config.output.path), scan_sources(expand(config.input.path))
+    sources = scan_sources(expand(config.input.path))
+    if config.caption.model is None:
+        require_captions(sources, folder=expand(config.input.path))
+    return expand(config.output.path), sources
 
 
 @contextmanager
