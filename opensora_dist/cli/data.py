@@ -22,12 +22,15 @@ _FINDINGS_SHOWN = 20
 def add_parser(verbs: Any) -> None:
     """Adds the verb and its own verbs."""
     parser = verbs.add_parser(
-        "data", help="make toy clips; prepare videos for training; check it", description="Make, prepare and check data sets."
+        "data",
+        help="make toy clips; prepare videos; check and count what came of it",
+        description="Make, prepare, check and count data sets.",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_toy(actions)
     _add_prepare(actions)
     _add_check(actions)
+    _add_stats(actions)
 
 
 def _add_toy(actions: Any) -> None:
@@ -80,6 +83,26 @@ def _add_check(actions: Any) -> None:
     check.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     check.add_argument("--json", action="store_true", help="print as JSON")
     check.set_defaults(run=_run_check)
+
+
+def _add_stats(actions: Any) -> None:
+    stats = actions.add_parser(
+        "stats",
+        help="say what is in a data set, what was left out and why, and what a training makes of it",
+        description="Count buckets, sizes, tokens and captions of a data set, scores and reasons of the clips that its preparation looked "
+        "at, and, with a training config, what each bucket yields: samples used and steps per epoch, what is left out and why. No shard is "
+        "read. Exit code 1 where the config can't train on it at all.",
+    )
+    stats.add_argument(
+        "path", nargs="?", metavar="PATH", help="a prepared folder, or as data.path; default: the data of the config"
+    )
+    stats.add_argument("--config", type=Path, metavar="TRAIN.yaml", help="a training config")
+    stats.add_argument(
+        "--set", nargs="+", default=[], metavar="section.key=value", dest="overrides", help="of the training config"
+    )
+    stats.add_argument("--html", type=Path, metavar="OUT", help="write one self-contained page, with pictures")
+    stats.add_argument("--json", action="store_true", help="print as JSON")
+    stats.set_defaults(run=_run_stats)
 
 
 def _run_toy(args: argparse.Namespace) -> int:
@@ -150,3 +173,18 @@ def _run_check(args: argparse.Namespace) -> int:
     if check.problems:
         print(f"error: {len(check.problems)} problems in {check.path}", file=sys.stderr)
     return 1 if check.problems else 0
+
+
+def _run_stats(args: argparse.Namespace) -> int:
+    from opensora_dist.recipes.data_stats import data_stats, in_words, write_page
+
+    stats, index = data_stats(args.path, config=args.config, overrides=args.overrides)
+    if args.html is not None:
+        write_page(args.html, stats, index)
+    print(json.dumps(asdict(stats)) if args.json else "\n".join(in_words(stats)))
+    if args.html is not None and not args.json:
+        print(args.html)
+    problem = stats.training.problem if stats.training else None
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problem else 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 _BINS = 24
 
@@ -53,7 +54,13 @@ class Distribution:
 
     @classmethod
     def of(
-        cls, name: str, kept: Sequence[float], dropped: Sequence[float] = (), *, unit: str = "", unknown: int = 0
+        cls,
+        name: str,
+        kept: Sequence[float] | NDArray[Any],
+        dropped: Sequence[float] | NDArray[Any] = (),
+        *,
+        unit: str = "",
+        unknown: int = 0,
     ) -> Distribution:
         """Of at least one value; bins of whole numbers are whole, too."""
         values = np.concatenate([np.asarray(kept, dtype=np.float64), np.asarray(dropped, dtype=np.float64)])
@@ -98,14 +105,14 @@ class BucketTraining:
     """What a training makes of one bucket in an epoch.
 
     Args:
-        steps: Optimizer steps; None where one takes samples of several buckets.
+        steps: Optimizer steps that have samples of it.
         reason: Why samples are left out; "" where none are.
     """
 
     bucket: str
     samples: int
     used: int
-    steps: float | None
+    steps: int
     reason: str
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -112,7 +112,7 @@ def _training(training: TrainingStats | None) -> str:
             "samples": bucket.samples,
             "used per epoch": bucket.used,
             "share": f"{100 * bucket.used / max(1, bucket.samples):.1f}%",
-            "steps per epoch": "any" if bucket.steps is None else f"{bucket.steps:g}",
+            "steps per epoch": bucket.steps,
             "gives batches": bucket.used > 0,
             "left out because": bucket.reason,
         }
@@ -174,8 +174,3 @@ def _pictures(pictures: Sequence[Picture]) -> str:
         for p in pictures
     ]
     return f'<div class="clips">{"".join(cards)}</div>'
-
-
-def stats_json(stats: DataStats) -> dict[str, object]:
-    """The same as plain JSON values."""
-    return asdict(stats)

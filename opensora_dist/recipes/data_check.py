@@ -61,18 +61,18 @@ class _Answer:
     sums: ChannelSums | None
 
 
-def check_data(path: str, *, config: Path | None = None, overrides: Sequence[str] = (), workers: int | None = None) -> Check:
+def check_data(path: str, *, config: Path | None = None, workers: int | None = None) -> Check:
     """Looks at everything, with a progress bar.
 
     Args:
         path: A prepared folder or a URL, as data.path; tars that others made are indexed first.
-        config: A training config whose data.cache and data.allow_pipe count; default: theirs.
+        config: A training config whose data.cache, data.layout and data.allow_pipe count; default: theirs.
         workers: Processes; default: as many as there are cores.
     Raises:
         ConfigError: The config, or a pipe that it doesn't allow.
         DataError: There is no index that can be opened: without one nothing can be compared.
     """
-    data = DataConfig() if config is None else load_config(TrainConfig, config, overrides=overrides).data
+    data = DataConfig() if config is None else load_config(TrainConfig, config).data
     located = _locate(path, data)
     header = read_header(located.folder)
     spec = read_spec(located.folder, header)
