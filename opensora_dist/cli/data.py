@@ -57,13 +57,20 @@ def _add_prepare(actions: Any) -> None:
         help="turn captioned videos into shards of latents",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
-            "Decode, sample, crop and encode a folder of captioned videos into WebDataset shards of latents and text vectors, with one\n"
-            "Parquet index. Run the same command again after an interruption: it goes on behind the last whole shard.\n\n"
-            "  opensora-dist data prepare input.path=videos output.path=shards clip.buckets='[[16, 256, 256]]'"
+            "Find shots, cut, score, filter, caption, clean and encode a folder of videos and images into WebDataset shards of latents and\n"
+            "text vectors, with one Parquet index. Run the same command again after an interruption, or with other thresholds: only what\n"
+            "isn't known yet is done.\n\n"
+            "  opensora-dist data prepare input.path=videos output.path=shards clip.buckets='[[16, 256, 256]]'\n"
+            "  opensora-dist data prepare CONFIG --part 3/16    # one job of an array; the same command without --part makes the shards"
         ),
         epilog="Config keys, with their defaults:\n\n" + describe(PrepareConfig).replace("%", "%%"),
     )
     add_config_arguments(prepare)
+    prepare.add_argument(
+        "--part",
+        metavar="K/N",
+        help="take the Kth of N parts of the sources up to encoded clips; any number of parts run at once",
+    )
     prepare.add_argument("--json", action="store_true", help="print the report as JSON")
     prepare.set_defaults(run=_run_prepare)
 
@@ -134,8 +141,18 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _run_prepare(args: argparse.Namespace) -> int:
-    from opensora_dist.recipes.prepare import prepare_dataset
+    from opensora_dist.recipes.prepare import prepare_dataset, prepare_dataset_part
 
+    if args.part is not None:
+        part = prepare_dataset_part(config_of(args), part=_part(args.part), overrides=overrides_of(args))
+        rest = (
+            "the same parts again, once all are scored: duplicates are known then"
+            if part.waits
+            else "no --part, once all are done"
+        )
+        said = f"part {part.part}/{part.parts}: {part.sources} sources, {part.clips} clips worked on; next: {rest}"
+        print(json.dumps(asdict(part)) if args.json else said)
+        return 0
     report = prepare_dataset(config_of(args), overrides=overrides_of(args))
     if args.json:
         print(json.dumps(asdict(report)))
@@ -145,11 +162,22 @@ def _run_prepare(args: argparse.Namespace) -> int:
         print(f"  {bucket}: {count}")
     if report.cut_captions:
         print(f"{report.cut_captions} captions were longer than text.max_tokens and have been cut")
+    for stage, reasons in report.reasons.items():
+        for reason, count in reasons.items():
+            print(f"dropped by {stage}: {count} x {reason}")
     for drop in report.dropped[:_DROPS_SHOWN]:
-        print(f"dropped {drop.source}: {drop.reason}")
-    if len(report.dropped) > _DROPS_SHOWN:
-        print(f"... and {len(report.dropped) - _DROPS_SHOWN} more, all in report.json beside the shards")
+        where = "" if drop.start_s is None else f" at {drop.start_s:.2f} s"
+        print(f"dropped {drop.source}{where}: {drop.reason}")
+    if report.num_dropped > _DROPS_SHOWN:
+        print(f"... and {report.num_dropped - _DROPS_SHOWN} more, all in clips.parquet beside the shards")
     return 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match:
+        raise ConfigError(f"--part {text!r} is not K/N; write e.g. 3/16, K from 1 to N")
+    return int(match[1]), int(match[2])
 
 
 def _run_check(args: argparse.Namespace) -> int:

@@ -89,6 +89,7 @@ class Device:
         from opensora_dist.prepare.clip_model import ClipModel
 
         scores = self._config.scores
+        assert scores.clip_model is not None, "rules of the config"
         return ClipModel(scores.clip_model, head=scores.aesthetic_head, device=self._device)
 
     @functools.cached_property

@@ -10,22 +10,25 @@ from __future__ import annotations
 import errno
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.csv
 import torch
 
 from opensora_dist.config.load import expand
 from opensora_dist.config.prepare import PrepareConfig
 from opensora_dist.core.errors import ConfigError, DataError
 from opensora_dist.core.extras import missing_extra
-from opensora_dist.core.io import write_json
+from opensora_dist.core.io import atomic_path, write_json
+from opensora_dist.core.logging import get_logger
 from opensora_dist.core.protocols import TextEncoder, VideoCodec
 from opensora_dist.core.types import Thw
 from opensora_dist.prepare.book import Book, Verdict, Work
-from opensora_dist.prepare.output import Kept, LostArraysError, dataset_spec, plan_shards, publish, write_shards
+from opensora_dist.prepare.output import Kept, LostArraysError, ShardPlan, dataset_spec, plan_shards, publish, write_shards
 from opensora_dist.prepare.report import (
     REPORT_NAME,
     PrepareReport,
@@ -36,12 +39,14 @@ from opensora_dist.prepare.report import (
     stage_speeds,
     write_clips,
 )
-from opensora_dist.prepare.resume import STATE_DIR, exclusive, read_finished, shared
+from opensora_dist.prepare.resume import STATE_DIR, Finished, exclusive, read_finished, shared
 from opensora_dist.prepare.run import OnProgress, PrepareProgress, Run, lots_of
 from opensora_dist.prepare.sources import Source, require_captions, scan_sources
 from opensora_dist.prepare.stages import STAGES, Clip
 from opensora_dist.prepare.store import StageStore
 
+Networks = tuple[VideoCodec, TextEncoder, torch.device]
+_log = get_logger(__name__)
 _REASONS_SHOWN = 20
 _CPU = torch.device("cpu")
 
@@ -64,6 +69,7 @@ def prepare(
     codec: VideoCodec,
     text: TextEncoder,
     device: torch.device = _CPU,
+    build: Callable[[PrepareConfig], Networks] | None = None,
     on_progress: OnProgress = lambda progress: None,
 ) -> PrepareReport:
     """Turns captioned videos and images into WebDataset shards and an index, which is written last.
@@ -74,6 +80,7 @@ def prepare(
         config: What to prepare and how.
         codec, text: As the config describes them.
         device: Where other networks run.
+        build: Makes all three in a Ray actor; needed for ``executor: ray``.
         on_progress: Called at the start, after every source that was worked on, and after every shard.
     Raises:
         ConfigError: A path is missing, the codec can't take a bucket, or OpenCV isn't installed.
@@ -81,49 +88,109 @@ def prepare(
     """
     started_s = time.monotonic()
     folder, sources = _open(config, codec)
-    with _disk_full_named(folder), exclusive(folder), StageStore(folder / STATE_DIR / "stages") as store:
-        finished = read_finished(folder)
-        run = Run(config, folder=folder, finished=finished, store=store, codec=codec, text=text, device=device)
-        while True:
-            _advance(run, sources, lots_of(sources), on_progress)
-            kept, tally = _judge(run.book, sources)
-            plans = plan_shards(kept, config)
-
-            def tell(done: int, total: int = len(plans), samples: int = len(kept), dropped: int = tally.num_dropped) -> None:
-                on_progress(PrepareProgress(what="shards", done=done, total=total, samples=samples, dropped=dropped))
-
-            try:
-                write_shards(plans, folder=folder, config=config, finished=finished, store=store, blobs=run.blobs, on_shard=tell)
-                break
-            except LostArraysError:
-                continue
-        seconds = time.monotonic() - started_s
-        counts = Counter({plan.kept[0].shape: 0 for plan in plans})
-        for plan in plans:
-            counts[plan.kept[0].shape] += len(plan.kept)
-        report = PrepareReport(
-            input=str(expand(config.input.path or "").resolve()),
-            samples=len(kept),
-            shards=len(plans),
-            buckets=bucket_counts(sorted({Thw(*bucket) for bucket in config.clip.buckets}), counts),
-            sources=len(sources),
-            clips=tally.clips,
-            dropped=tuple(tally.dropped),
-            num_dropped=tally.num_dropped,
-            reasons=ordered(tally.reasons, STAGES),
-            cut_captions=sum(store.get("text", one.text).get("cut", False) for one in kept),
-            seconds=seconds,
-            clips_per_s=run.num_clips / seconds,
-            stages=stage_speeds(run.clock),
-        )
-        write_clips(folder, judged=_verdicts(run.book, sources), book=run.book)
-        write_json(folder / REPORT_NAME, asdict(report))
-        if not kept:
-            raise DataError(nothing_left(tally, shown=_REASONS_SHOWN))
-        spec = dataset_spec(plans, config=config, finished=finished, codec=codec, text=text)
-        publish(plans, folder=folder, finished=finished, spec=spec, blobs=run.blobs, wanted=_wanted(run.book, sources))
-        store.compact()
+    with _disk_full_named(folder), exclusive(folder):
+        if config.executor == "ray":
+            assert build is not None, "actors need to be told how to build their networks"
+            _advance_on_ray(config, folder, sources, build, on_progress)
+        with StageStore(folder / STATE_DIR / "stages") as store:
+            finished = read_finished(folder)
+            run = Run(config, folder=folder, finished=finished, store=store, codec=codec, text=text, device=device)
+            kept, tally, plans = _make_shards(run, config, folder, sources, finished, on_progress)
+            report = _report(run, config, sources, kept, tally, plans, seconds=time.monotonic() - started_s)
+            write_clips(folder, judged=_verdicts(run.book, sources), book=run.book)
+            _write_metadata(config, run.book, kept)
+            write_json(folder / REPORT_NAME, asdict(report))
+            if not kept:
+                raise DataError(nothing_left(tally, shown=_REASONS_SHOWN))
+            spec = dataset_spec(plans, config=config, finished=finished, codec=codec, text=text)
+            publish(plans, folder=folder, finished=finished, spec=spec, blobs=run.blobs, wanted=_wanted(run.book, sources))
+            store.compact()
     return report
+
+
+def _make_shards(
+    run: Run,
+    config: PrepareConfig,
+    folder: Path,
+    sources: Sequence[Source],
+    finished: dict[str, Finished],
+    on_progress: OnProgress,
+) -> tuple[list[Kept], Tally, list[ShardPlan]]:
+    """All stages, and the shards of what they keep."""
+    while True:
+        _advance(run, sources, lots_of(sources), on_progress)
+        kept, tally = _judge(run.book, sources)
+        plans = plan_shards(kept, config)
+
+        def tell(done: int, total: int = len(plans), samples: int = len(kept), dropped: int = tally.num_dropped) -> None:
+            on_progress(PrepareProgress(what="shards", done=done, total=total, samples=samples, dropped=dropped))
+
+        try:
+            write_shards(plans, folder=folder, config=config, finished=finished, store=run.store, blobs=run.blobs, on_shard=tell)
+        except LostArraysError as lost:
+            _log.warning("%s, and are encoded again", lost)
+            continue
+        return kept, tally, plans
+
+
+def _report(
+    run: Run,
+    config: PrepareConfig,
+    sources: Sequence[Source],
+    kept: Sequence[Kept],
+    tally: Tally,
+    plans: Sequence[ShardPlan],
+    *,
+    seconds: float,
+) -> PrepareReport:
+    return PrepareReport(
+        input=str(expand(config.input.path or "").resolve()),
+        samples=len(kept),
+        shards=len(plans),
+        buckets=bucket_counts(sorted({Thw(*bucket) for bucket in config.clip.buckets}), Counter(one.shape for one in kept)),
+        sources=len(sources),
+        clips=tally.clips,
+        dropped=tuple(tally.dropped),
+        num_dropped=tally.num_dropped,
+        reasons=ordered(tally.reasons, STAGES),
+        cut_captions=sum(run.store.get("text", one.text).get("cut", False) for one in kept),
+        seconds=seconds,
+        clips_per_s=run.num_clips / seconds,
+        stages=stage_speeds(run.clock),
+    )
+
+
+def _write_metadata(config: PrepareConfig, book: Book, kept: Sequence[Kept]) -> None:
+    """The table of the videos that ``clip.save`` asked for: a folder that can be prepared in its turn."""
+    if config.clip.save is None:
+        return
+    rows = {"path": [f"{one.key}.mp4" for one in kept], "text": [one.caption for one in kept]}
+    with atomic_path(expand(config.clip.save) / "metadata.csv") as partial:
+        pyarrow.csv.write_csv(pa.table(rows, schema=pa.schema([("path", pa.string()), ("text", pa.string())])), partial)
+
+
+def _advance_on_ray(
+    config: PrepareConfig,
+    folder: Path,
+    sources: Sequence[Source],
+    build: Callable[[PrepareConfig], Networks],
+    on_progress: OnProgress,
+) -> None:
+    """The stages of ``_advance``, by the actors of a cluster. What they leave is done here."""
+    from opensora_dist.prepare.ray_lots import advance_on_ray
+
+    phases: list[tuple[str, tuple[Work, ...]]] = [("clips", ())]
+    if config.filter.duplicates is not None:
+        phases.insert(0, ("scoring", ("duplicates",)))
+    for what, until in phases:
+        done = 0
+
+        def on_lot(num_sources: int, what: str = what) -> None:
+            nonlocal done
+            done += num_sources
+            on_progress(PrepareProgress(what=what, done=done, total=len(sources)))
+
+        advance_on_ray(config, folder=folder, sources=sources, build=build, until=until, on_lot=on_lot)
 
 
 def prepare_part(

@@ -362,7 +362,7 @@ def measure(frames: Frames, names: frozenset[str], config: PrepareConfig, probe:
     if "duplicates" in names:
         scores["duplicates"] = phash(frames)
     if rest := names - {"duplicates"}:
-        scores |= score_frames(frames, fps=config.clip.fps, names=rest, source=probe)
+        scores |= score_frames(frames, fps=config.clip.fps, names=rest, source=probe, looks=config.scores.frames)
     return scores
 
 

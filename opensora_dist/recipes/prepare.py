@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from opensora_dist.codecs.registry import build_codec, build_text_encoder
 from opensora_dist.config.load import load_config
 from opensora_dist.config.prepare import PrepareConfig
@@ -27,10 +29,9 @@ def prepare_dataset(path: Path | None, *, overrides: Sequence[str] = ()) -> Prep
         DataError: The videos can't be used, or none gives a sample.
     """
     config = load_config(PrepareConfig, path, overrides=overrides, rules=prepare_problems)
-    device = resolve_device(config.device)
-    codec, text = _networks(config)
+    codec, text, device = build_networks(config)
     with _shown() as show:
-        return prepare(config, codec=codec, text=text, device=device, on_progress=show)
+        return prepare(config, codec=codec, text=text, device=device, build=build_networks, on_progress=show)
 
 
 def prepare_dataset_part(path: Path | None, *, part: tuple[int, int], overrides: Sequence[str] = ()) -> PartReport:
@@ -42,15 +43,15 @@ def prepare_dataset_part(path: Path | None, *, part: tuple[int, int], overrides:
         ConfigError, DataError: As ``prepare_dataset``.
     """
     config = load_config(PrepareConfig, path, overrides=overrides, rules=prepare_problems)
-    device = resolve_device(config.device)
-    codec, text = _networks(config)
+    codec, text, device = build_networks(config)
     with _shown() as show:
         return prepare_part(config, part=part, codec=codec, text=text, device=device, on_progress=show)
 
 
-def _networks(config: PrepareConfig) -> tuple[VideoCodec, TextEncoder]:
+def build_networks(config: PrepareConfig) -> tuple[VideoCodec, TextEncoder, torch.device]:
+    """Codec and text encoder of a config, and the device that they are on."""
     device = resolve_device(config.device)
-    return build_codec(config.codec, device=device), build_text_encoder(config.text, device=device)
+    return build_codec(config.codec, device=device), build_text_encoder(config.text, device=device), device
 
 
 @contextmanager
