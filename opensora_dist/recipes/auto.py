@@ -58,6 +58,7 @@ def auto_choice(config: TrainConfig, mesh: Mesh, model: VideoTransformer, *, tex
         sp=parallel.sp,
         world=mesh.world,
         global_batch=config.data.global_batch,
+        unit_tokens=config.data.unit_tokens,
         accum=parallel.grad_accum,
         recompute=parallel.recompute,
         element_bytes=dtype.itemsize,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 
 import torch
 
@@ -17,7 +18,7 @@ from opensora_dist.core.errors import ConfigError, OpensoraError
 from opensora_dist.core.layout import CHECKPOINTS_DIR
 from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index
-from opensora_dist.data.order import Order
+from opensora_dist.data.mixture import open_data
 from opensora_dist.diffusion.samplers import check_sampling
 from opensora_dist.models.base import VideoTransformer
 from opensora_dist.observe.trackers import track_problems
@@ -26,6 +27,7 @@ from opensora_dist.parallel.mesh import default_nproc, launched_world, resolve_d
 from opensora_dist.parallel.sequence.network import read_network
 from opensora_dist.parallel.zero.deepspeed import import_deepspeed
 from opensora_dist.recipes.build import meta_model
+from opensora_dist.recipes.data import order_of
 from opensora_dist.recipes.shards import share_problems
 
 
@@ -66,7 +68,7 @@ def training_problems(config: TrainConfig) -> list[Problem]:
         except ConfigError as error:
             problems += [Problem(fields=("parallel.sp.network",), message=p) for p in error.problems]
     # The data set can be asked only where the fields that build a model from it are right.
-    if config.data.path is not None and expand(config.data.path).is_dir() and not problems:
+    if not problems:
         problems += _dataset_problems(config)
     # Rank 0 alone has trackers, and other machines need neither their packages nor a key.
     if os.environ.get("RANK", "0") == "0":
@@ -135,28 +137,39 @@ def _init_from_problems(config: TrainConfig) -> list[Problem]:
 
 def _dataset_problems(config: TrainConfig) -> list[Problem]:
     """What does not fit the data set: the model must cut each shape of clips into patches, and the ranks those into parts."""
-    assert config.data.path is not None
     problems: list[Problem] = []
     try:
-        index = Index.open(expand(config.data.path), max_lost=config.resilience.max_bad_samples)
-        order = Order(index, keys=Keys(config.run.seed), global_batch=config.data.global_batch)
+        index = open_data(config.data, max_lost=config.resilience.max_bad_samples)
         model, _ = meta_model(config.model, config.objective, index.spec)
     except OpensoraError as error:
-        return [Problem(fields=("data.path",), message=p) for p in _sentences(error)]
-    grids: dict[str, Thw] = {}
-    for bucket, rows in index.buckets.items():
-        latent = index.latent_shape(int(rows[0]))
+        return [Problem(fields=("data.path", "data.mixture"), message=p) for p in _sentences(error)]
+    grids: dict[Thw, Thw] = {}
+    for bucket in index.buckets:
         try:
-            grid = model.token_grid(latent)
+            grids[bucket] = model.token_grid(index.latent_of(bucket))
         except ConfigError as error:
             problems += [Problem(fields=("model.patch",), message=f"clips of {bucket}: {p}") for p in error.problems]
-            continue
-        if latent in order.latents:  # others are never trained on
-            grids[f"clips of {bucket}"] = grid
-    problems += share_problems(config.parallel.sp, config.model, grids)
+    if not problems:
+        problems += _order_problems(config, index, model, grids)
     if config.validation.every_steps:
         problems += _drawing_problems(config, index, model)
+    index.shard_source.close()
     return problems
+
+
+def _order_problems(config: TrainConfig, index: Index, model: VideoTransformer, grids: Mapping[Thw, Thw]) -> list[Problem]:
+    """Buckets that fill no step, and ranks that can't share the samples of those that do.
+
+    Args:
+        grids: Token grid of each bucket.
+    """
+    fields = ("data.global_batch", "data.batching", "data.unit_tokens", "data.image_share")
+    try:
+        order = order_of(config.data, index, model, keys=Keys(config.run.seed))
+    except OpensoraError as error:
+        return [Problem(fields=fields, message=p) for p in _sentences(error)]
+    used = {f"clips of {bucket}": grid for bucket, grid in grids.items() if index.latent_of(bucket) in order.latents}
+    return share_problems(config.parallel.sp, config.model, used)
 
 
 def validation_clip(config: TrainConfig, index: Index) -> Thw:

@@ -22,6 +22,7 @@ from opensora_dist.core.logging import get_logger, setup_logging
 from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index
 from opensora_dist.data.loader import Loader
+from opensora_dist.data.mixture import open_data
 from opensora_dist.data.order import Order
 from opensora_dist.diffusion.base import Objective
 from opensora_dist.models.base import VideoTransformer
@@ -46,6 +47,7 @@ from opensora_dist.plan.hardware import peak_flops
 from opensora_dist.recipes.auto import auto_choice
 from opensora_dist.recipes.build import initialiser, meta_model
 from opensora_dist.recipes.checks import training_problems, validation_clip, world_of
+from opensora_dist.recipes.data import budget_tokens, order_of, said_of_order
 from opensora_dist.recipes.guards import OnStart, guards
 from opensora_dist.recipes.shards import LatentShards
 from opensora_dist.resilience.faults import Faults
@@ -127,9 +129,10 @@ def train_rank(config: TrainConfig, mesh: Mesh, *, on_start: Callable[[], None] 
             # Two runs writing one directory would ruin each other's checkpoints.
             said = f"run.dir={str(run_dir)!r} is in use by another process; wait for it, stop it, or choose another run.dir"
             stack.enter_context(exclusive_lock(run_dir / ".lock", busy=ConfigError(said)))
-        index = Index.open(expand(config.data.path or ""), max_lost=config.resilience.max_bad_samples)
-        order = Order(index, keys=keys, global_batch=config.data.global_batch)
+        index = open_data(config.data, max_lost=config.resilience.max_bad_samples)
+        stack.callback(index.shard_source.close)
         model, objective = meta_model(config.model, config.objective, index.spec, dtype=dtype)
+        order = order_of(config.data, index, model, keys=keys)
         share_blocks(model, mesh)
         set_levers(model, config.parallel, device=mesh.device)
         if config.parallel.tile_tokens is not None:
@@ -166,6 +169,8 @@ def train_rank(config: TrainConfig, mesh: Mesh, *, on_start: Callable[[], None] 
         for name, fields in start.events:
             logbook.event(name, **fields)
         _note_start(config, mesh, logbook, backend=backend, order=order, shards=shards, step=state.step, samples=len(index))
+        for line in said_of_order(config.data, order, index, model):
+            _log.info("%s", line)
         if choice is not None:
             for grid in choice.predictions:
                 logbook.event("sequence_prediction", **choice.event(grid))
@@ -209,6 +214,7 @@ def train_rank(config: TrainConfig, mesh: Mesh, *, on_start: Callable[[], None] 
                 shards=shards.shard,
                 agree=shards.agree,
                 cost=lambda latent, tokens: _cost(model, latent, text_tokens=tokens),
+                budget_tokens=budget_tokens(config.data),
                 saver=saver,
                 validator=validator,
                 logbook=logbook,
@@ -253,10 +259,11 @@ def _note_start(
         parameters=backend.num_parameters,
         samples=samples,
         dropped=order.dropped,
+        buckets={
+            str(y.bucket): {"samples": y.samples, "used": y.used_per_epoch, "steps": y.steps_per_epoch} for y in order.yields()
+        },
         latents=shapes,
     )
-    for reason, count in order.dropped.items():
-        _log.info("data.global_batch=%d leaves out %d samples per epoch (%s)", config.data.global_batch, count, reason)
     _log.info("%s with %s parameters on %s", config.model.name, f"{backend.num_parameters:,}", mesh)
     if mesh.world > 1:
         _log.info("the mesh:\n%s", mesh.table())

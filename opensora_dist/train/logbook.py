@@ -34,6 +34,7 @@ class StepNote:
         shapes: Latent shapes of its samples.
         samples: Samples of this step, over all ranks.
         tokens: Tokens of this step, over all ranks.
+        budget_tokens: How many it had room for; None where it has as many as its samples have.
         flops: Model FLOPs of this step, forward and backward, over all ranks.
         step_s: Seconds from the last step's edge to this one's, without validation and saving.
         data_wait_s: Seconds of these that this rank waited for data.
@@ -48,6 +49,7 @@ class StepNote:
     shapes: tuple[Thw, ...]
     samples: int
     tokens: int
+    budget_tokens: int | None
     flops: int
     step_s: float
     data_wait_s: float
@@ -215,8 +217,13 @@ class Logbook:
             mfu=note.flops / note.step_s / (peak * self._mesh.world) if peak else None,
             memory_bytes=memory_bytes(self._mesh.device),
             batch_digest=note.digest,
-            extra={"epoch": note.epoch, "skipped": logged.skipped, "bad_samples": logged.bad_samples},
+            extra={"epoch": note.epoch, "skipped": logged.skipped, "bad_samples": logged.bad_samples} | _packing(note),
         )
+
+
+def _packing(note: StepNote) -> dict[str, float]:
+    """How much of the room for tokens was used, where there is a budget."""
+    return {} if note.budget_tokens is None else {"packing_efficiency": note.tokens / note.budget_tokens}
 
 
 def _numbers(metrics: StepMetrics) -> dict[str, float]:

@@ -51,6 +51,7 @@ class Trainer:
         agree: Fails, on all of them, where the ranks that share the samples of a micro-batch are about to do different things;
             returns it with substitutes for samples that one of them could not read. Collective over these ranks.
         cost: Tokens and FLOPs of one sample of a latent shape with a number of text tokens.
+        budget_tokens: Tokens that a step has room for; None where it has as many as its samples have.
         validator: Draws videos; None draws none.
         callback: Called at the loop's edges.
     """
@@ -70,6 +71,7 @@ class Trainer:
         shards: Callable[[Thw], Shard],
         agree: Callable[[StepData, MicroBatch], MicroBatch],
         cost: Callable[[Thw, int], BatchCost],
+        budget_tokens: int | None,
         saver: Saver,
         validator: Validator | None,
         logbook: Logbook,
@@ -78,6 +80,7 @@ class Trainer:
         self.config, self.run_dir, self.mesh, self.keys = config, run_dir, mesh, keys
         self.backend, self.ema, self.objective, self.state = backend, ema, objective, state
         self.make_loader, self.shards, self.agree, self.cost = make_loader, shards, agree, cost
+        self.budget_tokens = budget_tokens
         self.saver, self.validator, self.logbook, self.callback = saver, validator, logbook, callback
         self._saved_step = state.step
         self._edge_s = 0.0
@@ -157,6 +160,7 @@ class Trainer:
             shapes=tuple(data.shapes),
             samples=samples,
             tokens=tokens,
+            budget_tokens=self.budget_tokens,
             flops=sum(count * cost.flops for count, cost in costs),
             step_s=now - self._edge_s,
             data_wait_s=wait_s,

@@ -17,6 +17,7 @@ from opensora_dist.checkpoint.staging import Staging
 from opensora_dist.checkpoint.store import load_tensors, save_tensors
 from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.config.load import dump_yaml, load_config
+from opensora_dist.config.data_rules import mixture_name
 from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.errors import CheckpointError
 from opensora_dist.core.io import hash_bytes, read_json, write_json, write_text
@@ -31,7 +32,14 @@ DATASET_NAME = "dataset.json"
 TRAINER_NAME = "trainer.json"
 
 # A resumed run that changed one of these would not be the run that was started. model.init_from may change: it is past.
-_FIXED = ("model", "objective", "data.global_batch", "data.loss_weight", "run.seed", "run.dtype")
+_FIXED = (
+    "model",
+    "objective",
+    *(f"data.{name}" for name in ("global_batch", "batching", "unit_tokens", "image_share", "shuffle_shards", "loss_weight")),
+    "data.mixture",
+    "run.seed",
+    "run.dtype",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,12 +248,18 @@ class _Write:
 
 def _differences(saved: TrainConfig, now: TrainConfig) -> list[str]:
     """The keys that may not change and did, one sentence each."""
-    before, after = (_keys(c.model_dump(mode="json", exclude={"model": {"init_from"}})) for c in (saved, now))
+    before, after = (_keys(c.model_dump(mode="json", exclude={"model": {"init_from"}}) | _weights(c)) for c in (saved, now))
     return [
         f"{key} was {before.get(key, 'not there')!r}, now {after.get(key, 'not there')!r}"
         for key in dict.fromkeys([*before, *after])
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED) and before.get(key, ...) != after.get(key, ...)
     ]
+
+
+def _weights(config: TrainConfig) -> dict[str, Any]:
+    """Of a mixture, by name; where its data sets lie may change."""
+    data = config.model_dump(mode="json")["data"]
+    return {"data": data | {"mixture": {mixture_name(entry): entry.weight for entry in config.data.mixture}}}
 
 
 def _keys(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -210,7 +210,7 @@ def test_a_line_is_fitted_through_transfers():
 
 
 def test_on_a_gpu_only_windows_of_one_shape_after_its_first_say_what_its_steps_take():
-    long, image = SimpleNamespace(latent=LONG), SimpleNamespace(latent=Thw(1, 32, 32))
+    long, image = SimpleNamespace(shapes=(LONG,)), SimpleNamespace(shapes=(Thw(1, 32, 32),))
     windows = [[long, long], [long, image], [image, image], [long, long], [image]]
 
     def watched(device):
@@ -222,3 +222,12 @@ def test_on_a_gpu_only_windows_of_one_shape_after_its_first_say_what_its_steps_t
 
     assert watched("cuda") == [0, 0, 2, 2, 1]
     assert watched("cpu") == [2, 2, 2, 2, 1]
+
+
+def test_units_with_a_budget_of_tokens_are_predicted_with_as_many_samples_as_fill_them():
+    one, eight = (choice(SpConfig(degree=8, scheme="auto"), global_batch=n) for n in (1, 8))
+    filled = choice(SpConfig(degree=8, scheme="auto"), global_batch=1)
+    filled.unit_tokens = 8 * LONG.volume + 7
+    for auto in (one, eight, filled):
+        auto(LONG)
+    assert filled.predictions[LONG] == eight.predictions[LONG] != one.predictions[LONG]

@@ -435,6 +435,7 @@ def test_on_a_gpu_a_logged_step_has_its_part_of_the_time_that_the_device_took(mo
             "shapes": (Thw(1, 1, 1),),
             "samples": 1,
             "tokens": 1,
+            "budget_tokens": None,
             "flops": 1,
             "epoch": 0,
             "digest": "",

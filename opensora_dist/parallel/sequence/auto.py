@@ -31,7 +31,8 @@ class AutoChoice:
     Args:
         sp: Section ``parallel.sp``; its scheme is not read.
         world: Ranks.
-        global_batch: Samples of a step.
+        global_batch: Units of a step.
+        unit_tokens: Tokens of a unit at most; None where units are single samples.
         accum: Micro-batches of a step.
         recompute: As in ``Workload``.
         element_bytes: As in ``Workload``.
@@ -47,6 +48,7 @@ class AutoChoice:
     element_bytes: int
     cost: Callable[[Thw], SampleCost]
     networks: Mapping[int, Network]
+    unit_tokens: int | None = None
     predictions: dict[Thw, Prediction] = field(default_factory=dict)
     """Of the choices made so far."""
     runners_up: dict[Thw, Prediction | None] = field(default_factory=dict)
@@ -70,10 +72,11 @@ class AutoChoice:
             ConfigError: Nothing fits.
         """
         cost, found, problems = self.cost(grid), [], []
+        of_unit = max(1, (self.unit_tokens or 0) // grid.volume)
         for degree in self._degrees():
             work = Workload(
                 grid=grid,
-                batch=self.global_batch // (self.world // degree * self.accum),
+                batch=self.global_batch // (self.world // degree * self.accum) * of_unit,
                 cost=cost,
                 element_bytes=self.element_bytes,
                 accum=self.accum,
