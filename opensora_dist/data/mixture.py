@@ -33,9 +33,9 @@ def open_data(data: DataConfig, *, max_lost: int = 0) -> Index:
     if not entries:
         if data.path is None:
             raise ConfigError("data.path is not set; make a data set with `opensora-dist data prepare` and pass data.path=FOLDER")
-        entries = (MixtureConfig(path=data.path),)
+        entries = (MixtureConfig(path=data.path, layout=data.layout),)
     names = mixture_names(entries) if len(entries) > 1 else [""]
-    located = [localise(e.path, cache=data.cache, allow_pipe=data.allow_pipe, layout=data.layout) for e in entries]
+    located = [localise(e.path, cache=data.cache, allow_pipe=data.allow_pipe, layout=e.layout) for e in entries]
     sets = [DataSet(at=at, name=name, weight=e.weight) for at, name, e in zip(located, names, entries)]
     if len(sets) == 1:
         return Index.join(sets, max_lost=max_lost)
