@@ -15,7 +15,7 @@ from opensora_dist.core.errors import DataError
 from opensora_dist.core.index import INDEX_NAME, NUMBERS, IndexHeader, SampleShape
 from opensora_dist.data.strings import Strings, StringsOf
 
-_GROUPS_AT_ONCE = 16
+_GROUPS_AT_ONCE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def read_numbers(folder: Path, header: IndexHeader, spec: DatasetSpec, into: Num
             ok_shard = (rows.shard >= 0) & (rows.shard < len(header.shards))
             rules = {"its shape is not listed": ~ok_shape, "its shard is not listed": ~ok_shard}
             if ok_shape.all() and ok_shard.all():
-                counts = frames[rows.shape] + 1
+                counts = frames.take(rows.shape) + 1
                 np.cumsum(counts, out=rows.first_hash)
                 rows.first_hash[:] += first - counts
                 first += int(counts.sum())
@@ -84,7 +84,7 @@ def read_numbers(folder: Path, header: IndexHeader, spec: DatasetSpec, into: Num
                     "it has no text token (an empty caption has one)": rows.text_tokens < 1,
                     "its bytes lie outside its shard": (
                         (np.minimum(rows.latents_offset, rows.text_offset) < 0)
-                        | (ends_of(rows, header.shapes, spec) > shard_bytes[rows.shard])
+                        | (ends_of(rows, header.shapes, spec) > shard_bytes.take(rows.shard))
                     ),
                 }
             for rule, bad in rules.items():
@@ -104,6 +104,6 @@ def ends_of(rows: Numbers, shapes: Sequence[SampleShape], spec: DatasetSpec) -> 
     """Where the last byte of each sample lies in its shard."""
     latents = np.array([s.latents_bytes(spec.channels) for s in shapes])
     per_token = np.array([spec.text_width * np.dtype(s.dtype).itemsize for s in shapes])
-    text_end = rows.text_offset + rows.text_tokens * per_token[rows.shape]
-    ends: NDArray[np.int64] = np.maximum(rows.latents_offset + latents[rows.shape], text_end)
+    text_end = rows.text_offset + rows.text_tokens * per_token.take(rows.shape)
+    ends: NDArray[np.int64] = np.maximum(rows.latents_offset + latents.take(rows.shape), text_end)
     return ends
