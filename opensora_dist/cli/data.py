@@ -85,7 +85,11 @@ def _add_check(actions: Any) -> None:
     )
     check.add_argument("path", metavar="PATH", help="a prepared folder, or as data.path: a URL, or tars that others made")
     check.add_argument(
-        "--config", type=Path, metavar="TRAIN.yaml", help="a training config, whose data section says how PATH is read"
+        "--config",
+        type=Path,
+        metavar="TRAIN.yaml",
+        dest="train_config",
+        help="a training config, whose data section says how PATH is read",
     )
     check.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     check.add_argument("--json", action="store_true", help="print as JSON")
@@ -103,7 +107,7 @@ def _add_stats(actions: Any) -> None:
     stats.add_argument(
         "path", nargs="?", metavar="PATH", help="a prepared folder, or as data.path; default: the data of the config"
     )
-    stats.add_argument("--config", type=Path, metavar="TRAIN.yaml", help="a training config")
+    stats.add_argument("--config", type=Path, metavar="TRAIN.yaml", dest="train_config", help="a training config")
     stats.add_argument(
         "--set", nargs="+", default=[], metavar="section.key=value", dest="overrides", help="of the training config"
     )
@@ -185,7 +189,7 @@ def _run_check(args: argparse.Namespace) -> int:
 
     if args.workers is not None and args.workers < 1:
         raise ConfigError(f"--workers={args.workers} must be at least 1")
-    check = check_data(args.path, config=args.config, workers=args.workers)
+    check = check_data(args.path, config=args.train_config, workers=args.workers)
     if args.json:
         print(json.dumps(asdict(check)))
     else:
@@ -206,7 +210,7 @@ def _run_check(args: argparse.Namespace) -> int:
 def _run_stats(args: argparse.Namespace) -> int:
     from opensora_dist.recipes.data_stats import data_stats, in_words, write_page
 
-    stats, index = data_stats(args.path, config=args.config, overrides=args.overrides)
+    stats, index = data_stats(args.path, config=args.train_config, overrides=args.overrides)
     if args.html is not None:
         write_page(args.html, stats, index)
     print(json.dumps(asdict(stats)) if args.json else "\n".join(in_words(stats)))
