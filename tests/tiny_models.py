@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,8 @@ QWEN_TEMPLATE = (
     "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ content['text'] }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_IMAGE = VOCABULARY.index("<image>")
+_TILES = [[28, 56], [56, 28], [56, 56]]
 _TEXT = {
     "vocab_size": len(VOCABULARY),
     "hidden_size": 16,
@@ -70,14 +73,19 @@ def tokenizer():
     )
 
 
+def _tower():
+    """CLIP's vision tower."""
+    import transformers
+
+    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.CLIPVisionConfig(**layers, image_size=28, patch_size=14)
+
+
 def save_llava(folder: Path, *, template: str | None = LLAVA_TEMPLATE) -> Path:
     """LLaVA-1.5: CLIP's vision tower, 28 x 28 pixels as four patches, and a Llama."""
     transformers = pytest.importorskip("transformers")
-    tower = transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
-    )
     config = transformers.LlavaConfig(
-        vision_config=tower, text_config=transformers.LlamaConfig(**_TEXT), image_token_id=VOCABULARY.index("<image>")
+        vision_config=_tower(), text_config=transformers.LlamaConfig(**_TEXT), image_token_index=_IMAGE
     )
     _save(transformers.LlavaForConditionalGeneration(config), folder)
     images = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
@@ -92,21 +100,77 @@ def save_llava(folder: Path, *, template: str | None = LLAVA_TEMPLATE) -> Path:
     return folder
 
 
+def save_llava_next(folder: Path) -> Path:
+    """LLaVA-NeXT: an image as a whole and as tiles, with a token at the end of each row."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlavaNextConfig(
+        vision_config=_tower(),
+        text_config=transformers.LlamaConfig(**_TEXT),
+        image_grid_pinpoints=_TILES,
+        image_token_index=_IMAGE,
+    )
+    _save(transformers.LlavaNextForConditionalGeneration(config), folder)
+    images = transformers.LlavaNextImageProcessor(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=_TILES
+    )
+    transformers.LlavaNextProcessor(
+        image_processor=images,
+        tokenizer=tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_llava_onevision(folder: Path) -> Path:
+    """LLaVA-OneVision: tiles of a single image, several images as they are, SigLIP's tower and a Qwen2. Parts saved one by one."""
+    transformers = pytest.importorskip("transformers")
+    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = transformers.SiglipVisionConfig(**layers, image_size=28, patch_size=14, vision_use_head=False)
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=tower,
+        text_config=transformers.Qwen2Config(**_TEXT),
+        image_grid_pinpoints=_TILES,
+        image_token_index=_IMAGE,
+        video_token_index=VOCABULARY.index("<video>"),
+    )
+    _save(transformers.LlavaOnevisionForConditionalGeneration(config), folder)
+    images = transformers.LlavaOnevisionImageProcessor(size={"height": 28, "width": 28}, image_grid_pinpoints=_TILES)
+    images.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    options = {"processor_class": "LlavaOnevisionProcessor", "num_image_tokens": 4, "vision_feature_select_strategy": "full"}
+    (folder / "processor_config.json").write_text(json.dumps(options))
+    return folder
+
+
 def save_qwen2_vl(folder: Path, *, template: str | None = QWEN_TEMPLATE) -> Path:
     """Qwen2-VL: images of any size as patches of 14 x 14, merged by fours, and a Qwen2 with positions in three dimensions.
 
     Its parts are saved one by one, as on the hub: the whole processor can't be built without torchvision.
     """
+    vision = {"embed_dim": 16, "hidden_size": 16, "mlp_ratio": 2}
+    return _save_qwen(folder, "Qwen2VL", vision=vision, template=template)
+
+
+def save_qwen2_5_vl(folder: Path) -> Path:
+    """Qwen2.5-VL: the same with attention in windows."""
+    vision = {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 16, "window_size": 56, "fullatt_block_indexes": [1]}
+    return _save_qwen(folder, "Qwen2_5_VL", vision=vision, template=None)
+
+
+def _save_qwen(folder: Path, family: str, *, vision: dict[str, object], template: str | None) -> Path:
     transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen2VLConfig(
+    config = getattr(transformers, f"{family}Config")(
         text_config={**_TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
-        vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14},
+        vision_config={**vision, "depth": 2, "num_heads": 2, "patch_size": 14},
         image_token_id=VOCABULARY.index("<|image_pad|>"),
         video_token_id=VOCABULARY.index("<|video_pad|>"),
         vision_start_token_id=VOCABULARY.index("<|vision_start|>"),
         vision_end_token_id=VOCABULARY.index("<|vision_end|>"),
     )
-    _save(transformers.Qwen2VLForConditionalGeneration(config), folder)
+    _save(getattr(transformers, f"{family}ForConditionalGeneration")(config), folder)
     transformers.Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56).save_pretrained(folder)
     words = tokenizer()
     words.chat_template = template

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tiny_models import save_llava, save_qwen2_vl
+from tiny_models import save_llava, save_llava_next, save_llava_onevision, save_qwen2_5_vl, save_qwen2_vl
 
 from opensora_dist.config.prepare import CaptionConfig
 from opensora_dist.core.errors import ConfigError, WeightsError
@@ -122,6 +122,15 @@ def test_frames_are_chosen_evenly():
     for total in range(1, 40):
         for count in range(1, total + 1):
             assert len(set(chosen(total, count))) == count
+
+
+@pytest.mark.parametrize("save", [save_llava_next, save_llava_onevision, save_qwen2_5_vl], ids=lambda save: save.__name__)
+def test_relatives_of_both_families_take_the_same_path(save, tmp_path):
+    """Batches of unequal numbers of frames; two of the three without a chat template of their own."""
+    path, clips = save(tmp_path), [clip(1), clip(2, frames=2), clip(3, frames=1, height=28, width=28)]
+    together = captioner(path).caption(clips)
+    assert together == [captioner(path, batch=1).caption([one])[0] for one in clips]
+    assert all(answer["short"] for answer in together) and len({answer["short"] for answer in together}) > 1
 
 
 # --- what can't be used
