@@ -25,7 +25,7 @@ _STILL = 0.03  # of the picture's height a second: below it, nothing moves
 _LEAD = 1.5  # how many times the others the strongest movement must be
 _GRID = 8  # pixels between points
 _LEAST_POINTS = 24
-_LEAST_TEXTURE = 2e-4  # smaller eigenvalue of the structure tensor, of grey from 0 to 1: a flat place moves anyhow
+_LEAST_TEXTURE = 5e-5  # smaller eigenvalue of the structure tensor, of grey from 0 to 1: a flat place moves anyhow
 _LEAST_SHARE = 0.5  # of the points that must move as the camera says
 _FIT_PX = 1.0
 
