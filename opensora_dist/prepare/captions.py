@@ -93,7 +93,9 @@ class Captioner:
             content = [*({"type": "image"} for _ in shown), {"type": "text", "text": prompt}]
             chat = [{"role": "user", "content": content}]
             texts.append(self._processor.apply_chat_template(chat, chat_template=self._template, add_generation_prompt=True))
-        inputs = self._processor(text=texts, images=images, padding=True, return_tensors="pt")
+        begin = self._processor.tokenizer.bos_token
+        marked = begin is not None and texts[0].startswith(begin)  # by the template; the tokenizer would do it again
+        inputs = self._processor(text=texts, images=images, padding=True, return_tensors="pt", add_special_tokens=not marked)
         inputs = inputs.to(self._device, dtype=self._dtype)
         # A checkpoint's own sampling settings would be warned about, since greedy decoding has no use for them.
         answers = self._model.generate(

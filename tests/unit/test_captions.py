@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tiny_models import save_llava, save_llava_next, save_llava_onevision, save_qwen2_5_vl, save_qwen2_vl
+from tiny_models import LLAVA_TEMPLATE, save_llava, save_llava_next, save_llava_onevision, save_qwen2_5_vl, save_qwen2_vl
 
 from opensora_dist.config.prepare import CaptionConfig
 from opensora_dist.core.errors import ConfigError, WeightsError
@@ -80,11 +80,7 @@ def test_the_model_sees_the_frames_that_the_config_says(checkpoints, family):
     frames, shown = clip(0, frames=8, height=28, width=28), {}
     for count in (1, 2, 4, 9):
         made = captioner(checkpoints[family], frames=count)
-        seen = []
-        generate = made._model.generate
-        made._model.generate = lambda **given: seen.append(given) or generate(**given)
-        made.caption([frames])
-        shown[count] = int((seen[0]["input_ids"] == made._model.config.image_token_id).sum())
+        shown[count] = int((_asked(made, [frames]) == made._model.config.image_token_id).sum())
     assert [shown[n] / shown[1] for n in (1, 2, 4, 9)] == [1, 2, 4, 8]
 
 
@@ -105,6 +101,26 @@ def test_without_a_chat_template_the_familys_own_form_is_used(checkpoints, famil
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What?"}]}]
     image = {"llava": "<image>\n", "qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>"}[family]
     assert f"{image}{image}What?" in bare._processor.apply_chat_template(chat, chat_template=bare._template)
+
+
+@pytest.mark.parametrize("opening", ["", "<s>"])
+def test_a_prompt_begins_once_whether_template_or_tokenizer_says_so(tmp_path, opening):
+    import tokenizers
+
+    made = captioner(save_llava(tmp_path, template=opening + LLAVA_TEMPLATE))
+    made._processor.tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    assert [(ids == 1).sum().item() for ids in _asked(made, [clip(0), clip(1, frames=1)])] == [1, 1]
+
+
+def _asked(made, clips):
+    """The token ids that the model is given first, one row per clip."""
+    seen = []
+    generate = made._model.generate
+    made._model.generate = lambda **given: seen.append(given) or generate(**given)
+    made.caption(clips)
+    return seen[0]["input_ids"]
 
 
 def test_no_clips_give_no_captions(checkpoints):
