@@ -75,8 +75,8 @@ class Pack:
 
     def join(self, parts_BtsD: Sequence[Tensor]) -> Tensor:
         """The parts' tokens as one sequence."""
-        x_LD: Tensor = _Join.apply(*parts_BtsD)  # type: ignore[no-untyped-call]
-        return x_LD[None, None]
+        x_11LD: Tensor = _Join.apply(*parts_BtsD)  # type: ignore[no-untyped-call]
+        return x_11LD
 
     def split(self, x_11LD: Tensor) -> tuple[Tensor, ...]:
         """Back from ``join``: [B, t, s, D] of each part, views."""
@@ -121,27 +121,26 @@ class Pack:
 
     def _attend_in_place(self, attn: Projections, x_11LD: Tensor, axis: Axis) -> Tensor:
         """Nothing crosses ranks, and every sequence lies in one piece: no token is moved."""
-        shapes = [part.sequences(axis) for part in self.parts]
-        return attn.proj(_attended(attn, x_11LD[0, 0], shapes))[None, None]
+        return attn.proj(_attended(attn, x_11LD, [part.sequences(axis) for part in self.parts]))
 
 
 def _attend_here(attn: Projections, inputs_BtsD: Sequence[Tensor], axis: Axis, parts: Sequence[Part]) -> list[Tensor]:
     """Parts whose sequences are whole on this rank: one projection for all, one attention per shape."""
     in_order = [part.in_order(x, axis) for part, x in zip(parts, inputs_BtsD, strict=True)]
-    x_RD: Tensor = _Join.apply(*in_order)  # type: ignore[no-untyped-call]
-    out_RD = attn.proj(_attended(attn, x_RD, [part.sequences(axis) for part in parts]))
-    rows = torch.split(out_RD, [prod(part.shape) for part in parts])
+    x_11RD: Tensor = _Join.apply(*in_order)  # type: ignore[no-untyped-call]
+    out_11RD = attn.proj(_attended(attn, x_11RD, [part.sequences(axis) for part in parts]))
+    rows = torch.split(out_11RD[0, 0], [prod(part.shape) for part in parts])
     return [part.residual(out, axis) for part, out in zip(parts, rows, strict=True)]
 
 
-def _attended(attn: Projections, x_RD: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-    """The attentions of sequences that lie one after the other, before the last projection: [R, C].
+def _attended(attn: Projections, x_11RD: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """The attentions of sequences that lie one after the other, before the last projection: [1, 1, R, C].
 
     Args:
         shapes: Sequences of a length, [G, l].
     """
     outputs = []
-    qkv_RE = attn.qkv(x_RD)
+    qkv_RE = attn.qkv(x_11RD)[0, 0]
     for (G, length), rows_RE in zip(shapes, torch.split(qkv_RE, [G * length for G, length in shapes]), strict=True):
         q, k, v = rows_RE.view(G, length, 3, attn.heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         outputs.append(attention(q, k, v).transpose(1, 2).flatten(2))
@@ -150,21 +149,20 @@ def _attended(attn: Projections, x_RD: Tensor, shapes: Sequence[tuple[int, int]]
 
 
 class _Join(torch.autograd.Function):
-    """Tensors [..., D] of any strides as one [L, D]: one pass, and in backward none."""
+    """Tensors [..., D] of any strides as one [1, 1, L, D]: one pass, and in backward none."""
 
     @staticmethod
     def forward(ctx: Any, *pieces: Tensor) -> Tensor:
         ctx.shapes = [piece.shape for piece in pieces]
-        dtype = pieces[0].dtype
-        x_LD = pieces[0].new_empty((sum(piece.shape[:-1].numel() for piece in pieces), pieces[0].shape[-1]))
-        for view, piece in zip(_views(x_LD, ctx.shapes), pieces, strict=True):
-            assert piece.dtype == dtype
+        assert len({piece.dtype for piece in pieces}) == 1, [piece.dtype for piece in pieces]
+        x_11LD = pieces[0].new_empty((1, 1, sum(piece.shape[:-1].numel() for piece in pieces), pieces[0].shape[-1]))
+        for view, piece in zip(_views(x_11LD, ctx.shapes), pieces, strict=True):
             view.copy_(piece)
-        return x_LD
+        return x_11LD
 
     @staticmethod
-    def backward(ctx: Any, grad_LD: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_views(grad_LD.contiguous(), ctx.shapes))
+    def backward(ctx: Any, grad_11LD: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_views(grad_11LD.contiguous(), ctx.shapes))
 
 
 class _Split(torch.autograd.Function):
@@ -173,18 +171,18 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_11LD: Tensor, shapes: Sequence[tuple[int, int, int]]) -> tuple[Tensor, ...]:
         ctx.shape = x_11LD.shape
-        return tuple(_views(x_11LD[0, 0], [torch.Size((*shape, x_11LD.shape[-1])) for shape in shapes]))
+        return tuple(_views(x_11LD, [torch.Size((*shape, x_11LD.shape[-1])) for shape in shapes]))
 
     @staticmethod
     def backward(ctx: Any, *grads_BtsD: Tensor) -> tuple[Tensor, None]:
         grad = grads_BtsD[0].new_empty(ctx.shape)
-        for view, piece in zip(_views(grad[0, 0], [g.shape for g in grads_BtsD]), grads_BtsD, strict=True):
+        for view, piece in zip(_views(grad, [g.shape for g in grads_BtsD]), grads_BtsD, strict=True):
             view.copy_(piece)
         return grad, None
 
 
-def _views(x_LD: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    pieces = torch.split(x_LD, [shape[:-1].numel() for shape in shapes])
+def _views(x_11LD: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    pieces = torch.split(x_11LD[0, 0], [shape[:-1].numel() for shape in shapes])
     return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
