@@ -56,6 +56,8 @@ def pack(
     packs = _Packs(num_packs, tokens=tokens, units=units, budget=budget)
     by_size = np.lexsort((units, tokens))[::-1]
     alike = np.maximum(counts // num_packs - 1, 0)  # of a large class all packs get the same, and the rest is dealt out
+    if (size := int((alike * tokens).sum())) > budget:  # more than the packs hold: some of all classes stay
+        alike = alike * budget // size
     packs.give_all(alike)
     left = counts - alike * num_packs
     for c in by_size[left[by_size] > 0].tolist():

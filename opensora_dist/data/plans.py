@@ -18,9 +18,10 @@ from opensora_dist.data.permutation import Merge, seed_of
 from opensora_dist.data.streams import Streams
 
 _FILLS = (0.99, 0.98, 0.97, 0.96, 0.955, 0.95, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
-_TRIAL_STEPS = 8
+_TRIAL_STEPS = 6
 _MAX_LEFT_OUT = 0.001
 _MAX_IMBALANCE = 0.03
+_LEAST_FOR_BALANCE = 0.95  # of the fullest that leaves nothing out: packs are not left emptier only to cost alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,22 +296,22 @@ class PackedPlan:
         b, room = self._buckets, self._packs * self._budget
         tokens, total = self._tokens[b.of_group], int(b.use.sum())
         all_tokens = int((tokens * b.use_of_group).sum())
-        second: int | None = None
-        paces = list(dict.fromkeys(self._pace(fill * room, all_tokens, total) for fill in _FILLS))
-        paces.append((False, self._packs, max(1, total // self._packs)))
-        for number, pace in enumerate(paces):
-            self._set_pace(pace, tokens, all_tokens)
-            quality = self._try()
-            few = sum(quality.left_out[n] * u for n, u in zip(b.names, b.use)) <= _MAX_LEFT_OUT * total
-            if few and quality.imbalance <= _MAX_IMBALANCE:
+        paces = [(self._pace(fill * room, all_tokens, total), fill) for fill in _FILLS]
+        paces.append(((False, self._packs, max(1, total // self._packs)), 0.0))  # as many samples as packs always fit
+        full: tuple[tuple[bool, int, int], float] | None = None
+        for pace, fill in paces:
+            if full is not None and fill < full[1] * _LEAST_FOR_BALANCE:
                 break
-            if few and second is None:
-                second = number
-        else:
-            assert second is not None, "as many samples as packs always fit"
-            self._set_pace(paces[second], tokens, all_tokens)
-            quality = self._try()
-        self._quality = quality
+            self._set_pace(pace, tokens, all_tokens)
+            self._quality = quality = self._try()
+            if sum(quality.left_out[n] * u for n, u in zip(b.names, b.use)) > _MAX_LEFT_OUT * total:
+                continue
+            if quality.imbalance <= _MAX_IMBALANCE:
+                return
+            full = full or (pace, fill)
+        assert full is not None
+        self._set_pace(full[0], tokens, all_tokens)
+        self._quality = self._try()
 
     def _pace(self, step_tokens: float, all_tokens: int, total: int) -> tuple[bool, int, int]:
         """Whether steps are cut by tokens, how many samples or tokens one takes, and how many steps there are."""

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 from dataset_factory import write_dataset
+from index_factory import open_only_index, write_only_index
 
 from opensora_dist.config.train import DataConfig
 from opensora_dist.core.errors import ConfigError, DataError
@@ -92,6 +93,92 @@ def test_a_global_batch_no_bucket_fills_is_refused_with_counts_and_ways_out(inde
         order(index, global_batch=27)
     for part in ("data.global_batch=27", "2x16x24: 26", "4x16x16: 13", "8x16x16: 3", "data.global_batch=26 or less", "buckets"):
         assert part in str(error.value)
+
+
+def each(order, epoch=0):
+    """The batches of an epoch."""
+    return [order.batch(epoch * order.batches_per_epoch + k) for k in range(order.batches_per_epoch)]
+
+
+def test_any_stretch_of_an_epoch_has_all_buckets(index):
+    o = order(index, global_batch=2)
+    buckets = [index.clip_shape(batch.rows[0]) for batch in each(o)]
+    assert len(buckets) == 13 + 6 + 1
+    for start in range(len(buckets) - 5):
+        assert {SMALL, LARGE} <= set(buckets[start : start + 6])
+
+
+def test_batches_of_tokens_have_one_shape_and_as_many_samples_as_fit(index):
+    data = DataConfig(batching="tokens", global_batch=2, unit_tokens=40)
+    o = build_order(index, data, keys=Keys(0))
+    sizes = {SMALL: 40 // (2 * 2 * 3), LARGE: 40 // (4 * 2 * 2), RARE: 40 // (8 * 2 * 2)}
+    seen = Counter()
+    for batch in each(o):
+        (bucket,) = {index.clip_shape(row) for row in batch.rows}
+        assert [len(unit) for unit in batch.units] == [sizes[bucket]] * 2
+        seen.update(batch.rows)
+    assert set(seen.values()) == {1} and len(seen) == 24 + 12 + 2
+    yields = {y.bucket: y for y in o.yields()}
+    assert (yields[SMALL].used_per_epoch, yields[SMALL].steps_per_epoch, yields[SMALL].reason) == (24, 4, "tail of each epoch")
+    assert (yields[LARGE].samples, yields[LARGE].used_per_epoch, yields[RARE].steps_per_epoch) == (13, 12, 1)
+
+
+def test_a_sample_larger_than_a_unit_is_refused_with_the_way_out(index):
+    data = DataConfig(batching="tokens", global_batch=2, unit_tokens=15)
+    with pytest.raises(DataError, match=r"data.unit_tokens=15 is less .* 4x16x16: 16, 8x16x16: 32.* data.unit_tokens=32 or more"):
+        build_order(index, data, keys=Keys(0))
+
+
+def stretch(order, steps):
+    return [row for step in range(steps) for row in order.batch(step).rows]
+
+
+@pytest.fixture(scope="module")
+def stills(tmp_path_factory):
+    return open_only_index([write_only_index(tmp_path_factory.mktemp("stills") / "set", {Thw(1, 16, 16): 120, SMALL: 40})])
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_images_have_the_share_asked_for_and_each_is_seen_as_often_as_any(stills, share):
+    o = build_order(stills, DataConfig(global_batch=2, image_share=share), keys=Keys(0))
+    seen = Counter(stretch(o, 8 * o.batches_per_epoch))
+    images = sum(count for row, count in seen.items() if stills.clip_shape(row).t == 1)
+    assert images / seen.total() == pytest.approx(share, abs=0.02)
+    for bucket in stills.buckets:
+        counts = [seen[row] for row in stills.buckets[bucket]]
+        assert max(counts) - min(counts) <= 1 + 8 * 0.1
+
+
+def test_no_images_are_used_where_none_are_asked_for_and_it_is_said(stills):
+    o = build_order(stills, DataConfig(global_batch=2, image_share=0.0), keys=Keys(0))
+    assert o.dropped == {"1x16x16: data.image_share=0": 120}
+    assert {stills.clip_shape(row) for row in stretch(o, 200)} == {SMALL}
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_samples_are_shuffled_among_so_many_shards_at_a_time(tmp_path, window):
+    index = open_only_index([write_only_index(tmp_path / "set", {SMALL: 100, LARGE: 60}, shard_samples=10)])
+    o = build_order(index, DataConfig(global_batch=5, shuffle_shards=window), keys=Keys(0))
+    orders = []
+    for epoch in range(2):
+        rows = [row for batch in each(o, epoch) for row in batch.rows]
+        assert sorted(rows) == list(range(160))
+        for bucket in (SMALL, LARGE):
+            mine = [row for row in rows if index.clip_shape(row) == bucket]
+            shards = [set(index.shard[mine[i : i + 10 * window]].tolist()) for i in range(0, len(mine), 10 * window)]
+            assert all(len(found) <= window for found in shards)
+            assert mine[:10] != sorted(mine[:10])
+            orders.append(tuple(index.shard[mine].tolist()))
+    assert len(set(orders)) == 4
+
+
+def test_a_later_step_takes_no_longer_than_the_first(tmp_path):
+    """Nothing is made of an epoch: a step far ahead is asked as the first, of an order that was asked nothing before."""
+    index = open_only_index([write_only_index(tmp_path / "set", {SMALL: 300})])
+    for batching, unit in (("samples", None), ("tokens", 40), ("packed", 40)):
+        o = build_order(index, DataConfig(batching=batching, global_batch=4, unit_tokens=unit), keys=Keys(0))
+        far = 10**9 + 1
+        assert o.batch(far).epoch == far // o.batches_per_epoch and len(o.batch(far).units) == 4
 
 
 @pytest.mark.parametrize("data_size, accum", [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2)])
