@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def add_parser(verbs: Any) -> None:
     actions = bench.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_sequence(actions)
     _add_network(actions)
+    _add_data(actions)
 
 
 def _add_sequence(actions: Any) -> None:
@@ -71,6 +73,29 @@ def _add_network(actions: Any) -> None:
     network.add_argument("--out", type=Path, metavar="FILE", help="where to write the measurement, as JSON")
     _add_ranks(network)
     network.set_defaults(run=_run_network)
+
+
+def _add_data(actions: Any) -> None:
+    data = actions.add_parser(
+        "data",
+        help="samples per second of reader and loader, beside plain reads and other packages",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Read samples of 1.1 MB and 3.1 MB, from the page cache and from the disk: plainly, by this project's reader and loader, by\n"
+            "webdataset (alone and through a DataLoader), wids and MosaicML streaming where they are installed. All take turns.\n"
+            "Exits with 1 where a bar is not met.\n\n"
+            "  opensora-dist bench data --out data.json\n"
+            "  opensora-dist bench data --python loaders/bin/python   # another environment has the other packages (docs/reading.md)"
+        ),
+    )
+    data.add_argument("--mib", type=int, default=512, metavar="N", help="size of each data set (default 512)")
+    data.add_argument("--rounds", type=int, default=7, metavar="R", help="passes of each way that count (default 7)")
+    data.add_argument("--batch", type=int, default=8, metavar="B", help="samples of a batch (default 8)")
+    data.add_argument("--threads", type=int, default=2, metavar="T", help="that read; or worker processes of others (default 2)")
+    data.add_argument("--python", metavar="PATH", help="interpreter that has the other packages (default: this one)")
+    data.add_argument("--work", type=Path, metavar="DIR", help="folder on the disk to measure (default: the temporary folder)")
+    data.add_argument("--out", type=Path, metavar="FILE", help="where to write the measurement, as JSON")
+    data.set_defaults(run=_run_data)
 
 
 def _add_ranks(parser: argparse.ArgumentParser) -> None:
@@ -147,3 +172,27 @@ def _run_network(args: argparse.Namespace) -> int:
         out=None,
         timeout_s=args.timeout,
     )
+
+
+def _run_data(args: argparse.Namespace) -> int:
+    from opensora_dist.core.logging import setup_logging
+    from opensora_dist.recipes.bench.data import DataOptions, bench_data
+
+    counts = {"mib": args.mib, "rounds": args.rounds, "batch": args.batch, "threads": args.threads}
+    problems = [f"--{name} must be 1 or more, and is {value}" for name, value in counts.items() if value < 1]
+    if args.work is not None and not args.work.is_dir():
+        problems.append(f"--work {args.work} is no folder; name one on the disk that is to be measured")
+    if args.python is not None and shutil.which(args.python) is None:
+        problems.append(f"--python {args.python} is no program; name an interpreter, as in loaders/bin/python")
+    if problems:
+        raise ConfigError(problems)
+    setup_logging(rank=0, world=1)
+    options = DataOptions(
+        num_bytes=args.mib << 20,
+        rounds=args.rounds,
+        batch=args.batch,
+        threads=args.threads,
+        python=args.python,
+        work=args.work,
+    )
+    return 0 if bench_data(options, out=args.out) else 1

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import xxhash
@@ -27,6 +27,7 @@ _MAX_GAP = 4096
 """Bytes between two arrays that are read rather than jumped over: less than a second call costs."""
 _DISK_BYTES_PER_S = 2e9
 """Slower than this, bytes come from a disk or a network, not from memory."""
+_SAMPLES_AHEAD, _FOLLOWS_BYTES = 2, 1 << 16
 
 
 class _DamagedError(Exception):
@@ -95,6 +96,10 @@ class _Piece:
         return f"{self.name.format(self.parts[i])} at offset {self.offset + i * self.size}"
 
 
+_Place = tuple[int, list[list[_Piece]]]
+"""Shard and runs of a sample."""
+
+
 class ShardReader:
     """Reads samples of one data set. For one thread: it owns its file descriptors and its memory.
 
@@ -107,7 +112,7 @@ class ShardReader:
         self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor, least recently used first
         self._memory = Slot(pinned=False)
         self._gap = memoryview(bytearray(_MAX_GAP))  # takes what lies between two arrays
-        self._ahead = True  # whether the last batch came from a disk: worth telling the system what comes
+        self._from_disk = True  # as far as the last batch tells; in memory, telling what comes would only cost
 
     def read(self, rows: Sequence[int], *, frames: range | None = None) -> list[RawSample]:
         """``try_read`` for callers who need every sample.
@@ -163,19 +168,19 @@ class ShardReader:
         runs = [self._runs(target) for target in targets]
         shards = [int(index.shard[target.row]) for target in targets]
         order = sorted(range(len(targets)), key=lambda i: (shards[i], runs[i][0][0].offset))
-        if self._ahead:
-            for i in order:
-                self._advise(shards[i], runs[i])
+        coming = pairwise((shards[i], runs[i]) for i in order)
         found: list[Damage | None] = [None] * len(targets)
         began, num_bytes = time.perf_counter(), 0
-        for i in order:
+        for nth, i in enumerate(order):
+            if self._from_disk:
+                self._advise(islice(coming, 1 if nth else _SAMPLES_AHEAD))
             num_bytes += len(targets[i].latents) + len(targets[i].text)
             try:
                 for run in runs[i]:
                     self._read_run(shards[i], run)
             except _DamagedError as error:
                 found[i] = Damage(shard=index.shards[shards[i]].name, reason=str(error))
-        self._ahead = num_bytes < _DISK_BYTES_PER_S * (time.perf_counter() - began)
+        self._from_disk = num_bytes < _DISK_BYTES_PER_S * (time.perf_counter() - began)
         return found
 
     def close(self) -> None:
@@ -236,12 +241,19 @@ class ShardReader:
             return done, error
         return done, None
 
-    def _advise(self, shard: int, runs: Sequence[Sequence[_Piece]]) -> None:
-        """Lets the system fetch all of a batch at once: a disk that has one request at a time is mostly idle."""
-        with suppress(OSError):  # a file that isn't there: reading says so
-            fd = self._file(shard)
-            for run in runs:
-                os.posix_fadvise(fd, run[0].offset, run[-1].end - run[0].offset, os.POSIX_FADV_WILLNEED)
+    def _advise(self, coming: Iterable[tuple[_Place, _Place]]) -> None:
+        """Tells the system of samples that are read soon, so that the disk has something to do while others are copied and hashed.
+
+        Args:
+            coming: Each with the sample before it; where it follows that, the system reads ahead by itself, and better.
+        """
+        for (shard_before, before), (shard, runs) in coming:
+            if shard == shard_before and runs[0][0].offset - before[-1][-1].end <= _FOLLOWS_BYTES:
+                continue
+            with suppress(OSError):  # a file that isn't there: reading says so
+                fd = self._file(shard)
+                for run in runs:
+                    os.posix_fadvise(fd, run[0].offset, run[-1].end - run[0].offset, os.POSIX_FADV_WILLNEED)
 
     def _file(self, shard: int) -> int:
         if shard not in self._files:
