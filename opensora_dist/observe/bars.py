@@ -55,7 +55,7 @@ def histogram(
     assert len(edges) == len(kept) + 1, (len(edges), len(kept))
     lost = list(dropped) or [0] * len(kept)
     most = max((k + d for k, d in zip(kept, lost, strict=True)), default=0) or 1
-    low, high = edges[0], edges[-1]
+    low, high = float(edges[0]), float(edges[-1])
 
     def across(value: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * ((value - low) / (high - low) if high > low else 0.5)
@@ -81,7 +81,8 @@ def histogram(
             if bottom > top
         )
         parts.append(f"<g><title>{esc(tip)}</title>{drawn}</g>")
-    for tick in nice_ticks(low, high, count=6):
+    whole = (low + 0.5).is_integer() and (high + 0.5).is_integer()  # bins around whole numbers
+    for tick in (t for t in nice_ticks(low, high, count=6) if not whole or t == int(t)):
         parts.append(
             f'<text class="tick" x="{across(tick):.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{format_tick(tick)}</text>'
         )

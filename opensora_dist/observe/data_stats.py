@@ -125,7 +125,7 @@ class TrainingStats:
         steps_per_epoch: Optimizer steps.
         left_out: Bucket and reason to samples that an epoch leaves out.
         efficiency: Share of the budget of tokens that is used; None where there is no budget.
-        imbalance: How much more than the mean the busiest of the ranks has to compute, on average over steps; None where all have one shape.
+        imbalance: How much more than the mean the costliest pack of a step costs; None where there are none.
         problem: Why it can't train at all.
     """
 

@@ -83,7 +83,7 @@ th { position: sticky; top: 0; background: var(--card); color: var(--dim); font-
   white-space: nowrap; }
 th, td { padding: 8px 14px; border-bottom: 1px solid var(--line); vertical-align: top; }
 tr:last-child td { border-bottom: 0; }
-td.num { font-variant-numeric: tabular-nums; } td.value { min-width: 84px; } td.name { color: var(--dim); white-space: nowrap;
+td.num { font-variant-numeric: tabular-nums; } td.value { min-width: 7.5em; } td.name { color: var(--dim); white-space: nowrap;
   } td.value { overflow-wrap: anywhere; }
 .yes { color: #16803c; font-weight: 600; } .no { color: var(--bad); font-weight: 600; }
 @media (prefers-color-scheme: dark) { .yes { color: #6fd28c; } }
@@ -101,6 +101,7 @@ pre .k { color: var(--accent); } pre .c { color: var(--dim); }
   font-size: 14px; }
 footer { margin-top: 48px; color: var(--dim); font-size: 13px; }
 @media (max-width: 700px) {
+  .legend { position: static; } .legend .key:first-child { margin-left: 0; }
   .bars li { grid-template-columns: minmax(0, 1fr) 80px; } .bars .track { grid-row: 2; grid-column: 1 / -1; } figure.wide { overflow-x: auto; } figure.wide svg { width: 820px; } }
 @media print { body { background: #fff; } details { break-inside: avoid; } }
 """

@@ -95,7 +95,7 @@ def _buckets(stats: DataStats) -> str:
         Bar(
             label=bucket.bucket,
             value=bucket.samples,
-            note=f"{bucket.seconds:.3g} s, latents {bucket.latent}, {bucket.text_tokens:.1f} text tokens"
+            note=f"{f'{bucket.seconds:.3g} s' if bucket.seconds else 'images'}, latents {bucket.latent}, {bucket.text_tokens:.1f} text tokens"
             + (f", {bucket.model_tokens:,} model tokens" if bucket.model_tokens else ""),
         )
         for bucket in stats.buckets
@@ -122,7 +122,7 @@ def _training(training: TrainingStats | None) -> str:
     if training.efficiency is not None:
         tiles.append(tile("Tokens of the budget used", f"{100 * training.efficiency:.1f}%"))
     if training.imbalance is not None:
-        tiles.append(tile("Imbalance", f"{100 * training.imbalance:.1f}%", "the busiest rank above the mean"))
+        tiles.append(tile("Imbalance", f"{100 * training.imbalance:.1f}%", "of the costliest pack above the mean"))
     shown = f'<section class="tiles">{"".join(tiles)}</section><h3></h3>' if tiles else ""
     left = [Bar(label=what, value=count, bad=True) for what, count in training.left_out.items()]
     rest = f"<h3>Left out of each epoch</h3>{bar_list(left)}" if left else ""
@@ -150,7 +150,7 @@ def _distributions(title: str, distributions: Sequence[Distribution], note: str)
     charts = []
     for d in distributions:
         below = f"{d.lowest:.4g} to {d.highest:.4g}, median {d.median:.4g}" + (
-            f"; of {d.unknown:,} not known" if d.unknown else ""
+            f"; not known of {d.unknown:,}" if d.unknown else ""
         )
         charts.append(histogram(d.name, edges=d.edges, kept=d.kept, dropped=d.dropped, unit=d.unit, note=below))
     return f'<h2>{esc(title)}</h2><section class="charts">{"".join(charts)}</section><p class="note">{esc(note)}</p>'

@@ -32,7 +32,8 @@ _SAMPLES = 24
 _REASONS = 12
 _PER_REASON = 4
 _FRAMES = 4
-_STRIP_HEIGHT = 120
+_SHEET_WIDTH = 480
+_GAP = 2
 _MAX_WIDTH = 640
 
 
@@ -52,7 +53,7 @@ def sample_pictures(index: Index) -> list[Picture]:
         frames = _decoded(index, row, codec) if codec is not None else _peek(videos, index.source(row), None, None)
         if frames:
             note = f"{index.clip_shape(row)} · {index.text_tokens[row]} tokens · {index.source(row)}"
-            pictures.append(Picture(jpeg=_strip(frames), title=index.caption(row) or "(empty caption)", note=note))
+            pictures.append(Picture(jpeg=_sheet(frames), title=index.caption(row) or "(empty caption)", note=note))
     return pictures
 
 
@@ -79,7 +80,7 @@ def dropped_pictures(folder: Path, drops: Sequence[DropReason]) -> dict[str, lis
             frames = _peek(videos, row["path"], row["start_s"], row["end_s"])
             if frames:
                 where = f"{row['path']}" + (f" from {row['start_s']:.2f} s" if row["start_s"] else "")
-                pictures.append(Picture(jpeg=_strip(frames), title=row["reason"] or "", note=where))
+                pictures.append(Picture(jpeg=_sheet(frames), title=row["reason"] or "", note=where))
         if pictures:
             found[drop.reason] = pictures
     return found
@@ -119,16 +120,16 @@ def _peek(videos: Path | None, name: str, start_s: float | None, end_s: float | 
         return []
 
 
-def _strip(frames: Sequence[NDArray[np.uint8]]) -> bytes:
-    """Frames side by side, as a JPEG; one frame is as large as four, since there is room."""
-    height = _STRIP_HEIGHT * (2 if len(frames) == 1 else 1)
-    images = [Image.fromarray(frame) for frame in frames]
-    widths = [max(1, round(image.width * height / image.height)) for image in images]
-    strip = Image.new("RGB", (sum(widths) + 2 * (len(images) - 1), height))
-    left = 0
-    for image, width in zip(images, widths, strict=True):
-        strip.paste(image.resize((width, height), Image.Resampling.LANCZOS), (left, 0))
-        left += width + 2
+def _sheet(frames: Sequence[NDArray[np.uint8]]) -> bytes:
+    """Frames as one JPEG: wide ones in two columns, tall ones side by side, one by itself."""
+    columns = min(len(frames), 2 if frames[0].shape[1] >= frames[0].shape[0] else _FRAMES)
+    width = (_SHEET_WIDTH - _GAP * (columns - 1)) // columns
+    height = max(1, round(width * frames[0].shape[0] / frames[0].shape[1]))
+    rows = -(-len(frames) // columns)
+    sheet = Image.new("RGB", (_SHEET_WIDTH, rows * height + _GAP * (rows - 1)))
+    for i, frame in enumerate(frames):
+        image = Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS)
+        sheet.paste(image, (i % columns * (width + _GAP), i // columns * (height + _GAP)))
     buffer = io.BytesIO()
-    strip.save(buffer, "JPEG", quality=80)
+    sheet.save(buffer, "JPEG", quality=80)
     return buffer.getvalue()

@@ -122,7 +122,7 @@ def _training(index: Index, model: VideoTransformer, data: DataConfig, *, seed: 
         problem = "; ".join(error.problems) if isinstance(error, ConfigError) else str(error)
         nothing = tuple(
             BucketTraining(bucket=str(bucket), samples=len(rows), used=0, steps=0, reason="see above")
-            for bucket, rows in index.buckets.items()
+            for bucket, rows in sorted(index.buckets.items(), key=lambda item: -len(item[1]))
         )
         return TrainingStats(config=config, batch=batch, steps_per_epoch=0, buckets=nothing, left_out={}, problem=problem)
     quality = order.packing
@@ -134,7 +134,7 @@ def _training(index: Index, model: VideoTransformer, data: DataConfig, *, seed: 
             BucketTraining(
                 bucket=str(y.bucket), samples=y.samples, used=y.used_per_epoch, steps=y.steps_per_epoch, reason=y.reason
             )
-            for y in order.yields()
+            for y in sorted(order.yields(), key=lambda y: -y.samples)
         ),
         left_out=dict(order.dropped),
         efficiency=_fill(order, index, data, model) if quality is None else quality.fill,
@@ -153,7 +153,8 @@ def _fill(order: Order, index: Index, data: DataConfig, model: VideoTransformer)
 def _clips(index: Index) -> pa.Table | None:
     """The record of every clip that the preparation looked at, of all the data sets that have one."""
     paths = [one.folder / CLIPS_NAME for one in index.sets]
-    tables = [pq.read_table(path) for path in paths if path.is_file()]
+    columns = ["path", "kept", "stage", "reason", *_SCORES, *_CLASSES]
+    tables = [pq.read_table(path, columns=columns) for path in paths if path.is_file()]
     return pa.concat_tables(tables) if tables else None
 
 
@@ -237,5 +238,5 @@ def _training_in_words(training: TrainingStats) -> list[str]:
     if training.efficiency is not None:
         lines.append(f"  {100 * training.efficiency:.1f}% of the budget of tokens is used")
     if training.imbalance is not None:
-        lines.append(f"  the costliest unit of a step costs {100 * training.imbalance:.1f}% more than the mean")
+        lines.append(f"  the costliest pack of a step costs {100 * training.imbalance:.1f}% more than the mean")
     return lines
