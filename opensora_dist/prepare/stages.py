@@ -17,7 +17,7 @@ from typing import Any
 from opensora_dist.config.prepare import FilterConfig, PrepareConfig
 from opensora_dist.core.errors import DataError
 from opensora_dist.core.types import Thw
-from opensora_dist.core.video import Frames, iter_frames
+from opensora_dist.core.video import Frames, evenly_spaced, iter_frames
 from opensora_dist.prepare.clips import Cut, cut_clips
 from opensora_dist.prepare.probe import Probe, probe_source
 from opensora_dist.prepare.shards import sample_key
@@ -360,7 +360,7 @@ def measure(frames: Frames, names: frozenset[str], config: PrepareConfig, probe:
 
     scores: dict[str, Any] = {}
     if "duplicates" in names:
-        scores["duplicates"] = phash(frames)
+        scores["duplicates"] = phash(evenly_spaced(frames, config.scores.frames))
     if rest := names - {"duplicates"}:
         scores |= score_frames(frames, fps=config.clip.fps, names=rest, source=probe, looks=config.scores.frames)
     return scores

@@ -1,0 +1,382 @@
+"""What a changed config, a second process or a killed one reruns, and what comes out then."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from opensora_dist.codecs.registry import build_codec, build_text_encoder
+from opensora_dist.config.prepare import PrepareConfig
+from opensora_dist.core.errors import ConfigError, DataError
+from opensora_dist.core.index import read_header, read_rows
+from opensora_dist.core.video import Frames, read_video, write_video
+from opensora_dist.prepare import captions, output, resume
+from opensora_dist.prepare.pipeline import prepare, prepare_part
+from opensora_dist.prepare.report import PrepareReport
+from opensora_dist.recipes.prepare import build_networks
+
+CPU = torch.device("cpu")
+
+
+def moving(path: Path, *, frames: int = 8, level: int = 100, step: int = 1, seed: int = 0) -> None:
+    """A textured video that moves ``step`` pixels a frame to the right."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texture = np.random.default_rng(seed).integers(0, 60, (8, 8, 1), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    clip = np.stack([np.roll(texture, step * i, axis=1) for i in range(frames)]).repeat(3, -1) + np.uint8(level)
+    write_video(path, clip, fps=8)
+    path.with_suffix(".txt").write_text(f"a clip, {path.stem}")
+
+
+def settings(source: Path, out: Path, **sections: Any) -> PrepareConfig:
+    """Four frames of 16x16, three samples a shard, and what a test changes."""
+    plain: dict[str, Any] = {
+        "input": {"path": str(source)},
+        "output": {"path": str(out), "shard_samples": 3},
+        "clip": {"fps": 8, "buckets": ((4, 16, 16),)},
+        "codec": {"name": "dct", "channels": 4},
+        "text": {"name": "hash", "width": 8, "max_tokens": 12},
+        "device": "cpu",
+    }
+    for name, value in sections.items():
+        plain[name] = plain[name] | value if isinstance(value, dict) and name in plain else value
+    return PrepareConfig.model_validate(plain)
+
+
+def run(config: PrepareConfig) -> PrepareReport:
+    codec, text, device = build_networks(config)
+    return prepare(config, codec=codec, text=text, device=device)
+
+
+def calls(report: PrepareReport) -> dict[str, int]:
+    return {stage: int(said["calls"]) for stage, said in report.stages.items() if said["calls"]}
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file of a data set but its report, which tells how long it took."""
+    return {p.name: p.read_bytes() for p in out.iterdir() if p.is_file() and p.name != "report.json"}
+
+
+def clips_of(out: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(out / "clips.parquet").to_pylist()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten videos from dark to bright; the last two look like the first."""
+    folder = tmp_path_factory.mktemp("source")
+    for i in range(8):
+        moving(folder / f"{i}.mp4", level=20 * i, seed=i)
+    for i in (8, 9):
+        moving(folder / f"{i}.mp4", level=0, seed=0)
+    return folder
+
+
+# What a changed config reruns
+
+
+def test_another_threshold_decodes_scores_and_encodes_only_what_no_clip_was_known_for(source: Path, tmp_path: Path) -> None:
+    strict, loose = ({"filter": {"brightness": (least, None)}} for least in (80, 40))
+    first = run(settings(source, tmp_path / "a", **strict))
+    assert calls(first) == {"probe": 10, "cut": 10, "score": 10, "encode": 2 * first.samples}
+    assert 0 < first.samples < 8
+    before = contents(tmp_path / "a")
+
+    second = run(settings(source, tmp_path / "a", **loose))
+    new = second.samples - first.samples
+    assert new > 0
+    assert set(calls(second)) == {"cut", "encode"}  # the frames of clips that are kept now, and nothing else
+    assert calls(second)["cut"] == new
+    assert calls(second)["encode"] == 2 * new
+
+    third = run(settings(source, tmp_path / "a", **strict))
+    assert calls(third) == {}
+    assert contents(tmp_path / "a") == before
+    fourth = run(settings(source, tmp_path / "a", **loose))
+    assert calls(fourth) == {}  # what the stricter set left out was put aside
+    run(settings(source, tmp_path / "b", **loose))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_another_score_is_measured_alone_and_encodes_nothing(source: Path, tmp_path: Path) -> None:
+    run(settings(source, tmp_path, scores={"also": ("brightness",)}))
+    report = run(settings(source, tmp_path, scores={"also": ("brightness", "sharpness")}))
+    assert calls(report) == {"cut": 10, "score": 10}
+    assert all(row["brightness"] is not None and row["sharpness"] is not None for row in clips_of(tmp_path))
+
+
+class CountingCaptioner:
+    """Says the prompt and how bright the clip is."""
+
+    asked = 0
+
+    def __init__(self, config: Any, *, device: torch.device) -> None:
+        self.config = config
+
+    def caption(self, clips: Sequence[Frames]) -> list[dict[str, str]]:
+        type(self).asked += len(clips)
+        return [{form: f"{prompt} {clip.mean():.0f}" for form, prompt in self.config.prompts.items()} for clip in clips]
+
+
+def test_other_prompts_rerun_captions_and_text_but_neither_scores_nor_latents(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captions, "Captioner", CountingCaptioner)
+
+    def config(prompt: str, **caption: Any) -> PrepareConfig:
+        said = {"model": "a-model", "keep_existing": False, "prompts": {"descriptive": prompt}} | caption
+        return settings(source, tmp_path, scores={"also": ("brightness",)}, caption=said)
+
+    first = run(config("one"))
+    assert calls(first) == {"probe": 10, "cut": 10, "score": 10, "caption": 10, "encode": 20}
+    latents = {row.key: row.latents_frame_xxh3 for row in read_rows(tmp_path)}
+    second = run(config("two"))
+    assert calls(second) == {"cut": 10, "caption": 10, "encode": 10}  # text alone
+    assert {row.key: row.latents_frame_xxh3 for row in read_rows(tmp_path)} == latents
+    assert all(row.caption.startswith("two ") for row in read_rows(tmp_path))
+    asked = CountingCaptioner.asked
+    third = run(config("two", keep_existing=True))
+    assert CountingCaptioner.asked == asked
+    assert calls(third) == {"cut": 10, "encode": 10}
+    assert all(row.caption.startswith("a clip, ") for row in read_rows(tmp_path))
+
+
+def test_appended_scores_and_cleaning_change_text_alone(source: Path, tmp_path: Path) -> None:
+    run(settings(source, tmp_path, scores={"also": ("motion",)}))
+    report = run(settings(source, tmp_path, caption={"append": ("motion",)}))
+    assert calls(report) == {"cut": 10, "encode": 10}
+    assert all("motion score: " in row.caption for row in read_rows(tmp_path))
+
+
+# What comes out
+
+
+def test_of_clips_that_look_alike_the_first_is_kept_whatever_the_workers(source: Path, tmp_path: Path) -> None:
+    for workers in (1, 2):
+        report = run(settings(source, tmp_path / str(workers), filter={"duplicates": 2}, workers=workers))
+        assert list(report.reasons) == ["duplicates"]
+        assert {drop.source for drop in report.dropped} == {"8.mp4", "9.mp4"}
+        assert all("near-duplicate: looks like 0-" in drop.reason for drop in report.dropped)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_every_window_of_a_video_is_a_sample_known_by_where_it_is(tmp_path: Path) -> None:
+    moving(tmp_path / "in" / "a.mp4", frames=23, seed=1)
+    moving(tmp_path / "in" / "c.mp4", frames=9, seed=2)
+    every = {"shots": {"windows": "all"}}
+    report = run(settings(tmp_path / "in", tmp_path / "out", **every))
+    assert report.samples == report.clips == 5 + 2
+    rows = {row["key"]: row for row in clips_of(tmp_path / "out")}
+    assert sorted((r["path"], r["start_s"]) for r in rows.values()) == [
+        *(("a.mp4", i / 2) for i in range(5)),
+        *(("c.mp4", i / 2) for i in range(2)),
+    ]
+    assert {row.key for row in read_rows(tmp_path / "out")} == set(rows)
+    moving(tmp_path / "in" / "b.mp4", frames=4, seed=3)
+    again = run(settings(tmp_path / "in", tmp_path / "out", **every, workers=2))
+    assert calls(again) == {"probe": 1, "cut": 1, "encode": 2}
+    assert set(rows) < {row.key for row in read_rows(tmp_path / "out")}
+
+
+def test_a_table_tells_of_every_clip_what_is_known(source: Path, tmp_path: Path) -> None:
+    also = ("brightness", "static", "sharpness", "motion", "camera", "compression", "duplicates")
+    broken = tmp_path / "in"
+    broken.mkdir()
+    for path in source.iterdir():
+        os.link(path, broken / path.name)
+    (broken / "broken.mp4").write_bytes(b"no video at all")
+    (broken / "broken.txt").write_text("bad")
+    (broken / "silent.mp4").write_bytes((source / "0.mp4").read_bytes())
+    report = run(settings(broken, tmp_path / "out", filter={"brightness": (80, None)}, scores={"also": also}))
+    rows = clips_of(tmp_path / "out")
+    assert len(rows) == 12
+    assert sum(row["kept"] for row in rows) == report.samples
+    for row in rows:
+        assert row["kept"] == (row["reason"] is None)
+        if row["path"] == "broken.mp4":
+            assert (row["stage"], row["num_frames"]) == ("cut", 0)
+        elif row["path"] == "silent.mp4":
+            assert (row["stage"], row["text"]) == ("caption", None)
+        else:
+            assert (row["num_frames"], row["height"], row["width"], row["resolution"]) == (4, 64, 64, 4096)
+            assert row["kept"] == (row["brightness"] >= 80)
+            assert None not in (row["flow"], row["cmotion"], row["phash"], row["compression"], row["aspect_ratio"])
+    assert set(report.reasons) == {"cut", "filter", "caption"}
+    assert sum(sum(reasons.values()) for reasons in report.reasons.values()) == report.num_dropped == 12 - report.samples
+
+
+def test_images_in_a_tar_are_samples_of_one_frame(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    with tarfile.open(folder / "images.tar", "w") as tar:
+        for i in range(5):
+            Image.fromarray(np.full((40, 40, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
+            (tmp_path / f"{i}.txt").write_text(f"grey {i}")
+            tar.add(tmp_path / f"{i}.png", f"{i}.png")
+            tar.add(tmp_path / f"{i}.txt", f"{i}.txt")
+    clip = {"buckets": ((1, 16, 16), (4, 16, 16))}
+    scores = {"also": ("brightness", "motion", "duplicates")}
+    report = run(settings(folder, tmp_path / "out", clip=clip, scores=scores, workers=2))
+    assert report.buckets == {"1x16x16": 5, "4x16x16": 0}
+    assert [row["flow"] for row in clips_of(tmp_path / "out")] == [None] * 5
+
+
+def test_kept_clips_are_saved_as_video_and_a_lost_one_is_written_again(source: Path, tmp_path: Path) -> None:
+    config = settings(source, tmp_path / "out", clip={"save": str(tmp_path / "clips")}, filter={"brightness": (80, None)})
+    report = run(config)
+    saved = sorted((tmp_path / "clips").glob("*.mp4"))
+    assert len(saved) == report.samples
+    assert read_video(saved[0])[0].shape == (4, 16, 16, 3)
+    with open(tmp_path / "clips" / "metadata.csv", newline="") as handle:
+        table = list(csv.DictReader(handle))
+    assert {row["path"] for row in table} == {path.name for path in saved}
+    assert all(row["text"].startswith("a clip, ") for row in table)
+    was = saved[1].read_bytes()
+    saved[1].unlink()
+    again = run(config)
+    assert saved[1].read_bytes() == was
+    assert calls(again) == {"cut": 1, "encode": 1}  # the one that is saved
+
+
+# One data set in another's place
+
+
+def test_the_old_data_set_is_whole_until_the_new_index_is_there(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(settings(source, tmp_path, filter={"brightness": (80, None)}))
+    old = contents(tmp_path)
+    write_index, seen = output.write_index, []
+
+    def watched(folder: Path, **parts: Any) -> Path:
+        seen.append({path.name for path in folder.glob("*.tar")})
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        return write_index(folder, **parts)
+
+    monkeypatch.setattr(output, "write_index", watched)
+    for _ in range(1):
+        with pytest.raises(KeyboardInterrupt):
+            run(settings(source, tmp_path, filter={"brightness": (40, None)}))
+    for name in ("index.parquet", *(shard.name for shard in read_header(tmp_path).shards)):
+        assert (tmp_path / name).read_bytes() == old[name]  # readers of the old index lack nothing
+    run(settings(source, tmp_path, filter={"brightness": (40, None)}))
+    new = {shard.name for shard in read_header(tmp_path).shards}
+    assert seen[1] >= new | {name for name in old if name.endswith(".tar")}  # both were there as the index changed
+    assert {path.name for path in tmp_path.glob("*.tar")} == new
+    assert not [p for p in (tmp_path / ".prepare" / "shards").iterdir() if p.name.removesuffix(".json") not in new]
+
+
+def test_disk_holds_no_array_that_neither_shards_nor_thresholds_could_ask_for(source: Path, tmp_path: Path) -> None:
+    run(settings(source, tmp_path))
+    assert not list(tmp_path.rglob("*.safetensors"))
+    report = run(settings(source, tmp_path, filter={"brightness": (80, None)}))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2 * (10 - report.samples)  # put aside
+    run(settings(source, tmp_path, filter={"brightness": (80, None)}, codec={"channels": 6}))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 10 - report.samples  # text vectors; the latents were of another codec
+
+
+# Parts
+
+
+def test_parts_are_numbered_from_one() -> None:
+    config = PrepareConfig()
+    with pytest.raises(ConfigError, match="from 1 to 4"):
+        prepare_part(
+            config, part=(5, 4), codec=build_codec(config.codec, device=CPU), text=build_text_encoder(config.text, device=CPU)
+        )
+
+
+def test_parts_share_a_folder_but_not_with_a_whole_preparation(source: Path, tmp_path: Path) -> None:
+    config = settings(source, tmp_path)
+    codec, text, _ = build_networks(config)
+    with resume.shared(tmp_path, (1, 2)):
+        assert prepare_part(config, part=(2, 2), codec=codec, text=text).sources > 0
+        with pytest.raises(DataError, match="another process"):
+            prepare_part(config, part=(1, 2), codec=codec, text=text)
+        with pytest.raises(DataError, match="another process"):
+            run(config)
+    with resume.exclusive(tmp_path), pytest.raises(DataError, match="another process"):
+        prepare_part(config, part=(1, 2), codec=codec, text=text)
+
+
+def test_duplicates_across_parts_take_a_second_round(source: Path, tmp_path: Path) -> None:
+    config = settings(source, tmp_path / "parts", filter={"duplicates": 2})
+    codec, text, _ = build_networks(config)
+    parts = [(1, 2), (2, 2)]
+    assert [prepare_part(config, part=part, codec=codec, text=text).waits for part in parts] == [True, False]
+    assert [prepare_part(config, part=part, codec=codec, text=text).waits for part in parts] == [False, False]
+    report = run(config)
+    assert calls(report) == {}
+    run(settings(source, tmp_path / "straight", filter={"duplicates": 2}))
+    assert contents(tmp_path / "parts") == contents(tmp_path / "straight")
+
+
+_PART = """
+import os, signal, sys
+import opensora_dist.prepare.run as run
+from opensora_dist.config.prepare import PrepareConfig
+from opensora_dist.prepare.pipeline import prepare_part
+from opensora_dist.recipes.prepare import build_networks
+run._LOT_SOURCES["video"] = 2
+config = PrepareConfig.model_validate_json(sys.argv[1])
+codec, text, device = build_networks(config)
+kill = lambda progress: progress.done == int(sys.argv[3]) and os.kill(os.getpid(), signal.SIGKILL)
+prepare_part(config, part=(int(sys.argv[2]), 4), codec=codec, text=text, device=device, on_progress=kill)
+"""
+
+
+def test_four_parts_at_once_one_of_them_killed_make_the_shards_of_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opensora_dist.prepare import run as run_module
+
+    monkeypatch.setitem(run_module._LOT_SOURCES, "video", 2)
+    for i in range(16):
+        moving(tmp_path / "in" / f"{i:02d}.mp4", frames=9, level=10 * i, seed=i)
+    config = settings(tmp_path / "in", tmp_path / "parts", shots={"windows": "all"})
+    command = [sys.executable, "-c", _PART, config.model_dump_json()]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    jobs = [subprocess.Popen([*command, str(k), "3" if k == 2 else "-1"], env=env) for k in (1, 2, 3, 4)]
+    deadline = time.monotonic() + 120
+    assert [job.wait(max(0.0, deadline - time.monotonic())) for job in jobs] == [0, -signal.SIGKILL, 0, 0]
+    assert not (tmp_path / "parts" / "index.parquet").exists()
+    report = run(config)
+    assert 0 < calls(report)["encode"] <= 2 * 4  # what the killed one had in hand, and had not begun
+    run(settings(tmp_path / "in", tmp_path / "straight", shots={"windows": "all"}))
+    assert contents(tmp_path / "parts") == contents(tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_ray_makes_the_shards_of_one_process(source: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from opensora_dist.config.prepare import PrepareConfig\n"
+        "from opensora_dist.prepare.pipeline import prepare\n"
+        "from opensora_dist.recipes.prepare import build_networks\n"
+        "config = PrepareConfig.model_validate_json(sys.argv[1])\n"
+        "codec, text, device = build_networks(config)\n"
+        "report = prepare(config, codec=codec, text=text, device=device, build=build_networks)\n"
+        "assert not sum(said['calls'] for said in report.stages.values()), report.stages\n"  # all was done by actors
+    )
+    config = settings(source, tmp_path / "ray", executor="ray", workers=2, filter={"duplicates": 2})
+    pytest.importorskip("ray")
+    done = subprocess.run([sys.executable, "-c", script, config.model_dump_json()], timeout=240, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run(settings(source, tmp_path / "straight", filter={"duplicates": 2}))
+    assert contents(tmp_path / "ray") == contents(tmp_path / "straight")
