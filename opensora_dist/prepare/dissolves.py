@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,7 +82,8 @@ def _blend_fit(x_TD: NDArray[np.float32], length: int) -> tuple[NDArray[np.float
     z_TD = x_TD - x_TD.mean(axis=1, keepdims=True)
 
     def dot(y_TD: NDArray[np.float32], i: int, j: int) -> NDArray[np.floating]:
-        return np.einsum("td,td->t", y_TD[i : i + count], y_TD[j : j + count], dtype=np.float64)
+        products: NDArray[np.floating] = np.einsum("td,td->t", y_TD[i : i + count], y_TD[j : j + count], dtype=np.float64)
+        return products
 
     aa, bb, ab = dot(x_TD, 0, 0), dot(x_TD, length, length), dot(x_TD, 0, length)
     apart = np.maximum(aa + bb - 2 * ab, 1e-6)
@@ -116,7 +118,7 @@ def _is_moved(thumbs_TD: NDArray[np.uint8], window: _Window) -> bool:
     margin_h, margin_w = THUMB_H // 5, THUMB_W // 5
     places = [window.start + round(window.length * j / 4) for j in range(5)]
     left = []
-    for a, b in zip(places, places[1:]):  # noqa: B905 - pairs
+    for a, b in pairwise(places):
         inner = thumbs_TD[a].reshape(THUMB_H, THUMB_W)[margin_h:-margin_h, margin_w:-margin_w]
         match = cv2.matchTemplate(thumbs_TD[b].reshape(THUMB_H, THUMB_W), np.ascontiguousarray(inner), cv2.TM_CCOEFF_NORMED)
         left.append((1.02 - float(match.max())) / (1.02 - float(match[margin_h, margin_w])))

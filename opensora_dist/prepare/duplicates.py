@@ -127,7 +127,7 @@ def _plan(num_table: int, max_bits: int) -> list[_Part]:
     """
 
     def cost(parts: list[_Part]) -> float:
-        return sum(part.lookups * (4 + num_table / 2**part.bits) for part in parts)
+        return sum(part.lookups * (4.0 + num_table / (1 << part.bits)) for part in parts)
 
     plans = []
     for count in range(_LEAST_PARTS, _BITS + 1):
@@ -189,4 +189,5 @@ def _ones(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = values - ((values >> np.uint64(1)) & np.uint64(0x5555555555555555))
     x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
     x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return (x * np.uint64(0x0101010101010101)) >> np.uint64(56)
+    ones: NDArray[np.uint64] = (x * np.uint64(0x0101010101010101)) >> np.uint64(56)
+    return ones

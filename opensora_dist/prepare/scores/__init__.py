@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from opensora_dist.config.prepare import ScoresConfig
 from opensora_dist.core.video import Frames
 from opensora_dist.prepare.probe import Probe
 from opensora_dist.prepare.scores.brightness import brightness
@@ -48,7 +47,7 @@ def score_frames(
     fps: float,
     names: Collection[str],
     source: Probe,
-    looks: int = ScoresConfig().frames,
+    looks: int,
 ) -> dict[str, float | str | None]:
     """The scores of these names; the same frames give the same bits, whatever else is asked for. OpenCV's threads are the caller's.
 

@@ -58,7 +58,7 @@ class View:
 
         assert self.pairs, "an image has no flow"
         flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        found = np.stack([np.asarray(flow.calc(a, b, None), dtype=np.float32) for a, b in self.small_pairs])  # type: ignore[call-overload]
+        found = np.stack([np.asarray(flow.calc(a, b, None), dtype=np.float32) for a, b in self.small_pairs])
         return found * np.float32(MOTION_H / found.shape[1])
 
 
