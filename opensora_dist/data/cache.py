@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import time
 import uuid
@@ -64,7 +65,6 @@ class ShardCache:
         self._max_bytes = max_bytes
         self._patience = patience
         self._told_small = False
-        root.mkdir(parents=True, exist_ok=True)
 
     def has(self, wanted: Wanted) -> bool:
         """Whether a file is here, by name and size."""
@@ -82,13 +82,21 @@ class ShardCache:
         Raises:
             FetchError: It can't be had; says from where, how often it was tried and the way out.
         """
-        if (fd := self._take(wanted)) is not None:
-            return fd
-        wanted.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._turn(wanted, stopped):
-            if (fd := self._take(wanted)) is None:
-                self._fetch(wanted, stopped)
-                fd = self._take(wanted)
+        try:
+            if (fd := self._take(wanted)) is not None:
+                return fd
+            make_folder(wanted.path.parent)
+            with self._turn(wanted, stopped):
+                if (fd := self._take(wanted)) is None:
+                    self._fetch(wanted, stopped)
+                    fd = self._take(wanted)
+        except FetchError:
+            raise
+        except OSError as error:
+            raise FetchError(
+                f"{wanted.shown}: can't be kept in {wanted.path.parent} ({error.strerror}); name a folder that can be written with "
+                "data.cache.path"
+            ) from error
         if fd is None:
             raise FetchError(
                 f"{wanted.shown}: was fetched to {wanted.path} and is gone again; does something else clean that folder?"
@@ -99,7 +107,7 @@ class ShardCache:
         """The file if it is here and of the right size; a shared lock says that it is in use, its time that it was used last."""
         try:
             fd = os.open(wanted.path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         if wanted.num_bytes is not None and os.fstat(fd).st_size != wanted.num_bytes:  # of a data set that was replaced
             os.close(fd)
@@ -121,7 +129,7 @@ class ShardCache:
         )
 
     def _fetch(self, wanted: Wanted, stopped: Callable[[], bool]) -> None:
-        for left in wanted.path.parent.glob(f".{wanted.path.name}.partial-*"):  # of a fetcher that died: this one has the lock
+        for left in _partials(wanted.path):  # of a fetcher that died: this one has the lock
             left.unlink(missing_ok=True)
         partial = _beside(wanted.path, f"partial-{uuid.uuid4().hex[:8]}")
         try:
@@ -215,6 +223,20 @@ class ShardCache:
             )
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder of the cache.
+
+    Raises:
+        FetchError: It can't be, which names the field that says where the cache is.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FetchError(
+            f"{path}: can't be made ({error.strerror}); name a folder that can be written with data.cache.path"
+        ) from None
+
+
 @contextmanager
 def turn(
     lock: Path, *, progress: Callable[[], float], late: str, stall_s: float, stopped: Callable[[], bool] = lambda: False
@@ -230,13 +252,17 @@ def turn(
     """
     with open(lock, "w") as handle:
         seen, since = progress(), time.monotonic()
+        looked = since
         while not _flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB):
             if stopped():
                 raise FetchError(f"{lock}: no longer waited for, as reading ended")
-            if (now := progress()) != seen:
-                seen, since = now, time.monotonic()
-            if time.monotonic() - since > stall_s:
-                raise FetchError(late)
+            now = time.monotonic()
+            if now - looked > min(1.0, stall_s / 4):  # less often than the lock: it looks through folders
+                looked = now
+                if (last := progress()) != seen:
+                    seen, since = last, now
+                if now - since > stall_s:
+                    raise FetchError(late)
             time.sleep(0.02)
         yield
 
@@ -278,10 +304,14 @@ def _beside(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{kind}")
 
 
+def _partials(path: Path) -> list[Path]:
+    return list(path.parent.glob(f".{glob.escape(path.name)}.partial-*"))
+
+
 def _progress(path: Path) -> float:
     """When something was last written for a file."""
     times = [0.0]
-    for partial in path.parent.glob(f".{path.name}.partial-*"):
+    for partial in _partials(path):
         try:
             times.append(partial.stat().st_mtime)
         except FileNotFoundError:

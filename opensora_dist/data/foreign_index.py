@@ -10,6 +10,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from opensora_dist.core.index import INDEX_NAME, ShardRow, write_index
 from opensora_dist.core.io import hash_bytes, read_json, write_json, write_text
 from opensora_dist.core.logging import get_logger
 from opensora_dist.core.urls import PIPE
-from opensora_dist.data.cache import turn
+from opensora_dist.data.cache import make_folder, turn
 from opensora_dist.data.foreign import Findings, Layout, index_tar
 from opensora_dist.data.transport import FetchError
 
 _log = get_logger(__name__)
 _FORMAT = 1  # of what is kept of each tar; another number makes old ones worthless
 _STALL_S = 600.0
+_SAY_S = 5.0
 _SHOWN = 5
 
 
@@ -40,12 +42,14 @@ class Tar:
         shown: What messages call it.
         version: Changes when its content does; empty where nothing tells.
         open: Gives a descriptor, which is closed here.
+        forget: Called when it is damaged: a copy that was fetched is worth nothing.
     """
 
     name: str
     shown: str
     version: str
     open: Callable[[], int]
+    forget: Callable[[], None] = lambda: None
 
 
 def index_foreign(tars: Sequence[Tar], *, layout: Layout, home: Path) -> Path:
@@ -60,12 +64,11 @@ def index_foreign(tars: Sequence[Tar], *, layout: Layout, home: Path) -> Path:
     folder = home / f"index-{hash_bytes(json.dumps([about, [(t.name, t.version) for t in tars]]).encode())}"
     if (folder / INDEX_NAME).is_file():
         return folder
-    home.mkdir(parents=True, exist_ok=True)
+    make_folder(home)
     pulse = home / ".pulse"
     late = f"{home}: another process indexes these tars and did nothing for {_STALL_S:.0f} s; end it, and what it has found so far is kept"
-    with turn(home / ".lock", progress=lambda: _latest(home), late=late, stall_s=_STALL_S):
+    with turn(home / ".lock", progress=_Watch(home).look, late=late, stall_s=_STALL_S):
         if not (folder / INDEX_NAME).is_file():
-            pulse.touch()
             _make(tars, layout=layout, about=about, home=home, folder=folder, pulse=pulse)
     return folder
 
@@ -95,9 +98,12 @@ def _make(tars: Sequence[Tar], *, layout: Layout, about: list[Any], home: Path, 
             kept.append(_look(tar, layout=layout, about=about, home=home, pulse=pulse))
         except (DataError, FetchError) as error:
             failed.append(str(error))
-        if time.monotonic() - said > 5 or number == len(tars):
+            tar.forget()
+        told = f"{number} of {len(tars)} tars, {sum(len(f.rows) for _, f in kept)} samples"
+        pulse.write_text(told)
+        if time.monotonic() - said > _SAY_S or number == len(tars):
             said = time.monotonic()
-            _log.info("indexing %s: %d of %d tars, %d samples", home, number, len(tars), sum(len(f.rows) for _, f in kept))
+            _log.info("indexing %s: %s", home, told)
     if failed:
         shown = "\n  ".join(failed[:_SHOWN])
         raise DataError(
@@ -160,15 +166,22 @@ def _hash(fd: int, beat: Callable[[], None]) -> str:
     return digest.hexdigest()
 
 
-def _latest(home: Path) -> float:
-    """When whoever indexes last got on: read a sample, or received bytes."""
-    times = [0.0]
-    for path in (home / ".pulse", *home.glob("**/.*.partial-*")):
-        try:
-            times.append(path.stat().st_mtime)
-        except FileNotFoundError:
-            continue
-    return max(times)
+class _Watch:
+    """What a process sees that waits for another's index; it says so, as the other may be one whose log nobody sees."""
+
+    def __init__(self, home: Path) -> None:
+        self._home, self._said = home, time.monotonic()
+
+    def look(self) -> float:
+        """When the other last got on: read a sample, or received bytes."""
+        times, pulse = [0.0], self._home / ".pulse"
+        for path in (pulse, *self._home.glob("**/.*.partial-*")):
+            with suppress(FileNotFoundError):
+                times.append(path.stat().st_mtime)
+        if time.monotonic() - self._said > _SAY_S:
+            self._said = time.monotonic()
+            _log.info("another process indexes %s: %s", self._home, pulse.read_text() if pulse.exists() else "begins")
+        return max(times)
 
 
 def _word(place: str) -> str:

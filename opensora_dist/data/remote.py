@@ -239,7 +239,13 @@ def _foreign(url: str, cache: ShardCache, layout: str | None, *, ahead: int) -> 
         for name, version in versions.items()
     }
     tars = [
-        Tar(name=name, shown=o.shown, version=versions[name], open=partial(cache.open, _wanted(paths[name], o)))
+        Tar(
+            name=name,
+            shown=o.shown,
+            version=versions[name],
+            open=partial(cache.open, _wanted(paths[name], o)),
+            forget=partial(paths[name].unlink, missing_ok=True),
+        )
         for name, o in origins.items()
     ]
     folder = index_foreign(tars, layout=parse_layout(text, shown=shown), home=home)

@@ -267,6 +267,7 @@ def test_the_lock_of_a_fetcher_that_was_killed_blocks_nobody_and_its_part_is_rem
 
 def test_who_waits_for_a_fetcher_that_gets_nothing_gives_up(tmp_path):
     cache = _cache(tmp_path, patience=Patience(stall_s=0.1))
+    (tmp_path / "cache").mkdir()
     with open(tmp_path / "cache" / ".a.tar.lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         with pytest.raises(FetchError, match="another process of this machine fetches it"):
@@ -316,6 +317,36 @@ def test_a_full_disk_is_a_clear_error_and_leaves_no_part(tmp_path, monkeypatch):
     with pytest.raises(FetchError, match=r"no space left in .*cache; free some there, name another disk with data\.cache\.path"):
         _cache(tmp_path).open(_wanted(tmp_path, _whole))
     assert _left(tmp_path) == []
+
+
+def test_a_folder_that_can_not_be_made_names_the_field(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(FetchError, match=r"data\.cache\.path"):
+        _cache(tmp_path).open(_wanted(tmp_path, _whole, name="d/a.tar"))
+
+
+def test_a_folder_that_can_not_be_written_names_the_field(tmp_path, monkeypatch):
+    def denied(*args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(ShardCache, "_make_room", denied)
+    with pytest.raises(FetchError, match=r"Permission denied\); name a folder that can be written with data\.cache\.path"):
+        _cache(tmp_path).open(_wanted(tmp_path, _whole))
+
+
+def test_a_prepared_folder_of_this_machine_touches_no_cache(dataset, config, tmp_path):
+    localise(str(dataset[0]), cache=config, allow_pipe=False)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_foreign_tar_that_came_damaged_is_fetched_again_by_the_next_start(store, config):
+    store.files = {name: content for name, content in store.files.items() if name.endswith(".tar")}
+    store.files["set/dataset.yaml"] = dump_yaml(SPEC).encode()
+    store.faults["set/shard-00001.tar"] = ["short"]
+    with pytest.raises(DataError, match=r"1 of 3 tars can't be used.*\n.*shard-00001\.tar: at offset"):
+        localise(f"{store.url}/set", cache=config, allow_pipe=False)
+    assert read_header(localise(f"{store.url}/set", cache=config, allow_pipe=False).folder).num_samples == 14
+    assert [len(store.downloads(f"set/shard-0000{n}.tar")) for n in range(3)] == [1, 2, 1]
 
 
 def test_the_pause_between_attempts_doubles(tmp_path, monkeypatch):
