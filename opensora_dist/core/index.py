@@ -34,7 +34,7 @@ DTYPES = ("float16", "float32")
 GROUP_ROWS = 1 << 15
 """Samples per row group: what is decoded to look up one sample's strings."""
 _META = b"opensora_dist"
-_COLUMNS = pa.schema(
+COLUMNS = pa.schema(
     [
         ("key", pa.string()),
         ("sample_id", pa.uint64()),
@@ -283,7 +283,7 @@ def read_header(folder: Path) -> IndexHeader:
     header = json.loads(raw)
     if header["schema_version"] != SCHEMA_VERSION:
         raise DataError(f"{path}: schema version {header['schema_version']}, this release reads {SCHEMA_VERSION}; prepare again")
-    if footer.schema.names != _COLUMNS.names:
+    if footer.schema.names != COLUMNS.names:
         raise foreign
     if footer.num_rows == 0:
         raise DataError(f"{path}: the index lists no sample; see the preparation's report for why each clip was dropped")
@@ -355,13 +355,13 @@ def read_rows(folder: Path) -> Iterator[SampleRow]:
 
 def _parquet(path: Path) -> pq.ParquetWriter:
     """Numbers plain, so that they are copied rather than decoded; strings compressed."""
-    compression = {name: "ZSTD" if name in STRINGS else "NONE" for name in _COLUMNS.names}
-    return pq.ParquetWriter(path, _COLUMNS, compression=compression, use_dictionary=False, write_statistics=False)
+    compression = {name: "ZSTD" if name in STRINGS else "NONE" for name in COLUMNS.names}
+    return pq.ParquetWriter(path, COLUMNS, compression=compression, use_dictionary=False, write_statistics=False)
 
 
 def _table(chunk: RowChunk, ids: NDArray[np.uint64]) -> pa.Table:
-    values = {name: getattr(chunk, name) for name in _COLUMNS.names if name != "sample_id"} | {"sample_id": ids}
-    return pa.table([pa.array(values[name], type=_COLUMNS.field(name).type) for name in _COLUMNS.names], schema=_COLUMNS)
+    values = {name: getattr(chunk, name) for name in COLUMNS.names if name != "sample_id"} | {"sample_id": ids}
+    return pa.table([pa.array(values[name], type=COLUMNS.field(name).type) for name in COLUMNS.names], schema=COLUMNS)
 
 
 def _append(file: BinaryIO, hashes: NDArray[np.uint64]) -> int:

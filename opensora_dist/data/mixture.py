@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from opensora_dist.config.data_rules import mixture_name
 from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.config.train import DataConfig, MixtureConfig
 from opensora_dist.core.errors import ConfigError, DataError
@@ -34,7 +35,12 @@ def open_data(data: DataConfig, *, max_lost: int = 0) -> Index:
         if data.path is None:
             raise ConfigError("data.path is not set; make a data set with `opensora-dist data prepare` and pass data.path=FOLDER")
         entries = (MixtureConfig(path=data.path, layout=data.layout),)
-    names = mixture_names(entries) if len(entries) > 1 else [""]
+    names = [mixture_name(e) for e in entries] if len(entries) > 1 else [""]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ConfigError(
+            f"data.mixture has several data sets named {', '.join(map(repr, twice))}; give each a `name` of its own"
+        )
     located = [localise(e.path, cache=data.cache, allow_pipe=data.allow_pipe, layout=e.layout) for e in entries]
     sets = [DataSet(at=at, name=name, weight=e.weight) for at, name, e in zip(located, names, entries)]
     if len(sets) == 1:
@@ -42,21 +48,6 @@ def open_data(data: DataConfig, *, max_lost: int = 0) -> Index:
     specs = [read_spec(s.folder, read_header(s.folder)) for s in sets]
     _check_alike(sets, specs)
     return pooled(Index.join(sets, spec=specs[0], max_lost=max_lost), specs)
-
-
-def mixture_names(entries: Sequence[MixtureConfig]) -> list[str]:
-    """What the keys of each data set begin with.
-
-    Raises:
-        ConfigError: Two have the same name.
-    """
-    names = [e.name or e.path.rstrip("/").rsplit("/", 1)[-1] for e in entries]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ConfigError(
-            f"data.mixture has several data sets named {', '.join(map(repr, twice))}; give each a `name` of its own"
-        )
-    return names
 
 
 def pooled(index: Index, specs: Sequence[DatasetSpec]) -> Index:
@@ -95,7 +86,7 @@ def _check_alike(sets: Sequence[DataSet], specs: Sequence[DatasetSpec]) -> None:
     problems = []
     for field in _AGREE:
         values = {s.name: getattr(spec, field) for s, spec in zip(sets, specs)}
-        if any(value != specs[0].__getattribute__(field) for value in values.values()):
+        if any(value != getattr(specs[0], field) for value in values.values()):
             problems.append(f"{field}: " + ", ".join(f"{name} has {value}" for name, value in values.items()))
     rates = {s.name: spec.fps for s, spec in zip(sets, specs) if any(Thw(*bucket).t > 1 for bucket in spec.buckets)}
     if len(set(rates.values())) > 1:
