@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from dataset_factory import Written, write_dataset
+from dataset_factory import SPEC, Written, write_dataset
+from stores import Store, serving
 
 from opensora_dist.cli.main import main
+from opensora_dist.config.load import dump_yaml
 from opensora_dist.core.errors import DataError
 from opensora_dist.core.index import read_header, read_rows, write_index
 from opensora_dist.core.io import hash_file
@@ -259,6 +261,51 @@ def test_a_json_that_says_something_else_than_the_index_is_caught(data: tuple[Pa
 
     pack(folder / "shard-00000.tar", add)
     assert f"{key}: its caption is 'another' in {key}.json, 'caption of {key}' in the index" in said(check(folder).problems)
+
+
+def test_a_data_set_behind_a_url_is_checked_through_the_cache(data: tuple[Path, Samples], tmp_path: Path) -> None:
+    folder, samples = data
+    row = some(samples).row
+    (tmp_path / "train.yaml").write_text(f"data: {{cache: {{path: {tmp_path / 'cache'}}}}}")
+    with serving(Store(files={f"set/{path.name}": path.read_bytes() for path in folder.iterdir()})) as store:
+        found = check_data(f"{store.url}/set", workers=1, config=tmp_path / "train.yaml")
+        assert not found.problems and found.samples == 12
+    overwrite(folder / row.shard, row.text_offset, b"\x55\x55\x55")
+    again(folder)  # the shard's own hash is right, so that it can be fetched; the text's is not
+    with serving(Store(files={f"set/{path.name}": path.read_bytes() for path in folder.iterdir()})) as store:
+        found = check_data(f"{store.url}/set", workers=1, config=tmp_path / "train.yaml")
+        assert [(f.sample, f.what.split(",")[0]) for f in found.problems] == [
+            (row.key, "its text vectors have another xxh3 than the index says")
+        ]
+
+
+def test_tars_that_others_made_are_checked_against_what_they_were_when_they_were_indexed(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+
+    def npy(*shape: int) -> bytes:
+        buffer = io.BytesIO()
+        np.save(buffer, rng.normal(size=shape).astype("float16"))
+        return buffer.getvalue()
+
+    members = {f"{i}.{kind}": npy(*shape) for i in range(4) for kind, shape in (("npy", (3, 4, 2, 6)), ("text.npy", (5, 8)))}
+    members |= {f"{i}.json": b'{"caption": "theirs"}' for i in range(4)} | {"9.npy": npy(3, 4, 2, 6)}
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        for name in sorted(members):
+            info = tarfile.TarInfo(name)
+            info.size = len(members[name])
+            tar.addfile(info, io.BytesIO(members[name]))
+    (folder / "dataset.yaml").write_text(dump_yaml(SPEC.model_copy(update={"latent_mean": (0.0,) * 4, "latent_std": (1.0,) * 4})))
+    (tmp_path / "train.yaml").write_text(f"data: {{cache: {{path: {tmp_path / 'cache'}}}}}")
+    found = check_data(str(folder), workers=1, config=tmp_path / "train.yaml")
+    assert said(found.problems) == "" and found.samples == 4
+    assert "x.tar: holds 1 samples that the index does not list ('9')" in said(found.warnings)
+    before = (folder / "x.tar").stat()
+    overwrite(folder / "x.tar", 1024 + 512 + 128 + 10, b"\x55\x55")  # of the first sample's latents
+    os.utime(folder / "x.tar", ns=(before.st_atime_ns, before.st_mtime_ns))  # or it would be indexed again, as it is now
+    found = check_data(str(folder), workers=1, config=tmp_path / "train.yaml")
+    assert "x.tar: x/0: its latents, frame 0, have another xxh3" in said(found.problems)
 
 
 def test_no_index_is_an_error(tmp_path: Path) -> None:
