@@ -31,6 +31,8 @@ class MemoryCase:
         latent: Of one whole sample.
         dtype: ``run.dtype``.
         micro_batch: Samples that a rank (with those that share them) works on at once.
+        packed_samples: Of packs, how many samples there really are, of any shapes, whose tokens are those of ``micro_batch`` of ``latent``;
+            0 where samples have one shape.
         text_tokens: Of the longest caption of a batch.
         max_tokens: Of the null caption.
         channels: Latent channels, in and out.
@@ -42,10 +44,16 @@ class MemoryCase:
     latent: Thw
     dtype: str
     micro_batch: int = 1
+    packed_samples: int = 0
     channels: int = 4
     text_width: int = 4096
     text_tokens: int = 120
     max_tokens: int = 120
+
+    @property
+    def captions(self) -> int:
+        """Samples that text is held for."""
+        return self.packed_samples or self.micro_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +310,7 @@ class _Activations:
     def inputs(self) -> float:
         """Latents of all micro-batches, noise, what the loss keeps; text and what is made of it; tables of positions."""
         case, D = self.case, self.case.model.shape.width
-        text = case.micro_batch * case.text_tokens * (case.text_width * (self.r + 2 * self.c) + 3 * D * self.c)
+        text = case.captions * case.text_tokens * (case.text_width * (self.r + 2 * self.c) + 3 * D * self.c)
         tables = (self.grid.h * self.grid.w + self.grid.t) * D * self.r
         return self.latents * self.r * (case.parallel.grad_accum + 3) + text + tables
 
@@ -362,14 +370,18 @@ class _Activations:
         - MLP: its input, cast (1), before and after GELU (2 H / D / tp), the output that the gate multiplies (1).
           With tiles, without the two of H.
         - Log-sum-exps of all attentions; the caption's keys and values.
+        - Of a pack, outputs of attentions shape by shape (1 each), beside the one sequence that the projection takes; for an attention
+          that crosses ranks that is the scheme's.
         Weights are not counted: gathered ones are FSDP2's, and casts are autocast's.
         """
         case, A, tp = self.case, _attentions(self.case), self.case.parallel.tp
         D, N = case.model.shape.width, case.model.shape.heads
         hidden = 0 if case.parallel.tile_tokens else 2 * _hidden(case) / D / tp
         multiples = A * (2 + 4 / tp) + (1 + 2 / tp) + (2 + hidden)
+        if case.packed_samples:
+            multiples += (A + 1 - (case.parallel.sp.degree > 1)) / tp
         stats = self.tokens * self.r * (4 + (A + 1) * N / tp)
-        text = case.micro_batch * case.text_tokens * 4 * D * self.c / tp
+        text = case.captions * case.text_tokens * 4 * D * self.c / tp
         return self.stream * (4 * self.r + multiples * self.c) + stats + text + self._scheme_extra()
 
     def _attention_outputs(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import ceil
 
 from opensora_dist.config.train import DataConfig, TrainConfig
 from opensora_dist.core.types import Thw
@@ -10,6 +11,9 @@ from opensora_dist.data.index import Index
 from opensora_dist.data.order import Order, build_order
 from opensora_dist.models.base import VideoTransformer
 from opensora_dist.parallel.keys import Keys
+from opensora_dist.plan.memory import MemoryCase
+
+_LOOKED_AT = 8  # steps
 
 
 def order_of(data: DataConfig, index: Index, model: VideoTransformer, *, keys: Keys) -> Order:
@@ -42,11 +46,31 @@ def budget_tokens(data: DataConfig) -> int | None:
     return None if data.unit_tokens is None else data.global_batch * data.unit_tokens
 
 
-def largest_unit(config: TrainConfig, order: Order, model: VideoTransformer) -> tuple[Thw, int]:
-    """The latent shape and the number of samples of the unit that takes most memory: of packs, one full of the largest samples."""
-    latent = max(order.latents, key=lambda latent: (model.token_grid(latent).volume, latent))
-    tokens = model.token_grid(latent).volume
-    return latent, max(1, (config.data.unit_tokens or 0) // tokens)
+def memory_case(config: TrainConfig, order: Order, index: Index, model: VideoTransformer, *, world: int) -> MemoryCase:
+    """The micro-batch of a run that takes most memory, for ``plan.memory``: of packs one that is full."""
+    parallel, data, spec = config.parallel, config.data, index.spec
+    units = data.global_batch * parallel.sp.degree * parallel.tp // (world * parallel.grad_accum)
+    tokens = {latent: model.token_grid(latent).volume for latent in order.latents}
+    filled = {latent: units * max(1, (data.unit_tokens or 0) // tokens[latent]) for latent in tokens}
+    latent = max(tokens, key=lambda latent: (filled[latent] * tokens[latent], latent))
+    micro_batch, samples = filled[latent], 0
+    if data.batching == "packed":
+        latent = max(tokens, key=lambda latent: (tokens[latent], latent))
+        micro_batch = ceil(units * (data.unit_tokens or 0) / tokens[latent])
+        samples = units * max(len(unit) for step in range(_LOOKED_AT) for unit in order.batch(step).units)
+    return MemoryCase(
+        model=config.model,
+        parallel=parallel,
+        world=world,
+        latent=latent,
+        dtype=config.run.dtype,
+        micro_batch=micro_batch,
+        packed_samples=samples,
+        channels=spec.channels,
+        text_width=spec.text_width,
+        text_tokens=max(order.batch(step).text_tokens for step in range(_LOOKED_AT)),
+        max_tokens=spec.max_tokens,
+    )
 
 
 def said_of_order(data: DataConfig, order: Order, index: Index, model: VideoTransformer) -> Iterator[str]:

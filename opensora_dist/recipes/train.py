@@ -44,10 +44,11 @@ from opensora_dist.parallel.spawn import run_ranks
 from opensora_dist.parallel.zero.base import ZeroBackend
 from opensora_dist.parallel.zero.registry import build_backend
 from opensora_dist.plan.hardware import peak_flops
+from opensora_dist.plan.memory import estimate
 from opensora_dist.recipes.auto import auto_choice
 from opensora_dist.recipes.build import initialiser, meta_model
 from opensora_dist.recipes.checks import training_problems, validation_clip, world_of
-from opensora_dist.recipes.data import budget_tokens, order_of, said_of_order
+from opensora_dist.recipes.data import budget_tokens, memory_case, order_of, said_of_order
 from opensora_dist.recipes.guards import OnStart, guards
 from opensora_dist.recipes.shards import LatentShards
 from opensora_dist.resilience.faults import Faults
@@ -171,6 +172,9 @@ def train_rank(config: TrainConfig, mesh: Mesh, *, on_start: Callable[[], None] 
         _note_start(config, mesh, logbook, backend=backend, order=order, shards=shards, step=state.step, samples=len(index))
         for line in said_of_order(config.data, order, index, model):
             _log.info("%s", line)
+        if config.parallel.zero.backend == "native":
+            most = estimate(memory_case(config, order, index, model, world=mesh.world))
+            _log.info("a rank holds at most %.3g GiB by formula, without the process itself: %s", most.total / 2**30, most.moment)
         if choice is not None:
             for grid in choice.predictions:
                 logbook.event("sequence_prediction", **choice.event(grid))

@@ -120,6 +120,61 @@ def test_blocks_keep_the_bytes_of_the_formula_where_ranks_share_a_sample(name, s
             _agree(name, {"recompute": recompute, "sp": sp}, batch=batch, dtype=dtype, mesh=mesh, world=4)
 
 
+def _kept_of_pack(name, frames, levers, *, dtype, mesh):
+    """As ``_kept``, of two samples of so many frames of 4x4 tokens and two of 4x2 as one sequence."""
+    grids = [Thw(frames, 4, 4), Thw(frames, 4, 2)]
+    parallel = ParallelConfig(**levers)
+    model = make_model(name, Shape(grids[0], heads=4, width=32), depth=3)
+    model.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    set_levers(model, parallel, device=CPU, min_offload_bytes=0)
+    inputs = [make_inputs(Shape(grid, batch=2), group=0, dtype=model.final_layer.linear.weight.dtype) for grid in grids]
+    shards = [None if mesh is None else SequenceParallel(mesh, parallel.sp).shard(grid) for grid in grids]
+    xs = [i.x_BCTHW if s is None else cut(i.x_BCTHW, s.region.times(model.patch)) for i, s in zip(inputs, shards, strict=True)]
+    names = ("timestep_B", "text_BYE", "text_mask_BY", "drop_caption_B")
+    timestep, text, mask, drop = (torch.cat([getattr(i, name) for i in inputs]) for name in names)
+    marks = {}
+    with LiveTensors() as live, torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        model.blocks[0].register_forward_pre_hook(lambda *_: marks.update(before=live.now))
+        model.blocks[-1].register_forward_hook(lambda *_: marks.update(after=live.now))
+        out = model([x.clone().requires_grad_() for x in xs], timestep, text, mask, drop_caption_B=drop, shard=shards)
+    del out
+    return marks["after"] - marks["before"]
+
+
+def _pack_agrees(name, levers, *, dtype, mesh=None, world=1):
+    more, less = (_kept_of_pack(name, frames, levers, dtype=dtype, mesh=mesh) for frames in (16, 8))
+
+    def formula(frames):
+        case = MemoryCase(
+            model=ModelConfig(name=name, depth=3, width=32, heads=4, mlp_ratio=2, patch=(1, 1, 1)),
+            parallel=ParallelConfig(**levers),
+            world=world,
+            latent=Thw(frames, 4, 4),
+            dtype=str(dtype).removeprefix("torch."),
+            micro_batch=3,  # has the tokens of the pack
+            packed_samples=4,
+        )
+        return kept_of_block(case)
+
+    assert more - less == pytest.approx(3 * (formula(16) - formula(8))), (name, levers, dtype)
+
+
+def test_blocks_keep_the_bytes_of_the_formula_of_a_pack():
+    for name, recompute, dtype in itertools.product(
+        ("stdit", "dit"), ("none", "selective", "full"), (torch.float64, torch.bfloat16)
+    ):
+        _pack_agrees(name, {"recompute": recompute}, dtype=dtype)
+
+
+@pytest.mark.parametrize("name, scheme", [("stdit", "dsp"), ("stdit", "ring"), ("stdit", "ulysses"), ("dit", "ulysses")])
+def test_blocks_keep_the_bytes_of_the_formula_of_a_pack_whose_samples_ranks_share(name, scheme):
+    sp = SpConfig(degree=4, scheme=scheme)
+    with simulated(4):
+        mesh = build_mesh(CPU, dp_replicate=1, sp=sp, timeout_s=60)
+        for recompute, dtype in itertools.product(("none", "selective", "full"), (torch.float64, torch.bfloat16)):
+            _pack_agrees(name, {"recompute": recompute, "sp": sp}, dtype=dtype, mesh=mesh, world=4)
+
+
 # --- peaks
 
 LONG = Shape(Thw(16, 8, 8), batch=1, heads=2, width=16)
