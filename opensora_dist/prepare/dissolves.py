@@ -28,6 +28,7 @@ _MAX_RESIDUAL = 0.33  # distance of the frames between from the blend, in distan
 _MAX_UNSTEADY = 0.2  # of the share of the second end, from a straight line
 _MAX_CONTRAST = 0.85  # variance in the middle, of the mean of the ends': pictures that have nothing in common average out
 _STILL_RISING = 0.4  # of the slope of a transition: a frame that adds so much is part of it
+_ZOOMS = (0.87, 1.0, 1.15)
 _MIN_UNMOVED = 0.75  # what is left of the difference of two frames when one is shifted to fit the other
 
 
@@ -112,16 +113,19 @@ def _blend_fit(x_TD: NDArray[np.float32], length: int) -> tuple[NDArray[np.float
 
 
 def _is_moved(thumbs_TD: NDArray[np.uint8], window: _Window) -> bool:
-    """Whether shifting a frame explains the one a quarter of the window later: then it is the camera that moves."""
+    """Whether shifting a frame, and scaling it, explains the one a quarter of the window later: then it is the camera that moves."""
     import cv2
 
     margin_h, margin_w = THUMB_H // 5, THUMB_W // 5
     places = [window.start + round(window.length * j / 4) for j in range(5)]
     left = []
     for a, b in pairwise(places):
-        inner = thumbs_TD[a].reshape(THUMB_H, THUMB_W)[margin_h:-margin_h, margin_w:-margin_w]
-        match = cv2.matchTemplate(thumbs_TD[b].reshape(THUMB_H, THUMB_W), np.ascontiguousarray(inner), cv2.TM_CCOEFF_NORMED)
-        left.append((1.02 - float(match.max())) / (1.02 - float(match[margin_h, margin_w])))
+        later = thumbs_TD[b].reshape(THUMB_H, THUMB_W)
+        inner = np.ascontiguousarray(thumbs_TD[a].reshape(THUMB_H, THUMB_W)[margin_h:-margin_h, margin_w:-margin_w])
+        stayed = cv2.matchTemplate(later, inner, cv2.TM_CCOEFF_NORMED)[margin_h, margin_w]
+        scaled = [cv2.resize(inner, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for scale in _ZOOMS]
+        moved = max(cv2.matchTemplate(later, part, cv2.TM_CCOEFF_NORMED).max() for part in scaled)
+        left.append((1.02 - float(moved)) / (1.02 - float(stayed)))
     return float(np.median(left)) < _MIN_UNMOVED
 
 
