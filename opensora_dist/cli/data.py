@@ -102,7 +102,7 @@ def _add_stats(actions: Any) -> None:
         help="say what is in a data set, what was left out and why, and what a training makes of it",
         description="Count buckets, sizes, tokens and captions of a data set, scores and reasons of the clips that its preparation looked "
         "at, and, with a training config, what each bucket yields: samples used and steps per epoch, what is left out and why. No shard is "
-        "read. Exit code 1 where the config can't train on it at all.",
+        "read. Exit code 1 where there is no sample, or the config can't train on it at all.",
     )
     stats.add_argument(
         "path", nargs="?", metavar="PATH", help="a prepared folder, or as data.path; default: the data of the config"
@@ -217,6 +217,8 @@ def _run_stats(args: argparse.Namespace) -> int:
     if args.html is not None and not args.json:
         print(args.html)
     problem = stats.training.problem if stats.training else None
+    if not stats.samples:
+        problem = f"{stats.path} has no sample: its preparation left out everything, for the reasons above"
     if problem:
         print(f"error: {problem}", file=sys.stderr)
     return 1 if problem else 0

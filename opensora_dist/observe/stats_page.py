@@ -70,6 +70,8 @@ def _header(name: str, stats: DataStats) -> str:
     empty = [bucket.bucket for bucket in stats.training.buckets if not bucket.used] if stats.training and not problem else []
     if empty:
         warnings.append(f"No batch comes from {esc(', '.join(empty))}: see Training.")
+    if not stats.samples:
+        warnings.append("Every clip was left out, so there is no data set.")
     if stats.empty_captions:
         warnings.append(f"{stats.empty_captions:,} samples have an empty caption.")
     shown = "".join(f'<p class="warn">{text}</p>' for text in warnings)
@@ -100,6 +102,8 @@ def _buckets(stats: DataStats) -> str:
         )
         for bucket in stats.buckets
     ]
+    if not bars:
+        return '<h2>Buckets</h2><p class="empty">None: there is no sample.</p>'
     return f'<h2>Buckets</h2>{bar_list(bars)}<p class="note">Frames x height x width in pixels.</p>'
 
 

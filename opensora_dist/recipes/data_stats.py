@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from opensora_dist.config.load import load_config
 from opensora_dist.config.train import DataConfig, TrainConfig
 from opensora_dist.core.errors import ConfigError, DataError
+from opensora_dist.core.index import INDEX_NAME
 from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index
 from opensora_dist.data.mixture import open_data
@@ -29,7 +30,7 @@ from opensora_dist.recipes.build import meta_model
 from opensora_dist.recipes.data_pictures import dropped_pictures, sample_pictures
 
 _EXAMPLES = 4
-_SCORES = {  # column of clips.parquet to its name and unit
+_SCORES = {  # column of clips.parquet to name and unit
     "aes": ("Aesthetic score", ""),
     "flow": ("Motion", "pixels per frame at 256 pixels height"),
     "match": ("Caption match", "cosine"),
@@ -38,18 +39,19 @@ _SCORES = {  # column of clips.parquet to its name and unit
     "sharpness": ("Sharpness", "variance of the Laplacian"),
     "text_area": ("Text on screen", "share of the picture"),
     "compression": ("Compression", "bits per pixel of the source"),
+    "height": ("Height of the video", "pixels"),
 }
 _CLASSES = {"cmotion": "Camera motion"}
 
 
-def data_stats(path: str | None, *, config: Path | None = None, overrides: Sequence[str] = ()) -> tuple[DataStats, Index]:
+def data_stats(path: str | None, *, config: Path | None = None, overrides: Sequence[str] = ()) -> tuple[DataStats, Index | None]:
     """All that can be said of a data set without reading its shards.
 
     Args:
         path: A prepared folder, or as data.path; default: the data of the config.
         config: A training config: then it is said what it makes of the data.
     Returns:
-        What there is to say, and the index it is about.
+        What there is to say, and the index it is about: none where a preparation left out everything, so that there is no data set.
     Raises:
         ConfigError: The config, or neither path nor config.
         DataError: There is no index, or it contradicts itself.
@@ -58,9 +60,11 @@ def data_stats(path: str | None, *, config: Path | None = None, overrides: Seque
     data = train.data if path is None else train.data.model_copy(update={"path": path, "mixture": ()})
     if data.path is None and not data.mixture:
         raise ConfigError("neither PATH nor a --config with data.path or data.mixture; give the folder of a prepared data set")
+    if path is not None and (Path(path) / CLIPS_NAME).is_file() and not (Path(path) / INDEX_NAME).is_file():
+        return _nothing_kept(Path(path)), None
     index = open_data(data, max_lost=1 << 62)  # what is missing of shards is `data check`'s to say
     model = None if config is None else meta_model(train.model, train.objective, index.spec)[0]
-    clips = _clips(index)
+    clips = _clips([one.folder for one in index.sets])
     stats = DataStats(
         path=path or index.where,
         dataset_hash=index.dataset_hash,
@@ -150,9 +154,31 @@ def _fill(order: Order, index: Index, data: DataConfig, model: VideoTransformer)
     return sum(tokens for _, tokens in used) / (sum(steps for steps, _ in used) * data.global_batch * data.unit_tokens)
 
 
-def _clips(index: Index) -> pa.Table | None:
+def _nothing_kept(folder: Path) -> DataStats:
+    """Of a preparation without a sample: why, and the scores that thresholds are to be chosen from."""
+    clips = _clips([folder])
+    assert clips is not None
+    return DataStats(
+        path=str(folder),
+        dataset_hash="",
+        samples=0,
+        shards=0,
+        num_bytes=0,
+        duration_s=0.0,
+        spec={},
+        buckets=(),
+        distributions=(),
+        empty_captions=0,
+        looked_at=len(clips),
+        drops=_drops(clips),
+        scores=_scores(clips),
+        classes=_classes(clips),
+    )
+
+
+def _clips(folders: Sequence[Path]) -> pa.Table | None:
     """The record of every clip that the preparation looked at, of all the data sets that have one."""
-    paths = [one.folder / CLIPS_NAME for one in index.sets]
+    paths = [folder / CLIPS_NAME for folder in folders]
     columns = ["path", "kept", "stage", "reason", *_SCORES, *_CLASSES]
     tables = [pq.read_table(path, columns=columns) for path in paths if path.is_file()]
     return pa.concat_tables(tables) if tables else None
@@ -196,10 +222,10 @@ def _classes(clips: pa.Table) -> dict[str, dict[str, int]]:
     return found
 
 
-def write_page(path: Path, stats: DataStats, index: Index) -> Path:
+def write_page(path: Path, stats: DataStats, index: Index | None) -> Path:
     """Writes one self-contained HTML page, with pictures as far as they can be had."""
-    dropped = dropped_pictures(index.folder, stats.drops)
-    return write_stats_page(path, stats, kept=sample_pictures(index), dropped=dropped)
+    dropped = dropped_pictures(Path(stats.path) if index is None else index.folder, stats.drops)
+    return write_stats_page(path, stats, kept=[] if index is None else sample_pictures(index), dropped=dropped)
 
 
 def in_words(stats: DataStats) -> list[str]:
@@ -212,7 +238,7 @@ def in_words(stats: DataStats) -> list[str]:
         lines.append(f"{stats.looked_at:,} clips were looked at, {100 * stats.samples / max(1, stats.looked_at):.1f}% kept")
     if stats.empty_captions:
         lines.append(f"{stats.empty_captions:,} samples have an EMPTY CAPTION")
-    lines.append("buckets (frames x height x width):")
+    lines.append("buckets (frames x height x width):" if stats.buckets else "NO SAMPLE: every clip was left out")
     for b in stats.buckets:
         tokens = f", {b.model_tokens:,} model tokens" if b.model_tokens else ""
         share = 100 * b.samples / stats.samples

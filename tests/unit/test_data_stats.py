@@ -86,7 +86,8 @@ def test_every_drop_is_counted_by_stage_and_reason_with_examples(prepared: Path)
 
 
 def test_scores_show_what_was_kept_and_what_was_not(prepared: Path) -> None:
-    (brightness,) = stats_of(prepared).scores
+    brightness, height = stats_of(prepared).scores
+    assert (height.name, height.lowest, height.highest) == ("Height of the video", 16, 20)
     assert (brightness.name, sum(brightness.kept), sum(brightness.dropped)) == ("Brightness", 10, 2)
     assert all(d == 0 for d, edge in zip(brightness.dropped, brightness.edges[1:], strict=True) if edge > 60)
 
@@ -160,6 +161,22 @@ def test_a_mixture_is_one_set_with_the_records_of_all(prepared: Path, tmp_path: 
     overrides = [f"data.mixture=[{{path: {prepared}, name: a}}, {{path: {prepared}, name: b}}]"]
     stats, _ = data_stats(None, config=train, overrides=overrides)
     assert (stats.samples, stats.looked_at) == (20, 28)
+
+
+def test_where_everything_was_left_out_it_says_why_and_shows_scores_to_choose_thresholds_from(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos, out = prepared.parent / "videos", tmp_path / "set"
+    options = ["clip.buckets=[[4,16,16]]", "codec.channels=4", "filter.brightness=[250,null]"]
+    assert main(["data", "prepare", f"input.path={videos}", f"output.path={out}", *options]) == 1
+    stats, index = data_stats(str(out))
+    assert index is None and (stats.samples, stats.looked_at) == (0, 14)
+    assert next(drop.count for drop in stats.drops if "filter.brightness" in drop.reason) == 11
+    assert sum(next(d for d in stats.scores if d.name == "Brightness").dropped) == 11
+    assert main(["data", "stats", str(out), "--html", str(tmp_path / "page.html")]) == 1
+    told = capsys.readouterr()
+    assert "NO SAMPLE" in told.out and "has no sample" in told.err
+    assert "Every clip was left out" in (tmp_path / "page.html").read_text()
 
 
 def test_no_data_set_is_an_error(tmp_path: Path) -> None:
