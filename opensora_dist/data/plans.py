@@ -18,8 +18,8 @@ from opensora_dist.data.permutation import Merge, seed_of
 from opensora_dist.data.streams import Streams
 
 _FILLS = (0.99, 0.98, 0.97, 0.96, 0.955, 0.95, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
-_TRIAL_STEPS = 6
-_MAX_LEFT_OUT = 0.001
+_TRIAL_STEPS = 16
+_MAX_LEFT_OUT = 0.0005
 _MAX_IMBALANCE = 0.03
 _LEAST_FOR_BALANCE = 0.95  # of the fullest that leaves nothing out: packs are not left emptier only to cost alike
 
@@ -65,11 +65,13 @@ class PackingQuality:
     Args:
         fill: Share of the budget of tokens that is used.
         imbalance: How much more than the mean the costliest pack of a step costs.
+        most_imbalance: The same, of the worst step rather than on average.
         left_out: Share of the samples that have no room in their step, by bucket.
     """
 
     fill: float
     imbalance: float
+    most_imbalance: float
     left_out: Mapping[Thw, float]
 
 
@@ -306,7 +308,7 @@ class PackedPlan:
             self._quality = quality = self._try()
             if sum(quality.left_out[n] * u for n, u in zip(b.names, b.use)) > _MAX_LEFT_OUT * total:
                 continue
-            if quality.imbalance <= _MAX_IMBALANCE:
+            if quality.most_imbalance <= _MAX_IMBALANCE:
                 return
             full = full or (pace, fill)
         assert full is not None
@@ -333,17 +335,18 @@ class PackedPlan:
     def _try(self) -> PackingQuality:
         """Packs some steps of the first epoch."""
         b, count = self._buckets, min(_TRIAL_STEPS, self.batches_per_epoch)
-        filled, imbalance, left, taken = 0, 0.0, np.zeros(len(b.names)), np.zeros(len(b.names))
+        filled, imbalance, left, taken = 0, [], np.zeros(len(b.names)), np.zeros(len(b.names))
         for i in range(count):
             rows, bucket, packing = self._pack(0, i * self.batches_per_epoch // count)
             filled += int((packing.counts @ self._tokens).sum())
-            imbalance += packing.imbalance(self._costs(int(self._index.text_tokens[rows].max())))
+            imbalance.append(packing.imbalance(self._costs(int(self._index.text_tokens[rows].max()))))
             left += packing.left_out
             taken += np.bincount(bucket, minlength=len(b.names))
         share = left / np.maximum(taken, 1)
         return PackingQuality(
             fill=filled / (count * self._packs * self._budget),
-            imbalance=imbalance / count,
+            imbalance=sum(imbalance) / count,
+            most_imbalance=max(imbalance),
             left_out={name: float(s) for name, s in zip(b.names, share)},
         )
 
