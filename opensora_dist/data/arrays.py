@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import tokenize
 from dataclasses import dataclass
 from math import prod
 
@@ -15,6 +16,8 @@ from opensora_dist.core.tar import Member
 
 _NPY_HEADER_BYTES = 16384
 _LONGEST_HEADER = 16 << 20
+_UNREADABLE = (ValueError, KeyError, TypeError, EOFError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError)
+"""What numpy's parser of .npy headers raises, which reads them as Python literals."""
 _SAFETENSORS = {
     "F16": "float16",
     "F32": "float32",
@@ -54,7 +57,7 @@ def npy_place(fd: int, member: Member, *, shown: str) -> ArrayPlace:
         version = np.lib.format.read_magic(head)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = read(head)
-    except (ValueError, KeyError, EOFError) as error:
+    except _UNREADABLE as error:
         raise UnfitError("a .npy of it has no header that can be read") from error
     if dtype.hasobject:
         raise DataError(
@@ -93,7 +96,7 @@ def safetensors_places(fd: int, member: Member) -> dict[str, ArrayPlace]:
             if about["dtype"] in _SAFETENSORS and prod(shape) * np.dtype(dtype).itemsize != stop - start:
                 raise broken
             found[name] = ArrayPlace(member.offset + 8 + length + start, stop - start, dtype, shape)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise broken from error
     return found
 

@@ -29,8 +29,10 @@ from opensora_dist.data.arrays import ArrayPlace, UnfitError, npy_place, read_ex
 
 LAYOUT_NAME = "dataset.yaml"
 _CODE = ("pyd", "pyc", "so", "pickle", "pkl", "pth", "pt", "joblib", "dill")
+_MASKS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64")
 _LATENTS = ("latents.npy", "npy")
 _LONGEST_TEXT = 1 << 20
+_LONGEST_SIDE = 1 << 20
 
 
 class Layout(DatasetSpec):
@@ -217,6 +219,8 @@ def _tokens(fd: int, text: ArrayPlace, mask: ArrayPlace | None, layout: Layout) 
         raise UnfitError(f"its text is {list(text.shape)}, not [tokens, {layout.text_width}]")
     tokens = int(shape[0])
     if mask is not None:
+        if mask.dtype not in _MASKS:
+            raise UnfitError(f"its text_mask is {mask.dtype}; integers, bool and float16 to 64 are read")
         raw = np.frombuffer(read_exactly(fd, mask.offset, mask.num_bytes), mask.dtype) != 0
         if raw.size != tokens:
             raise UnfitError(f"its text_mask has {raw.size} values for {tokens} tokens")
@@ -239,7 +243,7 @@ def _about(fd: int, members: dict[str, Member]) -> dict[str, Any]:
         try:
             content = read_exactly(fd, member.offset, member.size).decode()
             told = {"caption": content.strip()} if suffix == "txt" else json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UnfitError(f"its .{suffix} can't be read") from error
         if isinstance(told, dict):
             about |= told if suffix == "txt" else told | about
@@ -247,13 +251,14 @@ def _about(fd: int, members: dict[str, Member]) -> dict[str, Any]:
 
 
 def _first_text(about: dict[str, Any], *names: str) -> str:
-    return next((about[name] for name in names if isinstance(about.get(name), str)), "")
+    found = next((about[name] for name in names if isinstance(about.get(name), str)), "")
+    return found.encode(errors="replace").decode()  # JSON may hold halves of characters
 
 
 def _clip(about: dict[str, Any], latent: Thw, layout: Layout) -> Thw:
     """The clip in pixels: as the .json says (`clip`: [T, H, W]), or by the codec's factors."""
     said = about.get("clip")
-    if isinstance(said, list) and len(said) == 3 and all(isinstance(n, int) and n > 0 for n in said):
+    if isinstance(said, list) and len(said) == 3 and all(isinstance(n, int) and 0 < n < _LONGEST_SIDE for n in said):
         return Thw(*said)
     frames = 1 if latent.t == 1 else latent.t * layout.temporal_factor
     return Thw(frames, latent.h * layout.spatial_factor, latent.w * layout.spatial_factor)

@@ -10,6 +10,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ _log = get_logger(__name__)
 _FORMAT = 1  # of what is kept of each tar; another number makes old ones worthless
 _STALL_S = 600.0
 _SAY_S = 5.0
+_THREADS = 4
 _SHOWN = 5
 
 
@@ -93,17 +95,25 @@ def _make(tars: Sequence[Tar], *, layout: Layout, about: list[Any], home: Path, 
     kept: list[tuple[ShardRow, Findings]] = []
     failed: list[str] = []
     said = time.monotonic()
-    for number, tar in enumerate(tars, 1):
+
+    def look(tar: Tar) -> tuple[ShardRow, Findings] | str:
         try:
-            kept.append(_look(tar, layout=layout, about=about, home=home, pulse=pulse))
+            return _look(tar, layout=layout, about=about, home=home, pulse=pulse)
         except (DataError, FetchError) as error:
-            failed.append(str(error))
             tar.forget()
-        told = f"{number} of {len(tars)} tars, {sum(len(f.rows) for _, f in kept)} samples"
-        pulse.write_text(told)
-        if time.monotonic() - said > _SAY_S or number == len(tars):
-            said = time.monotonic()
-            _log.info("indexing %s: %s", home, told)
+            return str(error)
+
+    with ThreadPoolExecutor(max_workers=_THREADS) as pool:  # fetching, reading and hashing wait for no interpreter
+        for number, found in enumerate(pool.map(look, tars), 1):
+            if isinstance(found, str):
+                failed.append(found)
+            else:
+                kept.append(found)
+            told = f"{number} of {len(tars)} tars, {sum(len(f.rows) for _, f in kept)} samples"
+            pulse.write_text(told)
+            if time.monotonic() - said > _SAY_S or number == len(tars):
+                said = time.monotonic()
+                _log.info("indexing %s: %s", home, told)
     if failed:
         shown = "\n  ".join(failed[:_SHOWN])
         raise DataError(

@@ -21,7 +21,9 @@ from opensora_dist.config.load import dump_yaml
 from opensora_dist.config.train import CacheConfig
 from opensora_dist.core.errors import ConfigError, DataError
 from opensora_dist.core.index import read_header, read_rows
+from opensora_dist.core.tar import Member
 from opensora_dist.data import foreign_index
+from opensora_dist.data.arrays import UnfitError, npy_place, safetensors_places
 from opensora_dist.data.foreign import Layout, parse_layout
 from opensora_dist.data.foreign_index import short_names
 from opensora_dist.data.index import DataSet, Index
@@ -194,7 +196,16 @@ WRONG = {
     "long text": ({"bad.npy": _npy(LATENTS), "bad.text.npy": _npy(_text(7))}, "7 text tokens"),
     "no token": ({"bad.npy": _npy(LATENTS), "bad.text.npy": _npy(_text(0))}, "0 text tokens"),
     "gaps": ({"bad.npy": _npy(LATENTS), **OK_TEXT, "bad.text_mask.npy": _npy(np.array([1, 0, 1, 1]))}, "gaps"),
+    "mask type": (
+        {
+            "bad.npy": _npy(LATENTS),
+            "bad.safetensors": save_torch({"text": torch.zeros(Y, E).half(), "text_mask": torch.ones(Y).bfloat16()}),
+        },
+        "text_mask is bf16",
+    ),
     "mask length": ({"bad.npy": _npy(LATENTS), **OK_TEXT, "bad.text_mask.npy": _npy(np.ones(3))}, "3 values for 4 tokens"),
+    "deep json": ({"bad.npy": _npy(LATENTS), **OK_TEXT, "bad.json": b"[" * 100_000}, ".json can't be read"),
+    "deep safetensors": ({"bad.safetensors": (99_999).to_bytes(8, "little") + b"[" * 99_999, **OK_TEXT}, "no header"),
     "json": ({"bad.npy": _npy(LATENTS), **OK_TEXT, "bad.json": b"{"}, ".json can't be read"),
 }
 
@@ -255,6 +266,35 @@ def test_captions_sources_and_clip_shapes_come_from_txt_and_json(folder, config)
     a, b = read_rows(localise(str(folder), cache=config, allow_pipe=False).folder)
     assert (a.caption, a.source, (a.clip_t, a.clip_h, a.clip_w)) == ("ein Hase läuft", "video.mp4", (9, 17, 41))
     assert (b.caption, b.source, (b.clip_t, b.clip_h, b.clip_w)) == ("", "x.tar: b", (T, H * 8, W * 8))
+
+
+def test_halves_of_characters_in_a_caption_are_replaced(folder, config):
+    _pack(
+        folder / "x.tar",
+        {"a.npy": _npy(LATENTS), "a.text.npy": _npy(TEXT), "a.json": b'{"caption": "x \\ud83d y", "clip": [1e9, 2, 3]}'},
+    )
+    (row,) = read_rows(localise(str(folder), cache=config, allow_pipe=False).folder)
+    assert row.caption == "x ? y" and row.clip_t == T
+
+
+@pytest.mark.filterwarnings("ignore:Reading `.npy`")
+def test_whatever_bytes_the_header_of_an_array_holds_it_is_found_unfit_or_code(tmp_path):
+    rng = np.random.default_rng(0)
+    forms = {"a.npy": (_npy(LATENTS), npy_place), "a.safetensors": (save({"latents": LATENTS}), safetensors_places)}
+    outcomes = set()
+    for name, (content, place) in forms.items():
+        with open(tmp_path / name, "w+b", buffering=0) as file:
+            for _ in range(1500):
+                broken = bytearray(content)
+                for at in rng.integers(0, 150, rng.integers(1, 6)):
+                    broken[at] = rng.integers(256)
+                os.pwrite(file.fileno(), broken, 0)
+                try:
+                    place(file.fileno(), Member(name, 0, len(broken)), **({"shown": name} if place is npy_place else {}))
+                    outcomes.add("read")
+                except (UnfitError, DataError) as error:
+                    outcomes.add(type(error).__name__)
+    assert outcomes >= {"read", "UnfitError"}
 
 
 def _two(folder):
@@ -356,7 +396,9 @@ def test_an_unfinished_preparation_is_not_taken_for_foreign_tars(folder, config)
 RANK = """
 import sys
 from opensora_dist.config.train import CacheConfig
+from opensora_dist.core.tar import Member
 from opensora_dist.data import foreign_index
+from opensora_dist.data.arrays import UnfitError, npy_place, safetensors_places
 from opensora_dist.data.remote import localise
 real = foreign_index.index_tar
 def looked(fd, **kw):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -172,3 +173,17 @@ def test_payloads_are_not_read_and_thousands_of_members_are_quick(tmp_path):
     start = time.perf_counter()
     assert len(_scan(path)) == 4000
     assert time.perf_counter() - start < 3, "of which a quiet machine needs a thirtieth"
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT], ids=["pax", "gnu"])
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_bytes_a_tar_holds_nothing_but_members_or_the_error_comes_out(tmp_path, form, seed):
+    path = _pack(tmp_path / "a.tar", form=form)
+    rng = np.random.default_rng(seed)
+    content = bytearray(path.read_bytes())
+    for at in rng.integers(0, len(content), 30):
+        content[at] ^= 1 << int(rng.integers(8))
+    path.write_bytes(content)
+    with contextlib.suppress(TarError):
+        for member in _scan(path):
+            assert member.offset >= 0 and member.offset + member.size <= len(content)
