@@ -175,7 +175,6 @@ def _run_network(args: argparse.Namespace) -> int:
 
 
 def _run_data(args: argparse.Namespace) -> int:
-    from opensora_dist.core.logging import setup_logging
     from opensora_dist.recipes.bench.data import DataOptions, bench_data
 
     counts = {"mib": args.mib, "rounds": args.rounds, "batch": args.batch, "threads": args.threads}
@@ -186,7 +185,6 @@ def _run_data(args: argparse.Namespace) -> int:
         problems.append(f"--python {args.python} is no program; name an interpreter, as in loaders/bin/python")
     if problems:
         raise ConfigError(problems)
-    setup_logging(rank=0, world=1)
     options = DataOptions(
         num_bytes=args.mib << 20,
         rounds=args.rounds,

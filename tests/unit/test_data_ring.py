@@ -68,6 +68,21 @@ def test_arrays_of_a_slot_start_at_pages_and_its_memory_stays_where_it_is():
     assert slot.arrays([slot.num_bytes + 1])[0].data_ptr() % ALIGNMENT == 0
 
 
+def test_memory_is_not_handed_out_before_what_was_copied_from_it_is_over():
+    class Event:
+        waits = 0
+
+        def synchronize(self):
+            self.waits += 1
+
+    slot, event = Slot(pinned=False), Event()
+    slot.copied(event)
+    slot.arrays([8])
+    assert event.waits == 1
+    slot.arrays([8])
+    assert event.waits == 1
+
+
 def test_a_sample_is_one_read_and_headers_go_nowhere(dataset, calls):
     index, written = dataset
     rows = [7, 0, 30, 12]

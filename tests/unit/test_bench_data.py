@@ -1,0 +1,68 @@
+"""The benchmark of reading: every way reads every sample, what is missing is said, a bar that is not met is the exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+from rich.console import Console
+
+from opensora_dist.cli.main import main
+from opensora_dist.core.types import Thw
+from opensora_dist.recipes.bench import data, data_ways
+from opensora_dist.recipes.bench.data import Bar, DataOptions, bench_data
+from opensora_dist.recipes.bench.data_ways import DataCase, our_ways, write_samples
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Samples of some hundred bytes, two to a shard."""
+    monkeypatch.setattr(data_ways, "TEXT_TOKENS", 3)
+    monkeypatch.setattr(data_ways, "TEXT_WIDTH", 64)
+    monkeypatch.setattr(data, "CLIPS", (Thw(2, 32, 32),))
+    monkeypatch.setattr(data_ways, "_SHARD_BYTES", 1400)
+    monkeypatch.setattr(data, "_LEAST_S", 1e-9)
+
+
+def test_samples_have_the_sizes_that_were_asked_for():
+    sizes = [DataCase(clip=clip, folder=None, batch=8, threads=2).sample_bytes / 1e6 for clip in data.CLIPS]
+    assert sizes == pytest.approx([1.1, 3.1], abs=0.05)
+
+
+def test_all_of_our_ways_read_all_samples_of_whole_batches(small, tmp_path):
+    case = DataCase(clip=Thw(2, 32, 32), folder=tmp_path, batch=2, threads=2)
+    index = write_samples(case, num_bytes=9 * case.sample_bytes)
+    assert len(index) % 2 == 0 and len(index.shards) > 1
+    for name, way in our_ways(index, case, epochs=3).items():
+        timed = way()
+        assert timed.samples == len(index) * (3 if "loader" in name else 1) and timed.seconds > 0
+    data.drop_cache(index)
+
+
+def test_a_run_writes_what_it_measured_and_says_what_it_left_out(small, tmp_path):
+    pytest.importorskip("webdataset")
+    shown, out = io.StringIO(), tmp_path / "data.json"
+    options = DataOptions(num_bytes=10_000, rounds=2, batch=2, threads=2, python=sys.executable, work=tmp_path)
+    bench_data(options, out=out, console=Console(file=shown))
+    (found,) = json.loads(out.read_text())["cases"]
+    assert {len(rates) for kind in ("warm", "cold") for rates in found[kind].values()} == {2}
+    ways = set(found["warm"]) | set(found["missing"])
+    assert {"webdataset", "webdataset, DataLoader"} <= set(found["warm"]) and {"wids", "MosaicML streaming"} <= ways
+    for name, why in found["missing"].items():
+        assert "can't be imported" in why and f"{name}: left out: {why}" in " ".join(shown.getvalue().split())
+    assert {bar["met"] for bar in found["bars"]} <= {True, False}
+    assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
+
+
+def test_a_bar_is_the_median_of_ratios_of_one_round():
+    bar = Bar(name="a over b", of="a", to="b", cold=False, least=1.0)
+    assert bar.found({"a": [1.0, 8.0, 3.0], "b": [2.0, 2.0, 1.0]}) == 3.0
+    assert bar.found({"b": [1.0]}) is None
+
+
+def test_options_that_make_no_sense_are_refused_together(tmp_path, capsys):
+    assert main(["bench", "data", "--rounds", "0", "--work", str(tmp_path / "none"), "--python", "no-such-python"]) == 2
+    said = capsys.readouterr().err
+    assert "--rounds must be 1 or more" in said and "is no folder" in said and "is no program" in said
