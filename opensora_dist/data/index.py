@@ -7,6 +7,7 @@ import stat
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -150,7 +151,7 @@ class Index:
                 contradict the index's own spec.
         """
         folder = Path(folder)
-        at = Located(folder=folder, remote=False, open_shards=lambda rows: LocalShards([folder / row.name for row in rows]))
+        at = Located(folder=folder, remote=False, open_shards=partial(LocalShards.beside, folder))
         return cls.join([DataSet(at=at)], max_lost=max_lost)
 
     @classmethod
