@@ -90,14 +90,21 @@ class DropReason:
 
     Args:
         stage: Of the preparation; "" where that isn't known.
-        reason: Numbers and names that differ from clip to clip are those of the first example.
+        reason: That of the first clip.
         examples: Some of the clips.
+        varies: Numbers or names in it differ from clip to clip.
     """
 
     stage: str
     reason: str
     count: int
     examples: tuple[str, ...]
+    varies: bool = False
+
+    @property
+    def said(self) -> str:
+        """For all of them."""
+        return f"{self.reason}, and alike" if self.varies else self.reason
 
 
 @dataclass(frozen=True, kw_only=True)

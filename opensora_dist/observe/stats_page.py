@@ -140,7 +140,7 @@ def _drops(stats: DataStats, pictures: Mapping[str, Sequence[Picture]]) -> str:
     if not stats.drops:
         return f'{heading}<p class="empty">Nothing: every clip that was looked at is a sample.</p>'
     bars = [
-        Bar(label=drop.reason, value=drop.count, note=f"{drop.stage}: " * bool(drop.stage) + ", ".join(drop.examples), bad=True)
+        Bar(label=drop.said, value=drop.count, note=f"{drop.stage}: " * bool(drop.stage) + ", ".join(drop.examples), bad=True)
         for drop in stats.drops[:_DROPS_SHOWN]
     ]
     more = f'<p class="note">And {len(stats.drops) - _DROPS_SHOWN} reasons more.</p>' if len(stats.drops) > _DROPS_SHOWN else ""

@@ -82,7 +82,7 @@ def dropped_pictures(folder: Path, drops: Sequence[DropReason]) -> dict[str, lis
                 where = f"{row['path']}" + (f" from {row['start_s']:.2f} s" if row["start_s"] else "")
                 pictures.append(Picture(jpeg=_sheet(frames), title=row["reason"] or "", note=where))
         if pictures:
-            found[drop.reason] = pictures
+            found[drop.said] = pictures
     return found
 
 

@@ -193,7 +193,11 @@ def _drops(clips: pa.Table) -> tuple[DropReason, ...]:
         groups[row["stage"] or "", group_reason(reason)].append((reason, row["path"]))
     found = [
         DropReason(
-            stage=stage, reason=some[0][0], count=len(some), examples=tuple(dict.fromkeys(path for _, path in some))[:_EXAMPLES]
+            stage=stage,
+            reason=some[0][0],
+            count=len(some),
+            examples=tuple(dict.fromkeys(path for _, path in some))[:_EXAMPLES],
+            varies=len({reason for reason, _ in some}) > 1,
         )
         for (stage, _), some in groups.items()
     ]
@@ -250,7 +254,7 @@ def in_words(stats: DataStats) -> list[str]:
         lines.append(f"{name}: " + ", ".join(f"{label} {count:,}" for label, count in counts.items()))
     if stats.drops:
         lines.append("left out by the preparation:")
-        lines += [f"  {d.count:,} in {d.stage or 'preparation'}: {d.reason} ({', '.join(d.examples)})" for d in stats.drops]
+        lines += [f"  {d.count:,} in {d.stage or 'preparation'}: {d.said} ({', '.join(d.examples)})" for d in stats.drops]
     return lines + (_training_in_words(stats.training) if stats.training else [])
 
 
