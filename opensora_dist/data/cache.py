@@ -62,7 +62,7 @@ class ShardCache:
 
     def __init__(self, root: Path, *, max_bytes: int, patience: Patience) -> None:
         self.root = root
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._patience = patience
         self._told_small = False
 
@@ -143,7 +143,7 @@ class ShardCache:
             if error.errno in _FULL:
                 raise FetchError(
                     f"{wanted.shown}: no space left in {self.root}; free some there, name another disk with data.cache.path, or lower "
-                    f"data.cache.max_gib (now {self._max_bytes / 2**30:g}) below what the disk holds"
+                    f"data.cache.max_gib (now {self.max_bytes / 2**30:g}) below what the disk holds"
                 ) from error
             raise
         finally:
@@ -181,9 +181,9 @@ class ShardCache:
     def _make_room(self, wanted: Wanted, partial: Path) -> None:
         """Makes room and takes it at once, as a file of the size that is to come: others who make room count it."""
         need = wanted.num_bytes or 0
-        if need > self._max_bytes:
+        if need > self.max_bytes:
             raise FetchError(
-                f"{wanted.shown}: has {need / 2**30:.2f} GiB, more than all of data.cache.max_gib={self._max_bytes / 2**30:g}; raise it"
+                f"{wanted.shown}: has {need / 2**30:.2f} GiB, more than all of data.cache.max_gib={self.max_bytes / 2**30:g}; raise it"
             )
         with self._room_lock():
             self._evict(need, keep=wanted.path)
@@ -199,7 +199,7 @@ class ShardCache:
     def _evict(self, need: int, *, keep: Path) -> None:
         """Removes the files used least recently until ``need`` bytes more fit; those in use only where no others are left."""
         files = sorted(_files(self.root), key=lambda file: file.used_s)
-        over = sum(file.num_bytes for file in files) + need - self._max_bytes
+        over = sum(file.num_bytes for file in files) + need - self.max_bytes
         files = [file for file in files if file.path != keep and not file.is_being_written]
         for file in files:
             if over <= 0:
@@ -219,7 +219,7 @@ class ShardCache:
             self._told_small = True
             _log.warning(
                 "data.cache.max_gib=%g is less than the shards that readers hold open; some of these lose their place (their readers go on)",
-                self._max_bytes / 2**30,
+                self.max_bytes / 2**30,
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -90,6 +91,15 @@ class RemoteShards:
     def __init__(self, cache: ShardCache, wanted: Sequence[Wanted], *, ahead: int) -> None:
         self._cache = cache
         self._wanted = tuple(wanted)
+        if (total := sum(w.num_bytes or 0 for w in self._wanted)) > cache.max_bytes:
+            _log.info(
+                "%s and %d more shards have %.1f GiB, data.cache.max_gib is %g: shards are fetched more than once; data.shuffle_shards "
+                "keeps those few that are read at a time",
+                self._wanted[0].shown,
+                len(self._wanted) - 1,
+                total / 2**30,
+                cache.max_bytes / 2**30,
+            )
         self._ahead = ahead
         self._failed: dict[int, tuple[FetchError, float]] = {}
         self._queue: deque[int] = deque()
@@ -157,6 +167,38 @@ class RemoteShards:
                     self._running.discard(number)
 
 
+class JoinedShards:
+    """The shards of several data sets, numbered through.
+
+    Args:
+        sources: Those of each.
+        starts: Number of the first shard of each; one more at the end.
+    """
+
+    def __init__(self, sources: Sequence[ShardSource], starts: Sequence[int]) -> None:
+        self._sources, self._starts = tuple(sources), tuple(starts)
+
+    def open(self, number: int) -> int:
+        source, inside = self._find(number)
+        return source.open(inside)
+
+    def path_of(self, number: int) -> str:
+        source, inside = self._find(number)
+        return source.path_of(inside)
+
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        for source, start, stop in zip(self._sources, self._starts, self._starts[1:]):
+            source.prefetch([n - start for n in numbers if start <= n < stop])
+
+    def close(self) -> None:
+        for source in self._sources:
+            source.close()
+
+    def _find(self, number: int) -> tuple[ShardSource, int]:
+        which = bisect_right(self._starts, number) - 1
+        return self._sources[which], number - self._starts[which]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Located:
     """A data set that was found.
@@ -182,8 +224,9 @@ def localise(url: str, *, cache: CacheConfig, allow_pipe: bool, layout: str | No
         ConfigError: A pipe that isn't allowed, a secret in the URL, a missing package.
         DataError: Nothing there, or it can't be had.
     """
-    if (said := secret_in(url)) is not None:
-        raise ConfigError(f"data.path={said}")
+    for field, value in (("data.path", url), ("data.layout", layout or "")):
+        if (said := secret_in(value)) is not None:
+            raise ConfigError(f"{field}={said}")
     if url.startswith(PIPE) and not allow_pipe:
         raise ConfigError(
             f"data.path={redact(url)!r} runs a command of this machine; set data.allow_pipe=true if you trust whoever wrote this config"

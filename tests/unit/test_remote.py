@@ -304,6 +304,16 @@ def test_descriptors_stay_valid_where_everything_is_open_and_the_bound_is_kept(t
     os.close(held)
 
 
+def test_a_data_set_larger_than_the_cache_is_told_of_with_the_way_out(store, config, caplog):
+    caplog.set_level("INFO", logger="opensora_dist")
+    _, source = _open(f"{store.url}/set", config.model_copy(update={"max_gib": 40000 / 2**30}))
+    (said,) = [r.getMessage() for r in caplog.records if "more than once" in r.getMessage()]
+    assert "shard-00000.tar and 2 more shards" in said and "data.shuffle_shards" in said
+    for number in (0, 1, 2, 0):
+        os.close(source.open(number))
+    assert len(store.downloads("set/shard-00000.tar")) == 2
+
+
 def test_a_shard_larger_than_the_cache_is_an_error_with_the_field(tmp_path):
     with pytest.raises(FetchError, match=r"data\.cache\.max_gib"):
         _cache(tmp_path, max_bytes=10).open(_wanted(tmp_path, _whole))
@@ -426,6 +436,8 @@ def test_a_secret_in_a_url_is_refused_as_every_dump_of_the_config_would_show_it(
     with pytest.raises(ConfigError, match="environment variable") as caught:
         localise(url, cache=config, allow_pipe=False)
     assert not any(secret in str(caught.value) for secret in ("pw", "KEY", "abc"))
+    with pytest.raises(ConfigError, match=r"data\.layout=.*environment variable"):
+        localise("memory://set", cache=config, allow_pipe=False, layout=url)
 
 
 @pytest.mark.parametrize("name", ["../../etc/x.tar", "/etc/x.tar", "a.txt"])
