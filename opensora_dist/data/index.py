@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +32,7 @@ from opensora_dist.core.io import sample_id
 from opensora_dist.core.logging import get_logger
 from opensora_dist.core.types import Thw
 from opensora_dist.data.numbers import Numbers, ends_of, read_numbers
-from opensora_dist.data.remote import LocalShards, Located, ShardSource
+from opensora_dist.data.remote import JoinedShards, LocalShards, Located, ShardSource
 from opensora_dist.data.strings import Strings, StringsOf
 
 _log = get_logger(__name__)
@@ -70,38 +69,6 @@ class DataSet:
     def prefix(self) -> str:
         """Of its keys."""
         return f"{self.name}/" if self.name else ""
-
-
-class JoinedShards:
-    """The shards of several data sets, numbered through.
-
-    Args:
-        sources: Those of each.
-        starts: Number of the first shard of each; one more at the end.
-    """
-
-    def __init__(self, sources: Sequence[ShardSource], starts: Sequence[int]) -> None:
-        self._sources, self._starts = tuple(sources), tuple(starts)
-
-    def open(self, number: int) -> int:
-        source, inside = self._find(number)
-        return source.open(inside)
-
-    def path_of(self, number: int) -> str:
-        source, inside = self._find(number)
-        return source.path_of(inside)
-
-    def prefetch(self, numbers: Sequence[int]) -> None:
-        for source, start, stop in zip(self._sources, self._starts, self._starts[1:]):
-            source.prefetch([n - start for n in numbers if start <= n < stop])
-
-    def close(self) -> None:
-        for source in self._sources:
-            source.close()
-
-    def _find(self, number: int) -> tuple[ShardSource, int]:
-        which = bisect_right(self._starts, number) - 1
-        return self._sources[which], number - self._starts[which]
 
 
 @dataclass(frozen=True, kw_only=True)
