@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from opensora_dist.prepare.scores.view import View
 
-_CELLS = 32  # on the short side: a cell averages out what a codec does to its pixels
-_SAME = 2.5  # grey levels that a cell of an unmoved picture may still change by, as codecs correct themselves
+_CELLS = 18  # on the short side: a cell averages out what a codec does to its pixels
+_SAME = 4.0  # grey levels that a cell of an unmoved picture may still change by, as codecs correct themselves
 
 
 def static(view: View) -> float | None:

@@ -15,6 +15,7 @@ _BLOCKS = (15, 41, 91)  # pixels that a letter is set off against, for small, mi
 _STEP = 18  # grey levels from the mean of the block on
 _LEAST_H = 7  # pixels: smaller letters run together
 _LEAST_CONTRAST = 40.0
+_LEAST_SET_OFF = 0.75  # of the pixels about a letter
 _LEAST_LETTERS = 4
 _MOST_THINGS = 600  # of one size; a picture of leaves has thousands, and the clearest are letters if any are
 
@@ -67,7 +68,7 @@ def _find_things(light_HW: NDArray[np.uint8], block: int) -> _Things:
     ring[above > 0] = 0
     light = light_HW.reshape(-1).astype(np.float64)
 
-    def mean(of: NDArray[np.int32], values: NDArray[np.floating]) -> NDArray[np.floating]:
+    def mean(of: NDArray[np.int32], values: NDArray[np.floating] | NDArray[np.bool_]) -> NDArray[np.floating]:
         of = of.reshape(-1)
         sums, counts = np.bincount(of, values, len(chosen) + 1), np.bincount(of, minlength=len(chosen) + 1)
         return sums[1:] / np.maximum(counts[1:], 1)
@@ -78,7 +79,9 @@ def _find_things(light_HW: NDArray[np.uint8], block: int) -> _Things:
     # Pixels of a stroke are a quarter of its width from its edge in the mean.
     pen = 4 * mean(things, cv2.distanceTransform(above, cv2.DIST_L2, 3).reshape(-1).astype(np.float64)) - 1
     x, y, w, h = x[chosen], y[chosen], w[chosen], h[chosen]
-    good = np.flatnonzero((contrast > _LEAST_CONTRAST) & (spread < 0.6 * contrast) & (pen < 0.5 * h))
+    # What lies about a letter is darker all round; what lies between letters is no darker than what is beyond.
+    set_off = mean(ring, light < np.append(0, tone - 0.5 * _LEAST_CONTRAST)[ring.reshape(-1)])
+    good = np.flatnonzero((contrast > _LEAST_CONTRAST) & (spread < 0.6 * contrast) & (pen < 0.5 * h) & (set_off > _LEAST_SET_OFF))
     good = np.sort(good[np.argsort(-contrast[good], kind="stable")[:_MOST_THINGS]])
     return _Things(x_N=x[good], y_N=y[good], w_N=w[good], h_N=h[good], tone_N=tone[good], pen_N=pen[good])
 
