@@ -36,7 +36,7 @@ class StoredBatch:
     text_BYE: Tensor
     text_mask_BY: Tensor
     samples: tuple[int, ...]
-    keys: tuple[str, ...]
+    keys: Sequence[str]
     places: tuple[int, ...]
     bad: tuple[Damage | None, ...]
     weight_B: Tensor
@@ -88,7 +88,7 @@ def collate(
                 text_BYE=torch.from_numpy(a.text),
                 text_mask_BY=a.finish([why is not None for why in bad]),
                 samples=tuple(index.sample_id(row) for row in a.rows),
-                keys=tuple(index.key[row] for row in a.rows),
+                keys=index.key.pick(a.rows),
                 places=tuple(rows),
                 bad=bad,
                 weight_B=torch.tensor([weights[place] for place in rows], dtype=torch.float64),

@@ -46,7 +46,7 @@ class MicroBatch:
         text_BYE: Token vectors, zero where there is no token; Y is the longest caption of the global batch.
         text_mask_BY: bool, True on tokens.
         samples: ``keys.sample_id`` of each sample.
-        keys: Key of each sample.
+        keys: Key of each sample, read from the index when looked at.
         weight_B: float64, the loss weight of *each* latent position of the sample: weight x positions of whole samples sums to 1
             over the global batch.
         places: Where in the global batch its samples are.
@@ -60,7 +60,7 @@ class MicroBatch:
     text_BYE: Tensor
     text_mask_BY: Tensor
     samples: tuple[int, ...]
-    keys: tuple[str, ...]
+    keys: Sequence[str]
     weight_B: Tensor
     places: tuple[int, ...] = ()
     bad: tuple[Damage | None, ...] = ()

@@ -77,6 +77,10 @@ class Strings(Sequence[str]):
                     values = self._group(i, group)
                 yield from (part.prefix + str(value) for value in values)
 
+    def pick(self, rows: Sequence[int]) -> Picked:
+        """Those of some rows, read when they are looked at."""
+        return Picked(self, rows)
+
     def _file(self, part: int) -> tuple[pq.ParquetFile, list[int]]:
         """Of a part, and the rows at which its row groups start."""
         if part not in self._files:
@@ -93,3 +97,31 @@ class Strings(Sequence[str]):
                 self._groups.popitem(last=False)
         self._groups.move_to_end((part, group))
         return self._groups[part, group]
+
+
+class Picked(Sequence[str]):
+    """Texts of some rows. Most batches are trained on without anyone looking at their keys, and a row group is decoded for each."""
+
+    def __init__(self, strings: Strings, rows: Sequence[int]) -> None:
+        self._strings, self._rows = strings, tuple(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, number: int) -> str: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[str]: ...
+    def __getitem__(self, number: int | slice) -> str | list[str]:
+        if isinstance(number, slice):
+            return [self._strings[row] for row in self._rows[number]]
+        return self._strings[self._rows[number]]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
