@@ -10,6 +10,7 @@ from opensora_dist.observe.parts import esc
 
 _WIDTH, _HEIGHT = 640, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 30
+_WIDEST = 60.0  # column: where all clips have the same value, a chart would else be one block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,8 @@ def histogram(
             )
     for i, (k, d) in enumerate(zip(kept, lost, strict=True)):
         left, right = across(edges[i]), across(edges[i + 1])
+        spare = max(0.0, right - left - _WIDEST) / 2
+        left, right = left + spare, right - spare
         tip = f"{format_tick(edges[i])} to {format_tick(edges[i + 1])}: {k:,} kept" + (f", {d:,} dropped" if dropped else "")
         columns = [(up(k), up(0), "column"), (up(k + d), up(k), "column bad")]
         drawn = "".join(
