@@ -25,7 +25,7 @@ from opensora_dist.prepare.book import Book, Work
 from opensora_dist.prepare.device import Device, Item
 from opensora_dist.prepare.resume import STATE_DIR, Finished
 from opensora_dist.prepare.sources import Source
-from opensora_dist.prepare.stages import ClipFound, Clock, SourceDone, SourceTask
+from opensora_dist.prepare.stages import Clip, ClipFound, Clock, SourceDone, SourceTask
 from opensora_dist.prepare.store import StageStore
 from opensora_dist.prepare.workers import LotTask, work_lots
 
@@ -144,16 +144,21 @@ class Run:
 
     def _forget_lost(self, lot: Sequence[Source]) -> None:
         """Where arrays that were recorded are gone, forgets those of the whole lot: so they are encoded again in the same batches."""
-        clips = [(s, clip) for s in lot if self.book.source_problem(s) is None for clip in self.book.clips(s)]
-        reached = [(s, clip) for s, clip in clips if self.book.verdict(s, clip).waits_for in (None, "latents", "text", "save")]
         stored = [
             (stage, key)
-            for s, clip in reached
-            for stage, key in zip(("latents", "text"), self.book.encoded(s, clip), strict=True)
+            for source in lot
+            if self.book.source_problem(source) is None
+            for clip in self.book.clips(source)
+            if self._reaches_encoding(source, clip)
+            for stage, key in zip(("latents", "text"), self.book.encoded(source, clip), strict=True)
             if "xxh3" in (self.store.get(stage, key) or {})
         ]
         if any(key not in self.blobs for _, key in stored):
             self.store.put_all([(stage, key, None) for stage, key in stored])
+
+    def _reaches_encoding(self, source: Source, clip: Clip) -> bool:
+        verdict = self.book.verdict(source, clip)
+        return verdict.kept or verdict.waits_for in ("latents", "text", "save")
 
     def _source_task(self, source: Source, until: Collection[Work]) -> SourceTask | None:
         book, keys = self.book, self.book.keys

@@ -81,7 +81,7 @@ def contents(out: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in out.iterdir() if p.is_file() and p.name != "report.json"}
 
 
-@pytest.mark.parametrize("first, step", [(1, 1), (2, 5)])
+@pytest.mark.parametrize("first, step", [pytest.param(1, 1, marks=pytest.mark.slow), (2, 5)])
 def test_killed_at_one_write_after_the_other_no_clip_is_lost_or_there_twice(tmp_path: Path, first: int, step: int) -> None:
     for i in range(5):
         noise = np.random.default_rng(i).integers(0, 60, (9, 4, 4, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)

@@ -154,6 +154,32 @@ def test_other_prompts_rerun_captions_and_text_but_neither_scores_nor_latents(
     assert all(row.caption.startswith("a clip, ") for row in read_rows(tmp_path))
 
 
+def test_clips_that_are_dropped_are_not_captioned(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captions, "Captioner", CountingCaptioner)
+    caption = {"model": "a-model", "keep_existing": False, "prompts": {"descriptive": "say"}}
+    for _ in range(2):
+        asked = CountingCaptioner.asked
+        report = run(settings(source, tmp_path, filter={"brightness": (80, None)}, caption=caption))
+        assert CountingCaptioner.asked - asked in (report.samples, 0)
+        assert 0 < report.samples < 10
+    assert CountingCaptioner.asked == asked
+
+
+def test_a_video_that_breaks_off_gives_the_clips_before_the_damage(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), dtype=np.uint8)
+    write_video(tmp_path / "in" / "a.mp4", noise, fps=8)
+    (tmp_path / "in" / "a.txt").write_text("noise")
+    whole = run(settings(tmp_path / "in", tmp_path / "out", shots={"windows": "all"}))
+    assert whole.samples == 16
+    data = bytearray((tmp_path / "in" / "a.mp4").read_bytes())
+    data[len(data) // 2 : -20_000] = bytes(len(data) - 20_000 - len(data) // 2)  # the table of frames, at the end, stays
+    (tmp_path / "in" / "a.mp4").write_bytes(data)
+    for out in ("out", "fresh"):
+        report = run(settings(tmp_path / "in", tmp_path / out, shots={"windows": "all"}))
+        assert 0 < report.samples < 16
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
 def test_appended_scores_and_cleaning_change_text_alone(source: Path, tmp_path: Path) -> None:
     run(settings(source, tmp_path, scores={"also": ("motion",)}))
     report = run(settings(source, tmp_path, caption={"append": ("motion",)}))
