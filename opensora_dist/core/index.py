@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -272,31 +273,44 @@ def read_header(folder: Path) -> IndexHeader:
             f"{path}: no such index; data.path must be a folder made by `opensora-dist data prepare` "
             "(an unfinished preparation has no index yet: run it again, it resumes)"
         )
-    try:
+    with damage_named(path):
         footer = pq.read_metadata(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: damaged or not a Parquet file ({error}); run `opensora-dist data prepare` again") from error
     raw = (footer.metadata or {}).get(_META)
     foreign = DataError(f"{path}: not an index of opensora_dist; make one with `opensora-dist data prepare`")
     if raw is None:
         raise foreign
-    header = json.loads(raw)
+    with damage_named(path):
+        header = json.loads(raw)
     if header["schema_version"] != SCHEMA_VERSION:
         raise DataError(f"{path}: schema version {header['schema_version']}, this release reads {SCHEMA_VERSION}; prepare again")
     if footer.schema.names != COLUMNS.names:
         raise foreign
     if footer.num_rows == 0:
         raise DataError(f"{path}: the index lists no sample; see the preparation's report for why each clip was dropped")
-    return IndexHeader(
-        shards=tuple(ShardRow(**s) for s in header["shards"]),
-        shapes=tuple(SampleShape(clip=Thw(*s["clip"]), latent=Thw(*s["latent"]), dtype=s["dtype"]) for s in header["shapes"]),
-        spec=header["spec"],
-        hashes_name=header["hashes"]["name"],
-        hashes_xxh3=header["hashes"]["xxh3"],
-        num_hashes=header["hashes"]["count"],
-        num_samples=footer.num_rows,
-        dataset_hash=header["dataset_hash"],
-    )
+    with damage_named(path):
+        return IndexHeader(
+            shards=tuple(ShardRow(**s) for s in header["shards"]),
+            shapes=tuple(SampleShape(clip=Thw(*s["clip"]), latent=Thw(*s["latent"]), dtype=s["dtype"]) for s in header["shapes"]),
+            spec=header["spec"],
+            hashes_name=header["hashes"]["name"],
+            hashes_xxh3=header["hashes"]["xxh3"],
+            num_hashes=header["hashes"]["count"],
+            num_samples=footer.num_rows,
+            dataset_hash=header["dataset_hash"],
+        )
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """What reading an index raises where its bytes are damaged, as advice.
+
+    Raises:
+        DataError: In place of errors of Parquet, JSON and the file system.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged or not a Parquet file ({error}); run `opensora-dist data prepare` again") from error
 
 
 def open_hashes(folder: Path, header: IndexHeader) -> NDArray[np.uint64]:
@@ -356,7 +370,8 @@ def read_rows(folder: Path) -> Iterator[SampleRow]:
 def _parquet(path: Path) -> pq.ParquetWriter:
     """Numbers plain, so that they are copied rather than decoded; strings compressed."""
     compression = {name: "ZSTD" if name in STRINGS else "NONE" for name in COLUMNS.names}
-    return pq.ParquetWriter(path, COLUMNS, compression=compression, use_dictionary=False, write_statistics=False)
+    plain = {"use_dictionary": False, "write_statistics": False}
+    return pq.ParquetWriter(path, COLUMNS, compression=compression, write_page_checksum=True, **plain)
 
 
 def _table(chunk: RowChunk, ids: NDArray[np.uint64]) -> pa.Table:

@@ -25,6 +25,7 @@ from opensora_dist.core.index import (
     IndexHeader,
     SampleShape,
     ShardRow,
+    damage_named,
     open_hashes,
     read_header,
 )
@@ -325,8 +326,9 @@ def verify_index(folder: Path) -> list[str]:
     hashes, identity, first, wrong = open_hashes(folder, header), IdentityHash(), 0, 0
     frames = np.array([shape.latent.t for shape in header.shapes])
     ids = []
-    with pq.ParquetFile(Path(folder) / INDEX_NAME) as file:
-        for batch in file.iter_batches(columns=["key", "sample_id", "shape"]):
+    path = Path(folder) / INDEX_NAME
+    with damage_named(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        for batch in file.iter_batches():  # of all columns, for their checksums
             keys = batch.column("key").to_pylist()
             ids.append(batch.column("sample_id").to_numpy())
             wrong += sum(sample_id(key) != found for key, found in zip(keys, ids[-1].tolist(), strict=True))
@@ -334,7 +336,8 @@ def verify_index(folder: Path) -> list[str]:
             identity.add(keys=keys, hashes=hashes[first : first + count])
             first += count
     problems = []
-    if same := len(np.concatenate(ids)) - len(np.unique(np.concatenate(ids))):
+    all_ids = np.concatenate([np.empty(0, np.uint64), *ids])
+    if same := len(all_ids) - len(np.unique(all_ids)):
         problems.append(f"{same} samples have the key of another sample")
     if wrong:
         problems.append(f"{wrong} samples have another identity than the hash of their key")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.core.errors import DataError
-from opensora_dist.core.index import INDEX_NAME, NUMBERS, IndexHeader, SampleShape
+from opensora_dist.core.index import INDEX_NAME, NUMBERS, IndexHeader, SampleShape, damage_named
 from opensora_dist.data.strings import Strings, StringsOf
 
 _GROUPS_AT_ONCE = 4
@@ -62,7 +62,7 @@ def read_numbers(folder: Path, header: IndexHeader, spec: DatasetSpec, into: Num
     shard_bytes = np.array([s.num_bytes for s in header.shards])
     frames = np.array([s.latent.t for s in header.shapes])
     broken: dict[str, tuple[int, int]] = {}
-    with pq.ParquetFile(path) as file:
+    with damage_named(path), pq.ParquetFile(path) as file:
         for group in range(0, file.num_row_groups, _GROUPS_AT_ONCE):
             groups = range(group, min(group + _GROUPS_AT_ONCE, file.num_row_groups))
             table = file.read_row_groups(groups, columns=list(NUMBERS))

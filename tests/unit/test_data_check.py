@@ -308,6 +308,24 @@ def test_tars_that_others_made_are_checked_against_what_they_were_when_they_were
     assert "x.tar: x/0: its latents, frame 0, have another xxh3" in said(found.problems)
 
 
+def test_damage_anywhere_in_the_index_is_told_and_never_a_crash(tmp_path: Path) -> None:
+    folder, _ = made(tmp_path / "set")
+    index = folder / "index.parquet"
+    whole, rng = index.read_bytes(), np.random.default_rng(0)
+    content = (
+        len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    )  # the footer comes after it, and has bytes that nothing reads
+    for place in rng.integers(4, len(whole), 60).tolist():
+        damaged = bytearray(whole)
+        damaged[place : place + 8] = rng.bytes(len(damaged[place : place + 8]))
+        index.write_bytes(damaged)
+        try:
+            told = bool(check(folder).problems)
+        except DataError:
+            told = True
+        assert told or place >= content, place
+
+
 def test_no_index_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         check(tmp_path)
