@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from opensora_dist.prepare.scores.view import View
 
+_FRAMES = 4
 _BLOCKS = (15, 41, 91)  # pixels that a letter is set off against, for small, middling and large ones
 _STEP = 18  # grey levels from the mean of the block on
 _LEAST_H = 7  # pixels: smaller letters run together
@@ -33,12 +34,12 @@ class _Things:
 
 
 def text_area(view: View) -> float:
-    """Share of the picture under lines of text, 0 to 1, mean over frames. Errors: docs/scores.md.
+    """Share of the picture under lines of text, 0 to 1, mean over a few frames, since text stays. docs/prepare.md has the errors.
 
     Source: the reasoning of Epshtein et al., Detecting text in natural scenes with stroke width transform, 2010, on components of a
     local threshold.
     """
-    return float(np.mean([text_mask(grey).mean() for grey in view.greys]))
+    return float(np.mean([text_mask(grey).mean() for grey in view.greys[:: max(1, len(view.greys) // _FRAMES)]]))
 
 
 def text_mask(grey_HW: NDArray[np.uint8]) -> NDArray[np.bool_]:

@@ -57,7 +57,7 @@ class View:
         import cv2
 
         assert self.pairs, "an image has no flow"
-        flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
         found = np.stack([np.asarray(flow.calc(a, b, None), dtype=np.float32) for a, b in self.small_pairs])
         return found * np.float32(MOTION_H / found.shape[1])
 
