@@ -30,8 +30,8 @@ _STAGE_OF: dict[Work, str] = {
     "caption": "caption",
     "match": "match",
     "latents": "encode",
-    "text": "encode",
-    "save": "encode",
+    "text": "text",
+    "save": "save",
 }
 
 

@@ -8,6 +8,7 @@ cutting, scoring and all that comes after; its clips are handed on as they come,
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -362,7 +363,9 @@ def measure(frames: Frames, names: frozenset[str], config: PrepareConfig, probe:
     if "duplicates" in names:
         scores["duplicates"] = phash(evenly_spaced(frames, config.scores.frames))
     if rest := names - {"duplicates"}:
-        scores |= score_frames(frames, fps=config.clip.fps, names=rest, source=probe, looks=config.scores.frames)
+        measured = score_frames(frames, fps=config.clip.fps, names=rest, source=probe, looks=config.scores.frames)
+        # JSON has no NaN, and no threshold means anything to it
+        scores |= {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in measured.items()}
     return scores
 
 

@@ -91,16 +91,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_another_threshold_decodes_scores_and_encodes_only_what_no_clip_was_known_for(source: Path, tmp_path: Path) -> None:
     strict, loose = ({"filter": {"brightness": (least, None)}} for least in (80, 40))
     first = run(settings(source, tmp_path / "a", **strict))
-    assert calls(first) == {"probe": 10, "cut": 10, "score": 10, "encode": 2 * first.samples}
+    assert calls(first) == {"probe": 10, "cut": 10, "score": 10, "encode": first.samples, "text": first.samples}
     assert 0 < first.samples < 8
     before = contents(tmp_path / "a")
 
     second = run(settings(source, tmp_path / "a", **loose))
     new = second.samples - first.samples
     assert new > 0
-    assert set(calls(second)) == {"cut", "encode"}  # the frames of clips that are kept now, and nothing else
-    assert calls(second)["cut"] == new
-    assert calls(second)["encode"] == 2 * new
+    assert calls(second) == {"cut": new, "encode": new, "text": new}  # of clips that are kept now, and nothing else
 
     third = run(settings(source, tmp_path / "a", **strict))
     assert calls(third) == {}
@@ -141,16 +139,16 @@ def test_other_prompts_rerun_captions_and_text_but_neither_scores_nor_latents(
         return settings(source, tmp_path, scores={"also": ("brightness",)}, caption=said)
 
     first = run(config("one"))
-    assert calls(first) == {"probe": 10, "cut": 10, "score": 10, "caption": 10, "encode": 20}
+    assert calls(first) == {"probe": 10, "cut": 10, "score": 10, "caption": 10, "encode": 10, "text": 10}
     latents = {row.key: row.latents_frame_xxh3 for row in read_rows(tmp_path)}
     second = run(config("two"))
-    assert calls(second) == {"cut": 10, "caption": 10, "encode": 10}  # text alone
+    assert calls(second) == {"cut": 10, "caption": 10, "text": 10}
     assert {row.key: row.latents_frame_xxh3 for row in read_rows(tmp_path)} == latents
     assert all(row.caption.startswith("two ") for row in read_rows(tmp_path))
     asked = CountingCaptioner.asked
     third = run(config("two", keep_existing=True))
     assert CountingCaptioner.asked == asked
-    assert calls(third) == {"cut": 10, "encode": 10}
+    assert calls(third) == {"cut": 10, "text": 10}
     assert all(row.caption.startswith("a clip, ") for row in read_rows(tmp_path))
 
 
@@ -183,7 +181,7 @@ def test_a_video_that_breaks_off_gives_the_clips_before_the_damage(tmp_path: Pat
 def test_appended_scores_and_cleaning_change_text_alone(source: Path, tmp_path: Path) -> None:
     run(settings(source, tmp_path, scores={"also": ("motion",)}))
     report = run(settings(source, tmp_path, caption={"append": ("motion",)}))
-    assert calls(report) == {"cut": 10, "encode": 10}
+    assert calls(report) == {"cut": 10, "text": 10}
     assert all("motion score: " in row.caption for row in read_rows(tmp_path))
 
 
@@ -213,7 +211,7 @@ def test_every_window_of_a_video_is_a_sample_known_by_where_it_is(tmp_path: Path
     assert {row.key for row in read_rows(tmp_path / "out")} == set(rows)
     moving(tmp_path / "in" / "b.mp4", frames=4, seed=3)
     again = run(settings(tmp_path / "in", tmp_path / "out", **every, workers=2))
-    assert calls(again) == {"probe": 1, "cut": 1, "encode": 2}
+    assert calls(again) == {"probe": 1, "cut": 1, "encode": 1, "text": 1}
     assert set(rows) < {row.key for row in read_rows(tmp_path / "out")}
 
 
@@ -276,7 +274,7 @@ def test_kept_clips_are_saved_as_video_and_a_lost_one_is_written_again(source: P
     saved[1].unlink()
     again = run(config)
     assert saved[1].read_bytes() == was
-    assert calls(again) == {"cut": 1, "encode": 1}  # the one that is saved
+    assert calls(again) == {"cut": 1, "save": 1}
 
 
 # One data set in another's place
@@ -383,7 +381,7 @@ def test_four_parts_at_once_one_of_them_killed_make_the_shards_of_one_run(
     assert [job.wait(max(0.0, deadline - time.monotonic())) for job in jobs] == [0, -signal.SIGKILL, 0, 0]
     assert not (tmp_path / "parts" / "index.parquet").exists()
     report = run(config)
-    assert 0 < calls(report)["encode"] <= 2 * 4  # what the killed one had in hand, and had not begun
+    assert 0 < calls(report)["encode"] <= 4  # what the killed one had in hand, and had not begun
     run(settings(tmp_path / "in", tmp_path / "straight", shots={"windows": "all"}))
     assert contents(tmp_path / "parts") == contents(tmp_path / "straight")
 
