@@ -95,6 +95,7 @@ def _add_data(actions: Any) -> None:
     data.add_argument("--python", metavar="PATH", help="interpreter that has the other packages (default: this one)")
     data.add_argument("--work", type=Path, metavar="DIR", help="folder on the disk to measure (default: the temporary folder)")
     data.add_argument("--out", type=Path, metavar="FILE", help="where to write the measurement, as JSON")
+    data.add_argument("--page", type=Path, metavar="FILE", help="Markdown page whose table is replaced")
     data.set_defaults(run=_run_data)
 
 
@@ -193,4 +194,4 @@ def _run_data(args: argparse.Namespace) -> int:
         python=args.python,
         work=args.work,
     )
-    return 0 if bench_data(options, out=args.out) else 1
+    return 0 if bench_data(options, out=args.out, page=args.page) else 1

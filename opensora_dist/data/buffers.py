@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -71,5 +72,6 @@ def _allocate(num_bytes: int, *, pinned: bool) -> Tensor:
     if pinned:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)  # CUDA aligns to pages by itself
     memory = mmap.mmap(-1, num_bytes)
-    memory.madvise(mmap.MADV_HUGEPAGE)  # fewer faults, and fewer misses of the address cache
+    with suppress(OSError):  # of a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)  # fewer faults, and fewer misses of the address cache
     return torch.frombuffer(memory, dtype=torch.uint8)

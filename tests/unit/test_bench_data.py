@@ -14,6 +14,7 @@ from opensora_dist.core.types import Thw
 from opensora_dist.recipes.bench import data, data_ways
 from opensora_dist.recipes.bench.data import Bar, DataOptions, bench_data
 from opensora_dist.recipes.bench.data_ways import DataCase, our_ways, write_samples
+from opensora_dist.recipes.bench.page import BEGIN, END
 
 
 @pytest.fixture
@@ -45,7 +46,9 @@ def test_a_run_writes_what_it_measured_and_says_what_it_left_out(small, tmp_path
     pytest.importorskip("webdataset")
     shown, out = io.StringIO(), tmp_path / "data.json"
     options = DataOptions(num_bytes=10_000, rounds=2, batch=2, threads=2, python=sys.executable, work=tmp_path)
-    bench_data(options, out=out, console=Console(file=shown))
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{BEGIN}{END}\nbelow\n")
+    bench_data(options, out=out, page=page, console=Console(file=shown))
     (found,) = json.loads(out.read_text())["cases"]
     assert {len(rates) for kind in ("warm", "cold") for rates in found[kind].values()} == {2}
     ways = set(found["warm"]) | set(found["missing"])
@@ -53,7 +56,9 @@ def test_a_run_writes_what_it_measured_and_says_what_it_left_out(small, tmp_path
     for name, why in found["missing"].items():
         assert "can't be imported" in why and f"{name}: left out: {why}" in " ".join(shown.getvalue().split())
     assert {bar["met"] for bar in found["bars"]} <= {True, False}
-    assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "page.md"]
+    rows = [line.split(" | ")[0].strip("| ") for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert set(found["warm"]) <= set(rows) and len(rows) == len(set(rows)) + 1  # two heads
 
 
 def test_a_bar_is_the_median_of_ratios_of_one_round():

@@ -32,6 +32,7 @@ from opensora_dist.recipes.bench.data_ways import (
     write_samples,
 )
 from opensora_dist.recipes.bench.figures import Spread
+from opensora_dist.recipes.bench.page import write_table
 
 _log = get_logger(__name__)
 CLIPS = (Thw(16, 256, 256), Thw(64, 512, 512))
@@ -97,11 +98,12 @@ def bars(threads: int) -> tuple[Bar, ...]:
     )
 
 
-def bench_data(options: DataOptions, *, out: Path | None, console: Console | None = None) -> bool:
+def bench_data(options: DataOptions, *, out: Path | None, page: Path | None = None, console: Console | None = None) -> bool:
     """Measures, prints tables and bars, writes JSON; returns whether every bar that could be measured is met.
 
     Args:
         out: The JSON file.
+        page: Markdown page whose table is replaced.
     """
     console = console or Console()
     if not console.is_terminal:
@@ -117,6 +119,8 @@ def bench_data(options: DataOptions, *, out: Path | None, console: Console | Non
     shown = {"rounds": options.rounds, "batch": options.batch, "threads": options.threads, "num_bytes": options.num_bytes}
     if out is not None:
         write_json(out, {**about, "load_average": os.getloadavg()[0], "settings": shown, "cases": found})
+    if page is not None:
+        write_table(page, markdown(found))
     return all(bar["met"] is not False for case in found for bar in case["bars"])
 
 
@@ -186,6 +190,29 @@ def drop_cache(index: Index) -> None:
         fd = index.shard_source.open(shard)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(fd)
+
+
+def markdown(cases: Sequence[Mapping[str, Any]]) -> str:
+    """Rates and ratios to raw, a row per way, warm and cold for each size; then the bars."""
+    kinds = [(case, kind) for case in cases for kind in ("warm", "cold")]
+    heads = [f"{case['sample_bytes'] / 1e6:.1f} MB, {kind}" for case, kind in kinds]
+    lines = ["| samples/s, of raw | " + " | ".join(heads) + " |", "| --- " * (1 + len(heads)) + "|"]
+    for name in cases[0]["warm"]:
+        lines.append(f"| {name} | " + " | ".join(_cell(case[kind], name) for case, kind in kinds) + " |")
+    lines += ["", "| bar | asked | " + " | ".join(f"{case['sample_bytes'] / 1e6:.1f} MB" for case in cases) + " |"]
+    lines.append("| --- " * (2 + len(cases)) + "|")
+    for bars_of_one in zip(*(case["bars"] for case in cases), strict=True):
+        found = ["-" if bar["found"] is None else f"{bar['found']:.2f}" for bar in bars_of_one]
+        kind = "cold" if bars_of_one[0]["cold"] else "warm"
+        lines.append(f"| {bars_of_one[0]['bar']}, {kind} | {bars_of_one[0]['least']:g} | " + " | ".join(found) + " |")
+    return "\n".join(lines)
+
+
+def _cell(rates: Mapping[str, Sequence[float]], name: str) -> str:
+    if name not in rates:
+        return ""
+    ratio = statistics.median(a / b for a, b in zip(rates[name], rates[RAW], strict=True))
+    return f"{statistics.median(rates[name]):,.0f}, {ratio:.2f}"
 
 
 def _print(console: Console, found: Mapping[str, Any]) -> None:
