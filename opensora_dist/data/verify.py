@@ -202,8 +202,10 @@ class _Shard:
         except ValueError:
             self._tell(row, f"{member.name} is no JSON")
             return
-        if isinstance(about, dict) and about.get("caption", row.caption) != row.caption:
-            self._tell(row, f"its caption is {about['caption']!r} in {member.name}, {row.caption!r} in the index")
+        said = {"caption": row.caption, "source": row.source, "clip": [row.clip_t, row.clip_h, row.clip_w]}
+        for name, value in said.items():
+            if isinstance(about, dict) and about.get(name, value) != value:
+                self._tell(row, f"its {name} is {about[name]!r} in {member.name}, {value!r} in the index")
 
 
 def _is_listed(key: str, listed: set[str], shard: str) -> bool:

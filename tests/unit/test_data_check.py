@@ -257,10 +257,12 @@ def test_a_json_that_says_something_else_than_the_index_is_caught(data: tuple[Pa
     info = tarfile.TarInfo(f"{key}.json")
 
     def add(members: list) -> list:
-        return [*members[:2], (info, json.dumps({"caption": "another"}).encode()), *members[2:]]
+        return [*members[:2], (info, json.dumps({"caption": "another", "clip": [4, 32, 64]}).encode()), *members[2:]]
 
     pack(folder / "shard-00000.tar", add)
-    assert f"{key}: its caption is 'another' in {key}.json, 'caption of {key}' in the index" in said(check(folder).problems)
+    found = said(check(folder).problems)
+    assert f"{key}: its caption is 'another' in {key}.json, 'caption of {key}' in the index" in found
+    assert f"{key}: its clip is [4, 32, 64] in {key}.json" in found
 
 
 def test_a_data_set_behind_a_url_is_checked_through_the_cache(data: tuple[Path, Samples], tmp_path: Path) -> None:
