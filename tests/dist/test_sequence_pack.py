@@ -19,6 +19,7 @@ from opensora_dist.models.registry import build_model
 from opensora_dist.models.tensor import share_blocks
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import build_mesh, sp_ulysses
+from opensora_dist.parallel.sequence.dsp_parts import bytes_of_parts
 from opensora_dist.parallel.sequence.layout import SequenceParallel
 from opensora_dist.parallel.sequence.registry import SCHEMES
 from opensora_dist.parallel.sequence.traffic import SentBytes
@@ -183,11 +184,11 @@ def count(size, recompute, overlap, autocast):
             between = lambda: marks.append((len(calls), sent.total))  # noqa: E731
             *_, shards, _ = _packed(model, SequenceParallel(mesh, sp), dtype, between)
     formula = [0, 0]
-    for shard, batch in zip(shards, PACK.values(), strict=True):
-        for axis in (Axis.SPACE, Axis.TIME):
-            if shard.crosses(axis):
-                traffic = shard.scheme.bytes_sent(shard, axis, batch=batch, width=WIDTH, element_bytes=2 if autocast else 8)
-                formula = [formula[0] + 2 * traffic.forward, formula[1] + 2 * traffic.backward]
+    for axis in (Axis.SPACE, Axis.TIME):
+        crossing = [(shard, batch) for shard, batch in zip(shards, PACK.values(), strict=True) if shard.crosses(axis)]
+        whose, batches = zip(*crossing, strict=True)
+        traffic = bytes_of_parts(whose, axis, batches=batches, width=WIDTH, element_bytes=2 if autocast else 8)
+        formula = [formula[0] + 2 * traffic.forward, formula[1] + 2 * traffic.backward]
     assert sent.by_collective.keys() == {"alltoall_base_"}
     return marks[0], (len(calls) - marks[0][0], sent.total - marks[0][1]), tuple(formula)
 
@@ -200,6 +201,20 @@ def test_dsp_sends_the_tokens_of_all_parts_of_a_pack_in_one_all_to_all_each_way(
         for forward, backward, formula in ranks.run(count, size, recompute, overlap, autocast, world=size):
             assert (forward[0], backward[0]) == (2 * 2 * 2, 2 * 2 * 2), "blocks x attentions x there and back"
             assert (forward[1], backward[1]) == formula
+
+
+def owners(size, pictures):
+    """Bytes that this rank sends for pictures alone."""
+    mesh = build_mesh(torch.device("cpu"), dp_replicate=1, sp=SpConfig(degree=size), timeout_s=60)
+    shard = SequenceParallel(mesh, SpConfig(degree=size)).shard(Thw(1, 2 * size, 3))
+    return bytes_of_parts([shard] * len(pictures), Axis.SPACE, batches=pictures, width=1, element_bytes=1).forward
+
+
+def test_sequences_of_the_pictures_of_a_pack_are_dealt_out_over_its_ranks(ranks):
+    """A picture is one sequence, with one owner; six of them, of whatever shapes, are two for each of three ranks."""
+    for pictures in ([6], [1, 1, 1, 1, 1, 1], [2, 1, 3]):
+        # Of each picture its owner sends outputs for two thirds of its 18 tokens, and the others their third of the input.
+        assert ranks.run(owners, 3, pictures, world=3) == [2 * 12 + 4 * 6] * 3
 
 
 # --- bfloat16

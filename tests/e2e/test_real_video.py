@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import zipfile
 
+import cv2
 import pytest
 from cli_process import running
-from training import curve, metrics, train_here
+from training import curve, events, losses, metrics, train_here
 
 from opensora_dist.cli.main import main
 from opensora_dist.core.video import read_video
+from opensora_dist.data.index import Index
 
 CAPTIONS = {
     "bigbuckbunny.mp4": "a grey rabbit stands in a green meadow",
@@ -22,6 +25,8 @@ CAPTIONS = {
     "carphone_pristine.mp4": "a man in a car talks, and the landscape passes by",
 }
 STEPS = 30
+PACKED_STEPS = 50
+PICTURES = 3
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +78,68 @@ def test_real_video_trains_stops_in_the_middle_goes_on_bitwise_and_is_sampled(ra
     )
     (video,) = tmp_path.glob("*.mp4")
     assert read_video(video)[0].shape == (16, 128, 128, 3)
+
+
+@pytest.fixture(scope="module")
+def mixed(videos, tmp_path_factory):
+    """Shots of the clips in three buckets, and pictures from them in two more, prepared."""
+    folder = tmp_path_factory.mktemp("mixed")
+    lines = (videos / "metadata.csv").read_text().splitlines()
+    for name, caption in CAPTIONS.items():
+        (folder / name).symlink_to(videos / name)
+        frames, _ = read_video(videos / name)
+        for i in range(PICTURES):
+            picture = f"{name.removesuffix('.mp4')}-{i}.png"
+            assert cv2.imwrite(str(folder / picture), frames[i * len(frames) // PICTURES][:, :, ::-1])
+            lines.append(f'{picture},"{caption}"')
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    shards = tmp_path_factory.mktemp("shards") / "data"
+    cut = ["shots.detector=content", "shots.windows=all", "clip.fps=12"]
+    buckets = "clip.buckets=[[8, 96, 96], [8, 80, 128], [4, 64, 96], [1, 96, 96], [1, 80, 128]]"
+    assert main(["data", "prepare", f"input.path={folder}", f"output.path={shards}", *cut, buckets]) == 0
+    assert len(Index.open(shards).buckets) == 5
+    return shards
+
+
+def _mixed_args(mixed, run_dir, *more):
+    given = [f"data.path={mixed}", f"run.dir={run_dir}", f"run.steps={PACKED_STEPS}", "run.log_every=1", "run.device=cpu"]
+    given += ["model.depth=2", "model.width=64", "model.heads=4", "objective.name=rectified_flow", "optim.lr=2e-3"]
+    given += ["parallel.nproc=2", "parallel.sp.degree=2", "parallel.zero.stage=2", "checkpoint.every_steps=1000"]
+    return [*given, *more]
+
+
+def _assert_learns(run_dir):
+    found = losses(run_dir)
+    assert len(found) == PACKED_STEPS and all(map(math.isfinite, found))
+    first, last = (sum(part) / len(part) for part in (found[:10], found[-10:]))
+    assert last < 0.9 * first, found
+
+
+def test_real_clips_and_pictures_train_packed_over_two_ranks_and_go_on_bitwise_after_a_stop(ranks, mixed, tmp_path):
+    """Packs of clips of several shapes and of pictures, each sample shared by both ranks."""
+    packed = ["data.batching=packed", "data.unit_tokens=1000", "data.global_batch=1"]
+    ranks.run(train_here, _mixed_args(mixed, tmp_path / "whole", *packed), world=2)
+    _assert_learns(tmp_path / "whole")
+    efficiency = [m["packing_efficiency"] for m in metrics(tmp_path / "whole")]
+    assert efficiency == [m["tokens"] / 1000 for m in metrics(tmp_path / "whole")] and max(efficiency) <= 1
+    assert max(m["samples"] for m in metrics(tmp_path / "whole")) > 2, "nothing was packed"
+    (start,) = events(tmp_path / "whole", "start")
+    assert len(start["buckets"]) == 5 and all(bucket["used"] for bucket in start["buckets"].values())
+    with running("train", *_mixed_args(mixed, tmp_path / "parts", *packed)) as command:
+        command.wait_for(lambda: len(metrics(tmp_path / "parts")) >= PACKED_STEPS // 3)
+        command.process.send_signal(signal.SIGTERM)
+        ended = command.end()
+    assert ended.code == 0, ended.err
+    assert PACKED_STEPS // 3 <= json.loads((tmp_path / "parts" / "STOPPED").read_text())["step"] < PACKED_STEPS
+    ranks.run(train_here, _mixed_args(mixed, tmp_path / "parts", *packed), world=2)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batching", [["samples"], ["tokens", "data.unit_tokens=500"]], ids=lambda given: given[0])
+def test_real_clips_and_pictures_train_in_batches_of_one_shape_over_two_ranks(ranks, mixed, tmp_path, batching):
+    kind, *more = batching
+    units = 2 if kind == "samples" else 1
+    ranks.run(train_here, _mixed_args(mixed, tmp_path, f"data.batching={kind}", *more, f"data.global_batch={units}"), world=2)
+    _assert_learns(tmp_path)
+    assert ("packing_efficiency" in metrics(tmp_path)[0]) == (kind == "tokens")

@@ -78,7 +78,9 @@ class Dsp(Scheme):
         return Traffic(forward=sent, backward=sent)
 
     def attend(self, attn: Projections, x_BtsD: Tensor, axis: Axis, shard: Shard) -> Tensor:
-        return self.attend_parts(attn, [x_BtsD], axis, [shard], meanwhile=lambda: None)[0]
+        x_BtSD = _frames_first(x_BtsD, axis)
+        pipeline = _Pipeline(attn, shard, axis, like=x_BtSD, overlap=self._overlap, chunks=1)
+        return _frames_first(pipeline.arrive([pipeline.depart(0, x_BtSD, x_BtSD)], lambda _x, out: out), axis)
 
     def attend_parts(
         self,
@@ -99,7 +101,7 @@ class Dsp(Scheme):
         if not self._overlap:
             return super().branch(attn, x_BtsD, axis, shard, first=first, before=before, then=then)
         x_BtSD = _frames_first(x_BtsD, axis)
-        pipeline = _Pipeline(attn, shard, axis, like=x_BtSD, chunks=self._chunks)
+        pipeline = _Pipeline(attn, shard, axis, like=x_BtSD, overlap=True, chunks=self._chunks)
         departed = []
         # The gradient of a split is a copy, for one piece too.
         pieces = torch.split(x_BtSD, pipeline.held, dim=1) if len(pipeline.held) > 1 else (x_BtSD,)
@@ -137,9 +139,9 @@ class _Pipeline:
         chunks: Runs of frames, and of places; fewer where a rank has fewer.
     """
 
-    def __init__(self, attn: Projections, shard: Shard, axis: Axis, *, like: Tensor, chunks: int) -> None:
+    def __init__(self, attn: Projections, shard: Shard, axis: Axis, *, like: Tensor, overlap: bool, chunks: int) -> None:
         assert shard.links is not None
-        self._attn, self._exchange, self._tape = attn, shard.links.sp, shard.tape
+        self._attn, self._exchange, self._tape, self._overlap = attn, shard.links.sp, shard.tape, overlap
         self._batch, self._t, S, self._width = like.shape
         rank, lengths = self._exchange.rank, shard.lengths(axis)
         self._others = [r for r in range(len(lengths)) if r != rank]
@@ -200,7 +202,7 @@ class _Pipeline:
         send_rows, recv_rows = [0] * self._exchange.size, [0] * self._exchange.size
         for r, sent, received in zip(self._others, send, recv):
             send_rows[r], recv_rows[r] = sent, received
-        return Transfer(self._exchange, send_rows=send_rows, recv_rows=recv_rows, overlap=True, tape=self._tape)
+        return Transfer(self._exchange, send_rows=send_rows, recv_rows=recv_rows, overlap=self._overlap, tape=self._tape)
 
     def _order(self) -> list[tuple[int, slice]]:
         """Where other ranks' frames lie along T, rank by rank: as they leave again."""
