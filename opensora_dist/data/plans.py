@@ -66,12 +66,14 @@ class PackingQuality:
         fill: Share of the budget of tokens that is used.
         imbalance: How much more than the mean the costliest pack of a step costs.
         most_imbalance: The same, of the worst step rather than on average.
-        left_out: Share of the samples that have no room in their step, by bucket.
+        all_left_out: Share of the samples that have no room in their step.
+        left_out: The same, by bucket.
     """
 
     fill: float
     imbalance: float
     most_imbalance: float
+    all_left_out: float
     left_out: Mapping[Thw, float]
 
 
@@ -306,7 +308,7 @@ class PackedPlan:
                 break
             self._set_pace(pace, tokens, all_tokens)
             self._quality = quality = self._try()
-            if sum(quality.left_out[n] * u for n, u in zip(b.names, b.use)) > _MAX_LEFT_OUT * total:
+            if quality.all_left_out > _MAX_LEFT_OUT:
                 continue
             if quality.most_imbalance <= _MAX_IMBALANCE:
                 return
@@ -318,7 +320,7 @@ class PackedPlan:
     def _pace(self, step_tokens: float, all_tokens: int, total: int) -> tuple[bool, int, int]:
         """Whether steps are cut by tokens, how many samples or tokens one takes, and how many steps there are."""
         b = self._buckets
-        steps = -(-all_tokens // int(step_tokens))
+        steps = -(-all_tokens // max(1, int(step_tokens)))
         slack = 2 * int(self._tokens[b.of_group].sum())
         sure = (all_tokens / steps - slack) / all_tokens * total - 2 * len(b.of_group)  # samples of any step at least
         if sure >= self._packs:
@@ -333,8 +335,9 @@ class PackedPlan:
         self._merge.cache_clear()
 
     def _try(self) -> PackingQuality:
-        """Packs some steps of the first epoch."""
+        """Packs some steps of the first epoch; fewer where these already leave out too much."""
         b, count = self._buckets, min(_TRIAL_STEPS, self.batches_per_epoch)
+        allowed = _MAX_LEFT_OUT * count * int(b.use.sum()) / self.batches_per_epoch
         filled, imbalance, left, taken = 0, [], np.zeros(len(b.names)), np.zeros(len(b.names))
         for i in range(count):
             rows, bucket, packing = self._pack(0, i * self.batches_per_epoch // count)
@@ -342,11 +345,14 @@ class PackedPlan:
             imbalance.append(packing.imbalance(self._costs(int(self._index.text_tokens[rows].max()))))
             left += packing.left_out
             taken += np.bincount(bucket, minlength=len(b.names))
+            if left.sum() > allowed:
+                break
         share = left / np.maximum(taken, 1)
         return PackingQuality(
-            fill=filled / (count * self._packs * self._budget),
-            imbalance=sum(imbalance) / count,
+            fill=filled / (len(imbalance) * self._packs * self._budget),
+            imbalance=sum(imbalance) / len(imbalance),
             most_imbalance=max(imbalance),
+            all_left_out=float(left.sum() / taken.sum()),
             left_out={name: float(s) for name, s in zip(b.names, share)},
         )
 
