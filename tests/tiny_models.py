@@ -87,7 +87,7 @@ def save_llava(folder: Path, *, template: str | None = LLAVA_TEMPLATE) -> Path:
     config = transformers.LlavaConfig(
         vision_config=_tower(), text_config=transformers.LlamaConfig(**_TEXT), image_token_index=_IMAGE
     )
-    _save(transformers.LlavaForConditionalGeneration(config), folder)
+    _save(transformers.LlavaForConditionalGeneration, config, folder)
     images = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     transformers.LlavaProcessor(
         image_processor=images,
@@ -109,7 +109,7 @@ def save_llava_next(folder: Path) -> Path:
         image_grid_pinpoints=_TILES,
         image_token_index=_IMAGE,
     )
-    _save(transformers.LlavaNextForConditionalGeneration(config), folder)
+    _save(transformers.LlavaNextForConditionalGeneration, config, folder)
     images = transformers.LlavaNextImageProcessor(
         size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=_TILES
     )
@@ -136,7 +136,7 @@ def save_llava_onevision(folder: Path) -> Path:
         image_token_index=_IMAGE,
         video_token_index=VOCABULARY.index("<video>"),
     )
-    _save(transformers.LlavaOnevisionForConditionalGeneration(config), folder)
+    _save(transformers.LlavaOnevisionForConditionalGeneration, config, folder)
     images = transformers.LlavaOnevisionImageProcessor(size={"height": 28, "width": 28}, image_grid_pinpoints=_TILES)
     images.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
@@ -170,7 +170,7 @@ def _save_qwen(folder: Path, family: str, *, vision: dict[str, object], template
         vision_start_token_id=VOCABULARY.index("<|vision_start|>"),
         vision_end_token_id=VOCABULARY.index("<|vision_end|>"),
     )
-    _save(getattr(transformers, f"{family}ForConditionalGeneration")(config), folder)
+    _save(getattr(transformers, f"{family}ForConditionalGeneration"), config, folder)
     transformers.Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56).save_pretrained(folder)
     words = tokenizer()
     words.chat_template = template
@@ -178,15 +178,19 @@ def _save_qwen(folder: Path, family: str, *, vision: dict[str, object], template
     return folder
 
 
-def _save(model, folder: Path) -> None:
+def _save(cls, config, folder: Path) -> None:
     """It never ends before it must, and says words of captions."""
+    model = _scattered(cls, config)
     with torch.no_grad():
-        _scatter(model).get_output_embeddings().weight[: VOCABULARY.index(WORDS[0])] *= 0.01
+        model.get_output_embeddings().weight[: VOCABULARY.index(WORDS[0])] *= 0.01
     model.save_pretrained(folder)
 
 
-def _scatter(model):
-    """Larger weights than a fresh model has, so that what comes out depends on what goes in."""
+def _scattered(cls, config):
+    """The same weights every time, larger than a fresh model's, so that what comes out depends on what goes in."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)  # vectors, such as CLIP's class embedding, are drawn where the model is made
+        model = cls(config)
     draws = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -210,7 +214,7 @@ def save_clip(folder: Path) -> Path:
         vision_config={**layers, "image_size": 28, "patch_size": 14},
         projection_dim=8,
     )
-    _scatter(transformers.CLIPModel(config)).save_pretrained(folder)
+    _scattered(transformers.CLIPModel, config).save_pretrained(folder)
     images = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     transformers.CLIPProcessor(images, _closed(tokenizer())).save_pretrained(folder)
     return folder
@@ -224,7 +228,7 @@ def save_siglip(folder: Path) -> Path:
         text_config={**layers, "vocab_size": len(VOCABULARY), "max_position_embeddings": 16},
         vision_config={**layers, "image_size": 28, "patch_size": 14},
     )
-    _scatter(transformers.SiglipModel(config)).save_pretrained(folder)
+    _scattered(transformers.SiglipModel, config).save_pretrained(folder)
     images = transformers.SiglipImageProcessor(size={"height": 28, "width": 28})
     transformers.SiglipProcessor(images, _closed(tokenizer())).save_pretrained(folder)
     return folder
