@@ -86,3 +86,16 @@ def test_auto_asks_for_no_more_than_its_least_degree_and_a_network_file_that_can
 def test_clips_that_fill_no_batch_are_no_reason_to_refuse(problems, tmp_path):
     write_dataset(tmp_path / "few", samples={(3, 32, 48): 8, (1, 32, 32): 2})
     assert problems(f"data.path={tmp_path / 'few'}", degree=3) == []
+
+
+def test_what_leaves_no_bucket_to_train_on_is_said_with_each_bucket_before_a_rank_starts(problems):
+    (said,) = problems("data.global_batch=9", degree=1)
+    assert "data.global_batch=9" in said and "3x32x48: 8 of 9" in said and "1x48x32: 8 of 9" in said
+    (said,) = problems("data.batching=packed", "data.unit_tokens=12", degree=1)
+    assert "data.unit_tokens=12" in said and "3x32x48" in said and "18" in said
+    assert problems("data.batching=packed", "data.unit_tokens=18", degree=2) == []
+
+
+def test_ranks_that_cannot_share_a_sample_of_a_pack_are_named_as_without_packs(problems):
+    (said,) = problems("data.batching=packed", "data.unit_tokens=64", "model.name=dit", degree=2)
+    assert said.startswith("parallel.sp.scheme=dsp needs attention in two parts")
