@@ -14,13 +14,13 @@ from opensora_dist.core.errors import DataError
 from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index
 from opensora_dist.data.packing import Packing, pack
-from opensora_dist.data.permutation import Merge, seed_of
+from opensora_dist.data.permutation import Merge, permute, seed_of
 from opensora_dist.data.streams import Streams
 
 _FILLS = (0.99, 0.98, 0.97, 0.96, 0.955, 0.95, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
-_TRIAL_STEPS = 16
-_MAX_LEFT_OUT = 0.0005
-_MAX_IMBALANCE = 0.03
+_TRIAL_STEPS = 32
+_MAX_LEFT_OUT = 0.0002
+_MAX_IMBALANCE = 0.02  # of the worst of these; others may be somewhat worse
 _LEAST_FOR_BALANCE = 0.95  # of the fullest that leaves nothing out: packs are not left emptier only to cost alike
 
 
@@ -339,8 +339,9 @@ class PackedPlan:
         b, count = self._buckets, min(_TRIAL_STEPS, self.batches_per_epoch)
         allowed = _MAX_LEFT_OUT * count * int(b.use.sum()) / self.batches_per_epoch
         filled, imbalance, left, taken = 0, [], np.zeros(len(b.names)), np.zeros(len(b.names))
-        for i in range(count):
-            rows, bucket, packing = self._pack(0, i * self.batches_per_epoch // count)
+        sizes, seeds = np.full(count, self.batches_per_epoch), np.repeat(seed_of(self._seed, self._packs), count)
+        for k in permute(np.arange(count), sizes=sizes, seeds=seeds).tolist():
+            rows, bucket, packing = self._pack(0, k)
             filled += int((packing.counts @ self._tokens).sum())
             imbalance.append(packing.imbalance(self._costs(int(self._index.text_tokens[rows].max()))))
             left += packing.left_out
