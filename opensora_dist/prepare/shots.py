@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,6 @@ from opensora_dist.config.prepare import ShotsConfig
 from opensora_dist.core.errors import DataError
 from opensora_dist.core.video import iter_frames
 from opensora_dist.prepare.dissolves import THUMB_H, THUMB_W, Span, find_dissolves
-
-if TYPE_CHECKING:
-    from scenedetect.detector import SceneDetector
 
 _DETECT_W = 256  # as wide as PySceneDetect makes its frames
 # Hue and saturation of a picture that is nearly black are noise, and the detectors take them for cuts: what a cut shows in grey.
@@ -67,37 +64,42 @@ def find_shots(file: Path | BinaryIO, config: ShotsConfig) -> list[Shot]:
 def _look(file: Path | BinaryIO, config: ShotsConfig) -> tuple[list[float], NDArray[np.uint8], list[int]]:
     """Decodes a video once: the time of every frame, its thumbnail [T, D], and the frames at which the detector sees a new shot."""
     import cv2
-    from scenedetect.common import FrameTimecode
 
-    detector = _detector(config)
+    cuts_seen = _detector(config)
     times: list[float] = []
     thumbs: list[NDArray[np.uint8]] = []
     cuts: list[int] = []
-    timecode = FrameTimecode(0, fps=25.0)  # frames are counted; no time is taken from it
     for time_s, frame in iter_frames(file, max_width=_DETECT_W):
-        if detector is not None:
-            timecode = FrameTimecode(len(times), fps=25.0)
-            found = detector.process_frame(timecode, cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-            cuts += [cut.frame_num for cut in found]
+        cuts += cuts_seen(len(times), frame)
         grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
         thumbs.append(np.asarray(cv2.resize(grey, (THUMB_W, THUMB_H), interpolation=cv2.INTER_AREA), dtype=np.uint8).reshape(-1))
         times.append(time_s)
-    if detector is not None and times:
-        cuts += [cut.frame_num for cut in detector.post_process(timecode)]
     return times, np.stack(thumbs) if thumbs else np.zeros((0, THUMB_W * THUMB_H), np.uint8), cuts
 
 
-def _detector(config: ShotsConfig) -> SceneDetector | None:
-    """PySceneDetect's, without its minimum length: a shot that is too short is left out, not made part of the one before."""
+def _detector(config: ShotsConfig) -> Callable[[int, NDArray[np.uint8]], list[int]]:
+    """Takes one frame after the other with its number, and says at which frames shots begin, some frames late.
+
+    PySceneDetect's, without its least length: a shot that is too short is left out, not made part of the one before.
+    """
+    if config.detector == "none":
+        return lambda number, frame: []
+    import cv2
+    from scenedetect.common import FrameTimecode
     from scenedetect.detectors import AdaptiveDetector, ContentDetector
 
+    detector: ContentDetector
     if config.detector == "content":
-        given = {} if config.threshold is None else {"threshold": config.threshold}
-        return ContentDetector(min_scene_len=0, **given)
-    if config.detector == "adaptive":
+        detector = ContentDetector(min_scene_len=0, **({} if config.threshold is None else {"threshold": config.threshold}))
+    else:
         given = {} if config.threshold is None else {"adaptive_threshold": config.threshold}
-        return AdaptiveDetector(min_scene_len=1, **given)
-    return None
+        detector = AdaptiveDetector(min_scene_len=1, **given)
+
+    def cuts_seen(number: int, frame: NDArray[np.uint8]) -> list[int]:
+        at = FrameTimecode(number, fps=25.0)  # any rate: frames are counted, and no time is taken from it
+        return [cut.frame_num for cut in detector.process_frame(at, cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))]
+
+    return cuts_seen
 
 
 def _between(cuts: Sequence[int], spans: Sequence[Span], *, num_frames: int) -> Iterator[tuple[int, int]]:
