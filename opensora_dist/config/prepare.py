@@ -10,6 +10,18 @@ from opensora_dist.config.base import Section
 from opensora_dist.config.codec import CodecConfig, DctCodecConfig, HashTextConfig, TextConfig
 
 Range = tuple[float | None, float | None]
+CameraMotion = Literal[
+    "static",
+    "pan left",
+    "pan right",
+    "tilt up",
+    "tilt down",
+    "zoom in",
+    "zoom out",
+    "roll clockwise",
+    "roll counterclockwise",
+    "undetermined",
+]
 NudeNetClass = Literal[
     "ANUS_COVERED",
     "ANUS_EXPOSED",
@@ -117,7 +129,7 @@ class FilterConfig(Section):
     )
     text_area: float | None = Field(None, ge=0, le=1, description="Largest share of the picture under text.")
     compression: float | None = Field(None, ge=0, description="Lowest bits per pixel of the source.")
-    camera: tuple[str, ...] | None = Field(None, description="Camera motions that are kept.")
+    camera: tuple[CameraMotion, ...] | None = Field(None, description="Camera motions that are kept.")
     duplicates: int | None = Field(
         None, ge=0, le=64, description="Of clips whose perceptual hashes differ in at most so many bits, the first is kept."
     )

@@ -57,6 +57,11 @@ def test_every_field_of_the_filter_is_judged():
         assert dropped_by(SCORES, FilterConfig(**{field: threshold})) is not None, field
 
 
+def test_a_camera_motion_that_no_camera_makes_is_refused():
+    with pytest.raises(ValueError, match="pan left"):
+        FilterConfig(camera=("pan_left",))
+
+
 def test_the_first_reason_in_the_order_of_the_filter_is_given():
     reason = dropped_by(SCORES, FilterConfig(match=0.9, min_s=3, motion=(5, None)))
     assert reason == "duration_s=2 is below filter.min_s=3"

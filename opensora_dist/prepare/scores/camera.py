@@ -4,23 +4,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 from numpy.typing import NDArray
 
+from opensora_dist.config.prepare import CameraMotion
 from opensora_dist.prepare.scores.view import MOTION_H, View
 
-CAMERA_MOTIONS = (
-    "static",
-    "pan left",
-    "pan right",
-    "tilt up",
-    "tilt down",
-    "zoom in",
-    "zoom out",
-    "roll clockwise",
-    "roll counterclockwise",
-    "undetermined",
-)
+CAMERA_MOTIONS: tuple[CameraMotion, ...] = get_args(CameraMotion)
 _STILL = 0.03  # of the picture's height a second: below it, nothing moves
 _LEAD = 1.5  # how many times the others the strongest movement must be
 _GRID = 8  # pixels between points
@@ -30,7 +22,7 @@ _LEAST_SHARE = 0.5  # of the points that must move as the camera says
 _FIT_PX = 1.0
 
 
-def camera(view: View) -> str | None:
+def camera(view: View) -> CameraMotion | None:
     """One of ``CAMERA_MOTIONS``, in the words of captions; an image has none.
 
     A similarity (shift, scale, turn) is fitted to the flow of each pair, at places with texture; what most of the picture follows is the
@@ -70,7 +62,7 @@ def _move(grey_hw: NDArray[np.uint8], flow_hw2: NDArray[np.float32]) -> NDArray[
     return np.array([right, down, np.log(np.hypot(a, b)) * radius, np.arctan2(b, a) * radius])
 
 
-def _named(moves_P4: NDArray[np.floating]) -> str:
+def _named(moves_P4: NDArray[np.floating]) -> CameraMotion:
     """The word for movements in heights of the picture a second."""
     net = np.median(moves_P4, axis=0)
     strength = np.abs(net)
@@ -81,10 +73,11 @@ def _named(moves_P4: NDArray[np.floating]) -> str:
         return "undetermined"
     if np.mean(np.sign(moves_P4[:, lead]) == np.sign(net[lead])) < 0.8:
         return "undetermined"
-    forward, backward = (
+    words: tuple[tuple[CameraMotion, CameraMotion], ...] = (
         ("pan left", "pan right"),
         ("tilt up", "tilt down"),
         ("zoom in", "zoom out"),
         ("roll counterclockwise", "roll clockwise"),
-    )[lead]
+    )
+    forward, backward = words[lead]
     return forward if net[lead] > 0 else backward
