@@ -11,12 +11,13 @@ import pytest
 import torch
 from dataset_factory import SPEC, write_dataset
 
+from opensora_dist.config.train import DataConfig
 from opensora_dist.core.errors import ConfigError, DataError
 from opensora_dist.core.types import Region, Share, Thw
 from opensora_dist.data import reader as reader_module
 from opensora_dist.data.index import Index
 from opensora_dist.data.loader import Loader
-from opensora_dist.data.order import Order
+from opensora_dist.data.order import build_order
 from opensora_dist.data.reader import ShardReader
 from opensora_dist.parallel.keys import Keys, sample_id
 
@@ -30,7 +31,7 @@ def dataset(tmp_path):
 
 
 def loader(index, **changes):
-    order = changes.pop("order", None) or Order(index, keys=Keys(0), global_batch=8)
+    order = changes.pop("order", None) or build_order(index, DataConfig(global_batch=8), keys=Keys(0))
     data_rank, data_size = changes.pop("data_rank", 0), changes.pop("data_size", 1)
     arguments = {
         "share": lambda latent: Share(data_rank, data_size, Region.whole(latent)),
@@ -286,7 +287,7 @@ def test_an_error_of_the_consumer_does_not_wait_for_a_thread_that_is_stuck(datas
 
 def test_a_sample_that_cant_be_read_is_marked_and_the_others_are_as_ever(dataset):
     index, _ = dataset
-    order = Order(index, keys=Keys(0), global_batch=8)
+    order = build_order(index, DataConfig(global_batch=8), keys=Keys(0))
     whole = [step.micros[0] for step in loader(index, order=order)]
     row = order.batch(2).rows[5]
     flip_bit(index, row, index.latents_place(row).offset)
