@@ -15,9 +15,9 @@ from torch import Tensor
 from opensora_dist.checkpoint.commit import Resumable, commit, find_resumable
 from opensora_dist.checkpoint.staging import Staging
 from opensora_dist.checkpoint.store import load_tensors, save_tensors
+from opensora_dist.config.data_rules import mixture_name
 from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.config.load import dump_yaml, load_config
-from opensora_dist.config.data_rules import mixture_name
 from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.errors import CheckpointError
 from opensora_dist.core.io import hash_bytes, read_json, write_json, write_text
