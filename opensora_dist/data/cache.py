@@ -29,6 +29,7 @@ from opensora_dist.data.transport import FetchError, Patience, gave_up, is_final
 _log = get_logger(__name__)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_PIECE_BYTES = 8 << 20
 _ABANDONED_S = 3600.0  # a partial file that nobody wrote to for so long has no writer
 
 
@@ -102,6 +103,22 @@ class ShardCache:
                 f"{wanted.shown}: was fetched to {wanted.path} and is gone again; does something else clean that folder?"
             )
         return fd
+
+    def discard(self, wanted: Wanted) -> bool:
+        """Removes a file that rotted on this machine's disk, so that the next ``open`` fetches it.
+
+        Returns:
+            Whether a whole file is here or will be fetched. False where that can't be found out or done.
+        """
+        try:
+            with self._turn(wanted, lambda: False):  # what is here is nobody's half-done work, and stays what was looked at
+                if wanted.path.exists() and not _is_whole(wanted):
+                    _log.warning("%s: the copy in %s is damaged; it is fetched again", wanted.shown, wanted.path)
+                    wanted.path.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("%s: its copy can't be removed (%s)", wanted.shown, why(error))
+            return False
+        return True
 
     def _take(self, wanted: Wanted) -> int | None:
         """The file if it is here and of the right size; a shared lock says that it is in use, its time that it was used last."""
@@ -276,6 +293,17 @@ def _verify(wanted: Wanted, num_bytes: int, xxh3: str) -> None:
         raise EOFError(f"{num_bytes:,} bytes came, the index says {wanted.num_bytes:,}")
     if wanted.xxh3 is not None and xxh3 != wanted.xxh3:
         raise EOFError(f"its xxh3 is {xxh3}, the index says {wanted.xxh3}")
+
+
+def _is_whole(wanted: Wanted) -> bool:
+    """Whether the file that is here has the hash that it should; one that nothing is known of has not."""
+    if wanted.xxh3 is None:
+        return False
+    digest = xxhash.xxh3_64()
+    with open(wanted.path, "rb", buffering=0) as handle:
+        while piece := handle.read(_PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest() == wanted.xxh3
 
 
 def _write(fd: int, piece: bytes, offset: int) -> None:

@@ -51,6 +51,14 @@ class ShardSource(Protocol):
     def prefetch(self, numbers: Sequence[int]) -> None:
         """The shards that are read next, in that order; replaces what was said before. Returns at once."""
 
+    def discard(self, number: int) -> bool:
+        """Gives up this machine's copy of a shard whose bytes were read and are wrong.
+
+        Returns:
+            Whether to open and read it once more: what is there now, or is fetched by the next ``open``, was compared with the index.
+            False where there is no other than what was read, as of files of this machine.
+        """
+
     def close(self) -> None:
         """Ends what runs beside."""
 
@@ -74,6 +82,9 @@ class LocalShards:
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Nothing to do: the kernel reads ahead."""
+
+    def discard(self, number: int) -> bool:
+        return False
 
     def close(self) -> None:
         """Nothing to end."""
@@ -138,6 +149,9 @@ class RemoteShards:
                 self._threads[-1].start()
             self._changed.notify_all()
 
+    def discard(self, number: int) -> bool:
+        return self._cache.discard(self._wanted[number])
+
     def close(self) -> None:
         with self._changed:
             self._stop.set()
@@ -189,6 +203,10 @@ class JoinedShards:
     def prefetch(self, numbers: Sequence[int]) -> None:
         for source, start, stop in zip(self._sources, self._starts, self._starts[1:]):
             source.prefetch([n - start for n in numbers if start <= n < stop])
+
+    def discard(self, number: int) -> bool:
+        source, inside = self._find(number)
+        return source.discard(inside)
 
     def close(self) -> None:
         for source in self._sources:

@@ -193,6 +193,18 @@ def test_a_data_set_that_was_prepared_anew_is_not_read_with_the_old_shards(store
     assert list(read_rows(at.folder)) == list(read_rows(folder))
 
 
+def test_a_copy_that_rotted_is_given_up_and_fetched_anew_and_a_whole_one_is_kept(store, dataset, config):
+    at, source = _open(f"{store.url}/set", config)
+    right = _content(source, 0)
+    (copy,) = at.folder.parent.glob("shard-00000.*.tar")
+    assert source.discard(0)
+    assert [_content(source, 0), len(store.downloads("set/shard-00000.tar"))] == [right, 1], "a whole copy was fetched again"
+    copy.write_bytes(right[:600] + bytes(len(right) - 600))
+    assert source.discard(0)
+    assert [_content(source, 0), len(store.downloads("set/shard-00000.tar"))] == [right, 2]
+    assert not localise(str(dataset[0]), cache=config, allow_pipe=False).open_shards(read_header(dataset[0]).shards).discard(0)
+
+
 def test_shards_are_fetched_ahead_in_the_order_they_are_read(store, config):
     at = localise(f"{store.url}/set", cache=config.model_copy(update={"prefetch_shards": 1}), allow_pipe=False)
     source = at.open_shards(read_header(at.folder).shards)
