@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from opensora_dist.core.types import Region, Share, Thw
+from opensora_dist.data.ahead import Planner, StepPlan
 from opensora_dist.data.buffers import Slot
 from opensora_dist.data.collate import StoredBatch, collate
 from opensora_dist.data.index import Index
-from opensora_dist.data.order import GlobalBatch, Order, micro_places, position_weights
+from opensora_dist.data.order import Order
 from opensora_dist.data.reader import Damage, ShardReader, Target
 
 
@@ -45,7 +46,7 @@ class MicroBatch:
         region: The latents of each sample that this rank holds.
         text_BYE: Token vectors, zero where there is no token; Y is the longest caption of the global batch.
         text_mask_BY: bool, True on tokens.
-        samples: ``keys.sample_id`` of each sample.
+        samples: What draws of each sample are keyed by: its ``keys.sample_id``, and where a step has it twice, which of these it is.
         keys: Key of each sample, read from the index when looked at.
         weight_B: float64, the loss weight of *each* latent position of the sample: weight x positions of whole samples sums to 1
             over the global batch.
@@ -118,12 +119,13 @@ class BadSample:
 class _Pending:
     """What is being read for a batch, and where to."""
 
-    batch: GlobalBatch
+    plan: Future[StepPlan]
     slot: Slot
     pack: Future[list[StoredBatch]]
 
 
-_STEPS_AHEAD = 4  # of which a source of remote shards is told what they read
+_STEPS_AHEAD = 4  # that are planned ahead, and of which a source of remote shards is told what they read
+_STOP_S = 0.05  # a read that goes on for longer waits for its shard
 
 
 class Loader:
@@ -165,17 +167,13 @@ class Loader:
         on_bad: Callable[[BadSample], None] = lambda _bad: None,
     ) -> None:
         self._shares = {latent: share(latent) for latent in order.latents}
-        for mine in self._shares.values():
-            micro_places(
-                [1] * order.global_batch, data_rank=mine.data_rank, data_size=mine.data_size, accum=accum, micro=0
-            )  # divides?
+        self._planner = Planner(index, order, shares=self._shares, accum=accum, loss_weight=loss_weight)
         self.last_wait_s = 0.0
-        self._index, self._order = index, order
+        self._index = index
         self._accum = accum
         self._steps = range(start_step, start_step + num_steps)
-        self._loss_weight = loss_weight
         self._dtype, self._device, self._damaged = dtype, device, damaged
-        self._known: dict[int, Damage] = {}  # row -> what is wrong with it: it is not read a second time
+        self._known: dict[int, Damage] = {}  # row -> what is wrong with its bytes: it is not read a second time
         self._on_bad = on_bad
         self._mean_C111, self._std_C111 = (
             torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1, 1)
@@ -200,21 +198,21 @@ class Loader:
             for step in self._steps:
                 wait_s, micros, packs = 0.0, [], []
                 for _ in range(self._accum):
-                    taken = self._pending.popleft()
-                    began = time.perf_counter()
+                    taken, began = self._pending[0], time.perf_counter()
                     pack = taken.pack.result()
                     wait_s += time.perf_counter() - began
+                    self._pending.popleft()
                     micros += [self._micro_batch(stored) for stored in pack]
                     self._fill(taken.slot)
                     packs.append(len(pack))
-                batch = taken.batch
-                self.last_wait_s = wait_s
+                plan = taken.plan.result()
+                batch, self.last_wait_s = plan.batch, wait_s
                 yield StepData(
                     step=step,
                     epoch=batch.epoch,
                     digest=batch.digest,
                     micros=micros,
-                    substitute=partial(self._substitute, step, batch),
+                    substitute=partial(self._substitute, step, plan),
                     shapes=batch.shapes,
                     packs=tuple(packs),
                 )
@@ -223,23 +221,27 @@ class Loader:
         """What is run at once, in order, as it lies in the ring: valid until the next is asked for. In place of iterating over steps."""
         with self._reading():
             for _ in range(len(self._steps) * self._accum):
-                taken = self._pending.popleft()
-                yield taken.pack.result()
-                self._fill(taken.slot)
+                yield self._pending[0].pack.result()
+                self._fill(self._pending.popleft().slot)
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """After an error a thread may be stuck in a read for as long as its disk is: nothing waits for it."""
+        """After an error a thread may be stuck with its disk. This doesn't wait for it; Python's end, which the command line skips, does."""
         if error is None:
             self.close()
         else:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
-        """Stops the threads, waits for them, and closes the files. May be called again."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Stops the threads, waits for them, and closes the files. What is being fetched for them is given up. May be called again."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        running = [pending.pack for pending in self._pending if not pending.pack.cancelled()]
+        while wait(running, timeout=_STOP_S).not_done:  # after one shard of a batch comes the next
+            self._index.shard_source.close()
+        self._pool.shutdown(wait=True)
+        self._index.shard_source.close()
         self._pending.clear()
         while self._readers:
             self._readers.pop().close()
@@ -258,68 +260,68 @@ class Loader:
     def _fill(self, slot: Slot) -> None:
         """Has the next micro-batch read into a slot that is free, if there is one to come."""
         if (work := next(self._todo, None)) is not None:
-            self._pending.append(_Pending(batch=work[1], slot=slot, pack=self._pool.submit(self._load, *work, slot)))
+            pack = self._pool.submit(self._load, *work, slot)
+            self._pending.append(_Pending(plan=work[1][0], slot=slot, pack=pack))
 
-    def _work(self) -> Iterator[tuple[int, GlobalBatch, int]]:
-        """Steps and micro-batches in order. The source of the shards is told which come next, so that it can fetch them ahead."""
-        steps, coming = iter(self._steps), deque[tuple[int, GlobalBatch, list[int]]]()
+    def _work(self) -> Iterator[tuple[int, Sequence[Future[StepPlan]], int]]:
+        """Steps, the plans of each and of those that follow, and micro-batches, in order. Plans are asked for before what needs them."""
+        steps, coming = iter(self._steps), deque[tuple[int, Future[StepPlan]]]()
         while True:
-            for step in islice(steps, 1 + _STEPS_AHEAD - len(coming)):
-                batch = self._order.batch(step)
-                places = [self._places(batch, micro) for micro in range(self._accum)]
-                rows = batch.rows[places[0].start : places[-1].stop]
-                coming.append((step, batch, self._index.shard[list(rows)].tolist()))
+            coming.extend(
+                (step, self._pool.submit(self._planner.plan, step)) for step in islice(steps, 1 + _STEPS_AHEAD - len(coming))
+            )
             if not coming:
                 return
-            self._index.shard_source.prefetch(list(dict.fromkeys(shard for _, _, shards in coming for shard in shards)))
-            step, batch, _ = coming.popleft()
+            plans = [plan for _, plan in coming]
+            step, _ = coming.popleft()
             for micro in range(self._accum):
-                yield step, batch, micro
+                yield step, plans, micro
 
-    def _places(self, batch: GlobalBatch, micro: int) -> range:
-        """Of this rank's samples in a micro-batch."""
-        mine = self._shares[next(iter(batch.shapes))]  # which samples are whose is the same for all shapes of a batch
-        units = [len(unit) for unit in batch.units]
-        return micro_places(units, data_rank=mine.data_rank, data_size=mine.data_size, accum=self._accum, micro=micro)
+    def _load(self, step: int, plans: Sequence[Future[StepPlan]], micro: int, slot: Slot) -> list[StoredBatch]:
+        """The samples that are run at once, one part per shape. Runs in a reader thread.
 
-    def _load(self, step: int, batch: GlobalBatch, micro: int, slot: Slot) -> list[StoredBatch]:
-        """The samples that are run at once, one part per shape. Runs in a reader thread."""
-        rows, places = batch.rows, self._places(batch, micro)
+        The source of the shards is told which come next, so that it can fetch them ahead.
+        """
+        plan = plans[0].result()
+        if micro == 0:
+            self._index.shard_source.prefetch(list(dict.fromkeys(shard for p in plans for shard in p.result().shards)))
+        rows, places = plan.batch.rows, plan.places[micro]
         if micro == 0 and self._damaged(step):
             row = rows[places[0]]
             self._known[row] = Damage(shard=self._index.shard_path(row).name, reason="damaged by fault.bad_sample")
         parts: dict[Thw, dict[int, int]] = {}
         for place in places:
             parts.setdefault(self._index.latent_shape(rows[place]), {})[place] = rows[place]
-        collated = self._collate(batch, parts, slot)
+        collated = self._collate(plan, parts, slot)
         return self._sent(collated, slot) if self._copies is not None else collated
 
-    def _collate(self, batch: GlobalBatch, parts: Mapping[Thw, Mapping[int, int]], slot: Slot) -> list[StoredBatch]:
+    def _collate(self, plan: StepPlan, parts: Mapping[Thw, Mapping[int, int]], slot: Slot) -> list[StoredBatch]:
         """Samples, by latent shape and by place in a global batch, read into a slot. Runs in any thread."""
-        weights = position_weights(self._loss_weight, [self._index.latent_shape(row).volume for row in batch.rows])
-        return collate(
+        collated = collate(
             self._index,
             parts,
             regions={latent: self._shares[latent].region for latent in parts},
-            text_tokens=batch.text_tokens,
-            weights=weights,
+            text_tokens=plan.batch.text_tokens,
+            weights=plan.weights,
             slot=slot,
             read=self._read,
         )
+        return [replace(stored, samples=plan.batch.identities(stored.places, stored.samples)) for stored in collated]
 
     def _read(self, targets: Sequence[Target]) -> dict[int, Damage]:
-        """Returns what can't be read, by row, which is known from then on."""
+        """Returns what can't be read, by row. Wrong bytes are known from then on; a read that failed may succeed another time."""
         if not hasattr(self._thread, "reader"):
             self._thread.reader = ShardReader(self._index)
             self._readers.append(self._thread.reader)
         todo = [target for target in targets if target.row not in self._known]
-        found = self._thread.reader.read_into(todo)
-        self._known.update((target.row, why) for target, why in zip(todo, found, strict=True) if why is not None)
-        return {target.row: self._known[target.row] for target in targets if target.row in self._known}
+        read = self._thread.reader.read_into(todo)
+        found = {target.row: why for target, why in zip(todo, read, strict=True) if why is not None}
+        self._known.update((row, why) for row, why in found.items() if why.lasting)
+        return {target.row: self._known[target.row] for target in targets if target.row in self._known} | found
 
     def _sent(self, collated: Sequence[StoredBatch], slot: Slot) -> list[StoredBatch]:
         """On the way to the GPU, beside what runs there; the slot is written again only once the copies are over."""
-        sent, ready = [], torch.cuda.Event()  # type: ignore[no-untyped-call]
+        sent, ready = [], torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # who waits, a reader, leaves the core to others
         with torch.cuda.stream(self._copies):
             for stored in collated:
                 tensors = {name: getattr(stored, name) for name in ("latents_BtCHw", "text_BYE")}
@@ -361,11 +363,11 @@ class Loader:
         tensor.record_stream(stream)  # its memory is that of the stream it came by
         return tensor
 
-    def _substitute(self, step: int, batch: GlobalBatch, micro: MicroBatch, bad: Sequence[bool], attempt: int) -> MicroBatch:
+    def _substitute(self, step: int, plan: StepPlan, micro: MicroBatch, bad: Sequence[bool], attempt: int) -> MicroBatch:
         """As ``Substitute`` says. Runs in the consumer's thread: it is rare, and what other ranks found bad is known only there."""
-        wanted = {b: self._order.substitute(step, micro.places[b], attempt) for b in range(len(bad)) if bad[b]}
+        wanted = {b: self._planner.substitute(step, micro.places[b], attempt) for b in range(len(bad)) if bad[b]}
         found = {b: row for b, row in wanted.items() if row is not None}
-        others = self._read_now(batch, {micro.places[b]: row for b, row in found.items()}, micro.latent) if found else micro
+        others = self._read_now(plan, {micro.places[b]: row for b, row in found.items()}, micro.latent) if found else micro
         samples, keys, damage = list(micro.samples), list(micro.keys), list(micro.bad)
         for b in wanted:
             substitute = str(self._index.key[found[b]]) if b in found else None
@@ -380,9 +382,9 @@ class Loader:
             samples[b], keys[b], damage[b] = others.samples[i], others.keys[i], others.bad[i]
         return replace(micro, samples=tuple(samples), keys=tuple(keys), bad=tuple(damage))
 
-    def _read_now(self, batch: GlobalBatch, rows: Mapping[int, int], latent: Thw) -> MicroBatch:
+    def _read_now(self, plan: StepPlan, rows: Mapping[int, int], latent: Thw) -> MicroBatch:
         """Samples of one shape, by place, outside the ring."""
-        (stored,) = self._collate(batch, {latent: rows}, Slot(pinned=False))
+        (stored,) = self._collate(plan, {latent: rows}, Slot(pinned=False))
         return self._micro_batch(stored)
 
 

@@ -34,6 +34,10 @@ class _DamagedError(Exception):
     """A sample is not what was written; never leaves this file."""
 
 
+class _UnreadError(_DamagedError):
+    """A sample could not be read: what was written may well be there."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RawSample:
     """One sample as stored: latents [t, C, h, w], of the frames asked for, and text [tokens, width], views into the reader's memory."""
@@ -49,10 +53,12 @@ class Damage:
     Args:
         shard: The file it lies in, relative to the data set's folder.
         reason: What is wrong where.
+        lasting: Whether its bytes are wrong; rather than that reading them failed, which another time it may not.
     """
 
     shard: str
     reason: str
+    lasting: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,13 +181,26 @@ class ShardReader:
             if self._from_disk:
                 self._advise(islice(coming, 1 if nth else _SAMPLES_AHEAD))
             num_bytes += len(targets[i].latents) + len(targets[i].text)
-            try:
-                for run in runs[i]:
-                    self._read_run(shards[i], run)
-            except _DamagedError as error:
-                found[i] = Damage(shard=index.shards[shards[i]].name, reason=str(error))
+            found[i] = self._read_sample(shards[i], runs[i])
         self._from_disk = num_bytes < _DISK_BYTES_PER_S * (time.perf_counter() - began)
         return found
+
+    def _read_sample(self, shard: int, runs: Sequence[Sequence[_Piece]]) -> Damage | None:
+        """Returns what is wrong with it. Wrong bytes of a copy that its source can make anew are read twice."""
+        damage = self._read_runs(shard, runs)
+        if damage is None or not damage.lasting or not self._index.shard_source.discard(shard):
+            return damage
+        if shard in self._files:  # of the copy that was wrong
+            os.close(self._files.pop(shard))
+        return self._read_runs(shard, runs)
+
+    def _read_runs(self, shard: int, runs: Sequence[Sequence[_Piece]]) -> Damage | None:
+        try:
+            for run in runs:
+                self._read_run(shard, run)
+        except _DamagedError as error:
+            return Damage(shard=self._index.shards[shard].name, reason=str(error), lasting=not isinstance(error, _UnreadError))
+        return None
 
     def close(self) -> None:
         """Closes the files; a later read opens them again."""
@@ -275,13 +294,14 @@ def _verify(piece: _Piece, *, there: int, error: OSError | None) -> None:
         there: How many of its bytes were read.
         error: What ended reading.
     Raises:
+        _UnreadError: They could not be read.
         _DamagedError: They are not what was written.
     """
     size = piece.size
     if there < len(piece.memory):
         cut, done = divmod(max(0, there), size)
         if error is not None:
-            raise _DamagedError(f"{piece.where(cut)}: can't be read ({error})") from error
+            raise _UnreadError(f"{piece.where(cut)}: can't be read ({error})") from error
         raise _DamagedError(f"{piece.where(cut)}: the file ends after {done:,} of {size:,} bytes")
     for i, expected in enumerate(piece.hashes):
         found = xxhash.xxh3_64_intdigest(piece.memory[i * size : (i + 1) * size])

@@ -138,7 +138,7 @@ def test_batches_hold_normalised_latents_and_padded_text(tmp_path, stored, dtype
     mean, std = (np.array(v)[:, None, None] for v in (SPEC.latent_mean, SPEC.latent_std))
     with loader(index, dtype=dtype, data_size=2, data_rank=1, num_steps=2) as data:
         for step in data:
-            rows = data._order.batch(step.step).rows
+            rows = data._planner.plan(step.step).batch.rows
             longest = max(len(written[index.key[row]].text) for row in rows)
             (micro,) = step.micros
             assert micro.keys == tuple(index.key[row] for row in rows[4:])

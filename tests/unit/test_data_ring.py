@@ -203,7 +203,7 @@ def test_samples_of_two_precisions_are_one_batch(tmp_path, dtype):
 def test_a_damaged_sample_shows_nothing_of_the_batch_that_was_there_before(dataset):
     index, _ = dataset
     with loader(index, num_steps=8, prefetch_batches=1) as data:
-        (row,) = (data._order.batch(7).rows[2],)
+        (row,) = (data._planner.plan(7).batch.rows[2],)
         path, offset = index.shard_path(row), index.text_place(row).offset
         damaged = bytearray(path.read_bytes())
         damaged[offset] ^= 1
@@ -221,7 +221,7 @@ def test_the_source_of_shards_is_told_what_comes_next(dataset, monkeypatch):
     told = []
     monkeypatch.setattr(index.shard_source, "prefetch", lambda numbers: told.append(list(numbers)))
     with loader(index, prefetch_batches=1) as data:
-        read = [{int(index.shard[row]) for row in data._order.batch(step).rows} for step in range(8)]
+        read = [{int(index.shard[row]) for row in data._planner.plan(step).batch.rows} for step in range(8)]
         for _ in data:
             pass
     assert len(told) == 8
