@@ -61,6 +61,8 @@ class Book:
 
     def source_problem(self, source: Source) -> str | None:
         """Why a source isn't looked at, or None."""
+        if source.problem is not None:
+            return source.problem
         return NO_CAPTION if source.caption is None and self.config.caption.model is None else None
 
     def clips(self, source: Source) -> Iterator[Clip]:
@@ -104,19 +106,20 @@ class Book:
                 return verdict
         return Verdict()
 
+    def said(self, source: Source, clip: Clip) -> str | None:
+        """The caption as it was written or generated; None where it has to be generated first, as where an empty one was written."""
+        caption = self.config.caption
+        if caption.model is None or (caption.keep_existing and source.caption):
+            return source.caption
+        forms = self.store.get("caption", self.keys.caption(clip))
+        return None if forms is None else str(forms[caption.use])
+
     def written(self, source: Source, clip: Clip) -> str | None:
-        """The caption as it was written or generated, cleaned where that is asked for; None where it has to be generated first."""
+        """What was ``said``, cleaned where that is asked for."""
         from opensora_dist.prepare.clean import clean_caption
 
-        caption = self.config.caption
-        text = source.caption if caption.model is None or caption.keep_existing else None
-        if text is None:
-            forms = self.store.get("caption", self.keys.caption(clip))
-            if forms is None:
-                return None
-            text = forms[caption.use]
-        assert text is not None
-        return clean_caption(text, self.config.clean)
+        text = self.said(source, clip)
+        return None if text is None else clean_caption(text, self.config.clean)
 
     def caption(self, source: Source, clip: Clip) -> str | None:
         """The caption that is trained on: as ``written``, with the scores that are appended."""
@@ -209,8 +212,10 @@ class Book:
         words, least = len(text.split()), self.config.clean.min_words
         if words < least:
             return Verdict(stage="clean", reason=f"clean.min_words={least}: its caption has {words}")
-        said = self._refuses_text(text)
-        return Verdict(stage="safety", reason=said) if said else None
+        said = self.said(source, clip)
+        assert said is not None
+        reason = self._refuses_text(said) or self._refuses_text(text)  # cleaning takes away words, and may join some
+        return Verdict(stage="safety", reason=reason) if reason else None
 
     @functools.cached_property
     def _refuses_text(self) -> Callable[[str], str | None]:

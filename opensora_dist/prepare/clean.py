@@ -19,7 +19,7 @@ _MARKDOWN = re.compile(r"```\w*|[*_`]{2,}|^\s*(?:#{1,6}|[-*•])\s+", re.MULTILI
 # Pictographs, and what joins and varies them. Joiners elsewhere are part of how some scripts are written.
 _PICTOGRAPHS = "\U0001f000-\U0001faff\u2600-\u27bf\u2b00-\u2bff\u231a\u231b\u23e9-\u23fa"
 _EMOJI = re.compile(f"[{_PICTOGRAPHS}][{_PICTOGRAPHS}\u200d\ufe0f\U000e0020-\U000e007f]*|[\u20e3\ufe0e\ufe0f]")
-_INVISIBLE = re.compile(
+INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffd\ud800-\udfff]"
 )
 _EMPTY_BRACKETS = re.compile(r"\(\s*\)|\[\s*\]")
@@ -58,6 +58,11 @@ def clean_caption(text: str, config: CleanConfig) -> str:
     return text
 
 
+def storable(text: str) -> str:
+    """The text as UTF-8 can hold it: half a surrogate pair, as JSON and tokenizers can spell it, becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def append_scores(text: str, scores: Mapping[str, float | str], names: Collection[str]) -> str:
     """The caption with scores behind it, as Open-Sora 1.2 trains on it: ``A cat. motion score: 10, camera motion: pan left.``
 
@@ -88,7 +93,7 @@ def _pass(text: str) -> str:
     text = _LINK.sub(r"\1", text)
     for pattern in (_URL, _MAIL, _TAG, _MARKDOWN, _NAME, _EMOJI):
         text = pattern.sub(" ", text)
-    text = " ".join(_EMPTY_BRACKETS.sub(" ", _INVISIBLE.sub("", text)).split())
+    text = " ".join(_EMPTY_BRACKETS.sub(" ", INVISIBLE.sub("", text)).split())
     text = _SPACE_BEFORE_MARK.sub(r"\1", text)
     if opening := _OPENING.match(text):
         text = text[opening.end() :]

@@ -271,7 +271,7 @@ def _verdicts_of(book: Book, source: Source) -> Iterator[tuple[Clip | None, Verd
     """Where each clip of a source stands; where it has none, why."""
     problem = book.source_problem(source)
     if problem is not None:
-        yield None, Verdict(stage="caption", reason=problem)
+        yield None, Verdict(stage="caption" if source.problem is None else "probe", reason=problem)
         return
     clips = list(book.clips(source))
     for clip in clips:

@@ -29,6 +29,10 @@ def captions(sources: list[Source]) -> dict[str, str | None]:
     return {source.name: source.caption for source in sources}
 
 
+def problems(sources: list[Source]) -> dict[str, str | None]:
+    return {source.name: source.problem for source in sources}
+
+
 def test_text_files_beside_clips_are_their_captions(tmp_path: Path) -> None:
     touch(tmp_path, "b.mp4", "a.MOV", "in ner/übung 1.mkv", "notes.doc", ".b.partial-1.mp4")
     (tmp_path / "b.txt").write_text(" a red circle\n", encoding="utf-8")
@@ -112,17 +116,43 @@ def test_a_column_of_numbers_is_no_text(tmp_path: Path) -> None:
         scan_sources(tmp_path)
 
 
-def test_duplicate_paths_are_named_even_in_disguise(tmp_path: Path) -> None:
-    (tmp_path / "metadata.csv").write_text("path,text\na.mp4,x\n./a.mp4,y\n")
-    with pytest.raises(DataError, match=r"more than once \(a\.mp4\)"):
-        scan_sources(tmp_path)
+def test_duplicate_paths_are_named_even_in_disguise_and_stop_no_other(tmp_path: Path) -> None:
+    (tmp_path / "metadata.csv").write_text("path,text\na.mp4,x\n./a.mp4,y\nb.mp4,z\n")
+    assert problems(scan_sources(tmp_path)) == {"a.mp4": "metadata.csv lists it more than once: 2 rows; keep one", "b.mp4": None}
 
 
 @pytest.mark.parametrize("path", ["../a.mp4", "/etc/a.mp4", "b/../../a.mp4", ""])
-def test_paths_stay_inside_the_folder(tmp_path: Path, path: str) -> None:
+def test_paths_stay_inside_the_folder_and_stop_no_other_row(tmp_path: Path, path: str) -> None:
     (tmp_path / "metadata.csv").write_text(f"path,text\nok.mp4,x\n{path},y\n")
-    with pytest.raises(DataError, match=r"row 2 .*inside"):
-        scan_sources(tmp_path)
+    said = problems(scan_sources(tmp_path))
+    assert said.pop("ok.mp4") is None
+    ((name, problem),) = said.items()
+    assert name == "metadata.csv, row 2" and f"its path can't be used: {path!r} must name a file inside" in str(problem)
+
+
+def test_rows_of_other_bytes_or_columns_stop_no_other_row(tmp_path: Path) -> None:
+    rows = [b"path,text,id", b"a.mp4,gr\xf6\xdfer,1", b"caf\xe9.mp4,x,2", b"c.mp4,one, two,3", b"d.mp4,fine,4"]
+    (tmp_path / "metadata.csv").write_bytes(b"\n".join(rows))
+    said = problems(scan_sources(tmp_path))
+    assert said.pop("d.mp4") is None
+    assert list(said) == ["a.mp4", "metadata.csv, line 4", "metadata.csv, row 2"]
+    for problem, part in zip(
+        said.values(), ("text in metadata.csv is not UTF-8", "number of columns: 4, expected 3", "can't decode"), strict=True
+    ):
+        assert part in str(problem)
+
+
+def test_a_column_that_is_not_asked_for_may_hold_anything(tmp_path: Path) -> None:
+    rows = [f"{i}.mp4,{'a caption ' * 6},{i}" for i in range(20000)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["path,text,id", *rows, "z.mp4,last,x7"]))
+    assert len(scan_sources(tmp_path)) == 20001
+
+
+def test_bytes_that_are_no_text_in_a_parquet_table_stop_no_other_row(tmp_path: Path) -> None:
+    texts = pa.Array.from_buffers(pa.string(), 2, pa.array([b"gr\xf6", b"x"], pa.binary()).buffers())
+    pq.write_table(pa.table({"path": ["a.mp4", "b.mp4"], "text": texts}), tmp_path / "metadata.parquet")
+    said = problems(scan_sources(tmp_path))
+    assert "not UTF-8" in str(said["a.mp4"]) and said["b.mp4"] is None
 
 
 def test_a_damaged_table_is_named(tmp_path: Path) -> None:
@@ -138,17 +168,35 @@ def test_two_tables_are_refused(tmp_path: Path) -> None:
         scan_sources(tmp_path)
 
 
-def test_captions_must_be_utf8(tmp_path: Path) -> None:
-    touch(tmp_path, "a.mp4")
+def test_captions_and_names_must_be_utf8_and_stop_no_other_source(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4", "b.mp4", "c.mp4", os.fsdecode(b"gr\xf6\xdfer.mp4"))
     (tmp_path / "a.txt").write_bytes(b"gr\xf6\xdfer")
-    with pytest.raises(DataError, match=r"a\.txt: not UTF-8"):
-        scan_sources(tmp_path)
+    (tmp_path / "b.txt").mkdir()
+    (tmp_path / "c.txt").write_text("fine")
+    said = problems(scan_sources(tmp_path))
+    assert said.pop("c.mp4") is None
+    assert list(said) == ["a.mp4", "b.mp4", r"gr\udcf6\udcdfer.mp4"]
+    for problem, part in zip(
+        said.values(), ("its .txt is not UTF-8 text: ", ".txt can't be read: Is a directory", "name is not UTF-8"), strict=True
+    ):
+        assert part in str(problem)
 
 
-def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    touch(tmp_path, os.fsdecode(b"gr\xf6\xdfer.mp4"))
-    with pytest.raises(DataError, match="not UTF-8"):
-        scan_sources(tmp_path)
+def test_links_to_folders_are_followed_once_whatever_circles_they_make(tmp_path: Path) -> None:
+    touch(tmp_path, "in/a.mp4", "in/deep/b.mp4", "elsewhere/c.mp4")
+    for link, target in (("in/a link", "in/deep"), ("in/deep/up", "in"), ("in/more", "elsewhere"), ("in/again", "elsewhere")):
+        (tmp_path / link).symlink_to(tmp_path / target, target_is_directory=True)
+    assert [source.name for source in scan_sources(tmp_path / "in")] == ["a.mp4", "again/c.mp4", "deep/b.mp4"]
+
+
+def test_hidden_folders_and_data_sets_are_no_sources(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4", ".cache/b.mp4", "shards/c.mp4", "shards/deep/d.mp4", "shards/.prepare/x")
+    assert [source.name for source in scan_sources(tmp_path)] == ["a.mp4"]
+
+
+def test_an_image_beside_a_video_of_its_name_is_a_thumbnail(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "a.mp4", "b.jpg", "sub/a.jpg")
+    assert [source.name for source in scan_sources(tmp_path)] == ["a.mp4", "b.jpg", "sub/a.jpg"]
 
 
 def pack(path: Path, members: Mapping[str, bytes], *, link: str | None = None) -> None:
@@ -275,18 +323,42 @@ def test_a_video_that_is_cut_off_in_a_tar_names_tar_and_member(tmp_path: Path) -
     assert source.label.endswith("y/x.tar/n.mp4")
 
 
-def test_a_tar_with_a_link_or_that_was_cut_short_is_refused(tmp_path: Path) -> None:
-    pack(tmp_path / "x.tar", {"a.mp4": b"v", "a.txt": b"a"}, link="b.mp4")
-    with pytest.raises(DataError, match=r"x\.tar: .*symbolic link.*take it out of input\.path"):
-        scan_sources(tmp_path)
-    pack(tmp_path / "x.tar", {"a.mp4": b"v" * 900, "a.txt": b"a"})
-    with open(tmp_path / "x.tar", "r+b") as file:
-        file.truncate(512 + 1024)
-    with pytest.raises(DataError, match=r"x\.tar: .*cut short"):
-        scan_sources(tmp_path)
+def test_a_tar_that_cannot_be_used_gives_what_comes_before_and_stops_no_other(tmp_path: Path) -> None:
+    whole = {"a.mp4": b"v" * 900, "a.txt": b"a", "b.mp4": b"v", "b.txt": b"b"}
+    pack(tmp_path / "link.tar", whole, link="c.mp4")
+    pack(tmp_path / "short.tar", whole)
+    with open(tmp_path / "short.tar", "r+b") as file:
+        file.truncate(5 * 512 + 512 + 10)  # b.mp4 is whole, b.txt isn't there
+    (tmp_path / "empty.tar").touch()
+    (tmp_path / "gone.tar").symlink_to(tmp_path / "nowhere.tar")
+    with tarfile.open(tmp_path / "name.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
+        tar.addfile(tarfile.TarInfo("caf\xe9.mp4"))
+    touch(tmp_path, "fine.mp4")
+    said = problems(scan_sources(tmp_path))
+    for name in ("fine.mp4", "link.tar/a.mp4", "short.tar/a.mp4"):
+        assert said.pop(name) is None
+    expected = {
+        "empty.tar": "cut short",
+        "gone.tar": "No such file",
+        "link.tar": "symbolic link",
+        "name.tar": "UTF-8",
+        "short.tar": "cut short",
+    }
+    assert list(said) == list(expected)
+    for name, part in expected.items():
+        assert part in str(said[name]) and "take it out of input.path" in str(said[name])
 
 
-def test_a_caption_in_a_tar_must_be_utf8(tmp_path: Path) -> None:
-    pack(tmp_path / "x.tar", {"a.mp4": b"v", "a.txt": b"gr\xf6\xdfer"})
-    with pytest.raises(DataError, match=r"x\.tar/a\.txt: not UTF-8"):
-        scan_sources(tmp_path)
+def test_a_caption_in_a_tar_must_be_utf8_and_stops_no_other(tmp_path: Path) -> None:
+    pack(
+        tmp_path / "x.tar", {"a.mp4": b"v", "a.txt": b"gr\xf6\xdfer", "b.mp4": b"v", "b.json": b"{", "c.mp4": b"v", "c.txt": b"c"}
+    )
+    said = problems(scan_sources(tmp_path))
+    assert "its .txt is not UTF-8 txt: a.txt" in str(said["x.tar/a.mp4"]) and "its .json is not" in str(said["x.tar/b.mp4"])
+    assert said["x.tar/c.mp4"] is None
+
+
+def test_half_a_surrogate_pair_in_a_caption_becomes_a_question_mark(tmp_path: Path) -> None:
+    said = rb'{"caption": "a \ud83d cat"}', rb'{"text": "a \ud83d\ude00 cat"}'
+    pack(tmp_path / "x.tar", {"a.mp4": b"v", "a.json": said[0], "b.mp4": b"v", "b.json": said[1]})
+    assert list(captions(scan_sources(tmp_path)).values()) == ["a ? cat", "a \U0001f600 cat"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -82,3 +84,16 @@ def test_a_source_is_found_by_its_name(folder: Path) -> None:
             found = find_source(folder / where, source.name)
             assert found is not None and (found.path, found.member, found.offset) == (source.path, source.member, source.offset)
     assert find_source(folder / "packed", "sub/a.tar/part/gone.mp4") is find_source(folder / "packed", "gone.tar/x.mp4") is None
+
+
+def test_one_bad_input_stops_nothing_and_is_named_in_table_and_report(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "packed", tmp_path / "in")
+    (tmp_path / "in" / "short.tar").write_bytes((folder / "packed" / "sub" / "a.tar").read_bytes()[:2000])
+    shutil.copy(folder / "files" / "v0.mp4", tmp_path / "in" / "v.mp4")
+    (tmp_path / "in" / "v.txt").write_bytes(b"caf\xe9")
+    assert prepare(tmp_path / "in", tmp_path / "out") == 0
+    assert len(samples(tmp_path / "out")) == 3
+    rows = {row["path"]: row for row in pq.read_table(tmp_path / "out" / "clips.parquet").to_pylist()}
+    assert "can't be used" in rows["short.tar"]["reason"] and "not UTF-8" in rows["v.mp4"]["reason"]
+    assert rows["short.tar"]["stage"] == rows["v.mp4"]["stage"] == "probe"
+    assert sum(json.loads((tmp_path / "out" / "report.json").read_text())["reasons"]["probe"].values()) == 2
