@@ -79,6 +79,7 @@ class StepData:
     Args:
         micros: What the rank runs, in order.
         packs: How many of ``micros`` are run at once, as one sequence, one pack after the other. Empty: each by itself.
+        left_out: How many samples of the step no pack had room for, over all ranks.
         shapes: How many samples of each latent shape the global batch has.
         substitute: For samples that can't be read, before the step that was got last from the loader is over.
     """
@@ -90,6 +91,7 @@ class StepData:
     substitute: Substitute
     shapes: Mapping[Thw, int]
     packs: tuple[int, ...] = ()
+    left_out: int = 0
 
     @property
     def runs(self) -> list[range]:
@@ -215,6 +217,7 @@ class Loader:
                     substitute=partial(self._substitute, step, plan),
                     shapes=batch.shapes,
                     packs=tuple(packs),
+                    left_out=len(batch.left_out),
                 )
 
     def stored(self) -> Iterator[list[StoredBatch]]:

@@ -130,17 +130,8 @@ def block_shapes(case: MemoryCase) -> list[_Shape]:
 def root_shapes(case: MemoryCase) -> list[_Shape]:
     """Of the parameters outside of blocks: embedders of patches, timestep and text, ``t_block``, the final layer."""
     D, E, patch = case.model.shape.width, case.text_width, Thw(*case.model.patch).volume
-    linears = [
-        (D, case.channels * patch),
-        (D, _TIMESTEP_FREQUENCIES),
-        (D, D),
-        (6 * D, D),
-        (D, E),
-        (D, D),
-        (case.channels * patch, D),
-    ]
-    if case.model.pooled_text:
-        linears.append((D, E))
+    ends = [(D, case.channels * patch), (case.channels * patch, D)]
+    linears = [*ends, (D, _TIMESTEP_FREQUENCIES), (D, D), (6 * D, D), *[(D, E)] * (1 + case.model.pooled_text), (D, D)]
     return [*linears, *((rows, 1) for rows, _ in linears), (2, D)]
 
 
@@ -227,9 +218,8 @@ class _Step:
         if self.stage == 0:
             return now
         own = self.c * self.block.whole
-        if (
-            done == 0
-        ):  # packed for the first reduction, once weights are let go; accumulated gradients wait in what they were added to
+        if done == 0:
+            # Packed for the first reduction, once weights are let go; accumulated gradients wait in what they were added to.
             packed = (self.w - self.c) * self.block.padded
             own = max(own, packed) if self.stage == 1 and self.case.parallel.grad_accum > 1 else own + packed
         return replace(now, gradients=now.gradients + own)
@@ -267,10 +257,8 @@ class _Step:
         if self.offload == "all":
             shards = 0  # each leaves for CPU memory when it is summed
         whole = self.w * ((self.depth - done) * self.block.whole + self.root.whole) if accum > 1 and self.stage == 1 else 0
-        if done:
-            packed = self.block.padded
-        else:  # the root's, of the micro-batch before
-            packed = self.root.padded if accum > 1 and self.stage > 1 else 0
+        before = self.root.padded if accum > 1 and self.stage > 1 else 0  # of the micro-batch before
+        packed = self.block.padded if done else before
         return shards + whole + self.w * packed
 
 
@@ -339,8 +327,7 @@ class _Activations:
         hidden = _hidden(case) // case.parallel.tp
         # Gradients of the MLP's hidden layer and of a weight; of a tile also what its second run keeps.
         tile = case.parallel.tile_tokens
-        work: float = self.c * hidden * (D + (self.tokens if tile is None else 3 * min(tile, self.tokens)))
-        inner = 0.0
+        work, inner = float(self.c * hidden * (D + (self.tokens if tile is None else 3 * min(tile, self.tokens)))), 0.0
         if case.parallel.recompute != "none":
             inner = self._block_none() - self.stream * self.r
             if case.parallel.recompute == "selective":
@@ -354,11 +341,10 @@ class _Activations:
 
     def of_block(self) -> float:
         """Kept of a block between its forward and its backward."""
-        recompute = self.case.parallel.recompute
-        if recompute == "none":
+        if self.case.parallel.recompute == "none":
             return self._block_none()
         kept = self.stream * self.r + self._received()
-        return kept + self._attention_outputs() if recompute == "selective" else kept
+        return kept + self._attention_outputs() if self.case.parallel.recompute == "selective" else kept
 
     def _block_none(self) -> float:
         """All of a block. In multiples of [n, D]; what lies between two linears of a branch is a ``tp``-th of it.
@@ -377,9 +363,8 @@ class _Activations:
         case, A, tp = self.case, _attentions(self.case), self.case.parallel.tp
         D, N = case.model.shape.width, case.model.shape.heads
         hidden = 0 if case.parallel.tile_tokens else 2 * _hidden(case) / D / tp
-        multiples = A * (2 + 4 / tp) + (1 + 2 / tp) + (2 + hidden)
-        if case.packed_samples:
-            multiples += (A + 1 - (case.parallel.sp.degree > 1)) / tp
+        of_packs = (A + 1 - (case.parallel.sp.degree > 1)) / tp if case.packed_samples else 0
+        multiples = A * (2 + 4 / tp) + (1 + 2 / tp) + (2 + hidden) + of_packs
         stats = self.tokens * self.r * (4 + (A + 1) * N / tp)
         text = case.captions * case.text_tokens * 4 * D * self.c / tp
         return self.stream * (4 * self.r + multiples * self.c) + stats + text + self._scheme_extra()
@@ -396,11 +381,8 @@ class _Activations:
         if sp.degree == 1:
             return 0.0
         lse = self.tokens * self.case.model.shape.heads * self.r
-        multiples = {
-            "dsp": 2 * (sp.degree - 1) / sp.degree * self.c,
-            "ring": self.c,
-            "usp": 5 * self.c,
-        }.get(sp.scheme, 4 * self.c)
+        known = {"dsp": 2 * (sp.degree - 1) / sp.degree * self.c, "ring": self.c, "usp": 5 * self.c}
+        multiples = known.get(sp.scheme, 4 * self.c)
         return self.stream * multiples + (lse if sp.scheme in ("ring", "usp") else 0)
 
     def _scheme_extra(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
+from contextlib import closing
 
 import torch
 
@@ -137,12 +138,17 @@ def _init_from_problems(config: TrainConfig) -> list[Problem]:
 
 def _dataset_problems(config: TrainConfig) -> list[Problem]:
     """What does not fit the data set: the model must cut each shape of clips into patches, and the ranks those into parts."""
-    problems: list[Problem] = []
     try:
         index = open_data(config.data, max_lost=config.resilience.max_bad_samples)
-        model, _ = meta_model(config.model, config.objective, index.spec)
+        with closing(index.shard_source):
+            model, _ = meta_model(config.model, config.objective, index.spec)
+            return _fit_problems(config, index, model)
     except OpensoraError as error:
         return [Problem(fields=("data.path", "data.mixture"), message=p) for p in _sentences(error)]
+
+
+def _fit_problems(config: TrainConfig, index: Index, model: VideoTransformer) -> list[Problem]:
+    problems: list[Problem] = []
     grids: dict[Thw, Thw] = {}
     for bucket in index.buckets:
         try:
@@ -153,7 +159,6 @@ def _dataset_problems(config: TrainConfig) -> list[Problem]:
         problems += _order_problems(config, index, model, grids)
     if config.validation.every_steps:
         problems += _drawing_problems(config, index, model)
-    index.shard_source.close()
     return problems
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from math import ceil
 
 from opensora_dist.config.train import DataConfig, TrainConfig
+from opensora_dist.core.errors import CommunicationError
 from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index
 from opensora_dist.data.order import Order, build_order
 from opensora_dist.models.base import VideoTransformer
+from opensora_dist.parallel.gather import gather_text
 from opensora_dist.parallel.keys import Keys
+from opensora_dist.parallel.mesh import Mesh
 from opensora_dist.plan.memory import MemoryCase
 
 _LOOKED_AT = 8  # steps
@@ -31,6 +35,39 @@ def order_of(data: DataConfig, index: Index, model: VideoTransformer, *, keys: K
         return model.flops(latent, text_tokens=text_tokens)
 
     return build_order(index, data, keys=keys, tokens_of=tokens_of, cost_of=cost_of)
+
+
+def same_order_everywhere(config: TrainConfig, index: Index, order: Order, mesh: Mesh) -> None:
+    """Makes sure that every rank is about to train on the same data in the same order. Collective over all ranks.
+
+    Ranks that share samples compare what they hold before each forward. Ranks with samples of their own never see each other's: if
+    their folders differed, the weights would be trained on neither order, in silence.
+
+    Raises:
+        CommunicationError: On every rank alike, with what differs and the values of each.
+    """
+    data = config.data
+    rules = [data.batching, data.global_batch, data.unit_tokens, data.image_share, data.shuffle_shards, data.loss_weight]
+    mine = {
+        "data set": index.dataset_hash,
+        "run.seed": str(config.run.seed),
+        "rules of the order in data": " ".join(map(str, rules)),
+        "weights of data.mixture": " ".join(str(entry.weight) for entry in data.mixture),
+        "first batch": order.batch(0).digest,
+    }
+    told = [json.loads(text) for text in gather_text(json.dumps(mine), group=mesh.control)]
+    problems = []
+    for name in mine:
+        ranks: dict[str, list[int]] = {}
+        for rank, values in enumerate(told):
+            ranks.setdefault(values[name], []).append(rank)
+        if len(ranks) > 1:
+            problems.append(f"{name}: " + ", ".join(f"ranks {some} -> {value}" for value, some in ranks.items()))
+    if problems:
+        raise CommunicationError(
+            f"ranks are about to train on different data, or in another order: {'; '.join(problems)}; every machine must read the same "
+            "data set with the same config: copy the folder again from one of them to the others, or give a path that all share"
+        )
 
 
 def tokens_per_unit(data: DataConfig, order: Order, index: Index, model: VideoTransformer) -> float:
@@ -76,7 +113,7 @@ def memory_case(config: TrainConfig, order: Order, index: Index, model: VideoTra
 def said_of_order(data: DataConfig, order: Order, index: Index, model: VideoTransformer) -> Iterator[str]:
     """For the reader of a log: what each bucket yields, and what a unit holds."""
     for y in order.yields():
-        left = f"; {y.planned - y.used_per_epoch:,} left out ({y.reason})" if y.reason else ""
+        left = f"; {y.left_out:,} left out ({y.reason})" if y.reason else ""
         used = f"{y.used_per_epoch:,} in {y.steps_per_epoch:,} steps an epoch" if y.used_per_epoch else "none used"
         yield f"bucket {y.bucket}: {y.samples:,} samples, {used}{left}"
     average = tokens_per_unit(data, order, index, model)
@@ -89,3 +126,5 @@ def said_of_order(data: DataConfig, order: Order, index: Index, model: VideoTran
     quality = order.packing
     spread = "" if quality is None else f"; the costliest of a step costs {quality.imbalance:.1%} more than their mean"
     yield f"{steps} {what}, {filled}{spread}"
+    if quality is not None and quality.warning:
+        yield quality.warning

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
@@ -46,16 +46,21 @@ class LatentShards:
         """Which samples of a batch, and which latents of each, are read here."""
         return self._sequences.share(self._model.token_grid(latent), patch=self._model.patch)
 
-    def agree(self, data: StepData, micro: MicroBatch) -> MicroBatch:
+    def agree(self, data: StepData, parts: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Makes sure that the ranks that share these samples are about to do the same with them. Collective over them.
 
+        Args:
+            parts: What is run at once.
         Returns:
-            The micro-batch; where one of these ranks could not read a sample, with what all of them take in its place.
+            The parts; where one of these ranks could not read a sample, with what all of them take in its place.
         Raises:
             CommunicationError: On all of them, where they are about to do different things.
         """
-        shard = self.shard(micro.latent)
-        intent = Intent(
+        bad = self._agreement.check([self._intent(data, micro) for micro in parts])
+        return [self._substituted(data, micro) if some else micro for micro, some in zip(parts, bad, strict=True)]
+
+    def _intent(self, data: StepData, micro: MicroBatch) -> Intent:
+        return Intent(
             step=data.step,
             digest=data.digest,
             samples=micro.samples,
@@ -63,13 +68,14 @@ class LatentShards:
             part=Thw(*micro.latents_BCthw.shape[2:]),
             text_tokens=micro.text_BYE.shape[1],
             dtype=micro.latents_BCthw.dtype,
-            shard=shard,
+            shard=self.shard(micro.latent),
             patch=self._model.patch,
             num_bad=sum(why is not None for why in micro.bad),
         )
-        if not self._agreement.check(intent):
-            return micro
-        sharing = self._agreement.sharing(shard)
+
+    def _substituted(self, data: StepData, micro: MicroBatch) -> MicroBatch:
+        """With other samples for those that any rank that shares them could not read. Collective over the ranks that agreed."""
+        sharing = self._agreement.sharing(self.shard(micro.latent))
         for attempt in count():  # ends: an order has a last substitute, after which a sample counts for nothing
             bad = self._agreement.bad_anywhere([why is not None for why in micro.bad], sharing=sharing)
             if bad is None:

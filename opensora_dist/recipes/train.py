@@ -48,7 +48,7 @@ from opensora_dist.plan.memory import estimate
 from opensora_dist.recipes.auto import auto_choice
 from opensora_dist.recipes.build import initialiser, meta_model
 from opensora_dist.recipes.checks import training_problems, validation_clip, world_of
-from opensora_dist.recipes.data import budget_tokens, memory_case, order_of, said_of_order
+from opensora_dist.recipes.data import budget_tokens, memory_case, order_of, said_of_order, same_order_everywhere
 from opensora_dist.recipes.guards import OnStart, guards
 from opensora_dist.recipes.shards import LatentShards
 from opensora_dist.resilience.faults import Faults
@@ -120,6 +120,7 @@ def train_rank(config: TrainConfig, mesh: Mesh, *, on_start: Callable[[], None] 
         on_start: Called once the loop begins.
     Raises:
         CheckpointError: There is nothing to resume from that verifies, or the last save failed.
+        CommunicationError: On every rank: they would train on different data, or in another order.
         DataError: The data set can't be read.
     """
     run_dir = expand(config.run.dir)
@@ -134,6 +135,7 @@ def train_rank(config: TrainConfig, mesh: Mesh, *, on_start: Callable[[], None] 
         stack.callback(index.shard_source.close)
         model, objective = meta_model(config.model, config.objective, index.spec, dtype=dtype)
         order = order_of(config.data, index, model, keys=keys)
+        same_order_everywhere(config, index, order, mesh)
         share_blocks(model, mesh)
         set_levers(model, config.parallel, device=mesh.device)
         if config.parallel.tile_tokens is not None:
@@ -224,8 +226,9 @@ def train_rank(config: TrainConfig, mesh: Mesh, *, on_start: Callable[[], None] 
                 logbook=logbook,
                 callback=Callbacks([OnStart(on_start), quarantine, *watching]),
             )
-            state = trainer.run()
+            state, left_out = trainer.run(), trainer.left_out
         else:
+            left_out = 0
             _log.warning(
                 "nothing to do: step %d of run.steps=%d is reached; raise run.steps to go on", state.step, config.run.steps
             )
@@ -234,9 +237,9 @@ def train_rank(config: TrainConfig, mesh: Mesh, *, on_start: Callable[[], None] 
         failures = torch.tensor(validator.failures if validator else 0)
         # Reached by every rank once its videos are written or given up: now they can be counted and shown.
         torch.distributed.all_reduce(failures, group=mesh.control)
-        logbook.event(
-            "end", step=state.step, samples=state.samples, validation_failures=int(failures), bad_samples=quarantine.num_bad
-        )
+        done = {"step": state.step, "samples": state.samples, "bad_samples": quarantine.num_bad}
+        packed = {"left_out": left_out} if config.data.batching == "packed" else {}
+        logbook.event("end", validation_failures=int(failures), **done, **packed)
         logbook.show_videos(validator.take_finished() if validator else [])
     if mesh.is_main:
         _log.info("report: %s", write_report(run_dir))

@@ -41,6 +41,7 @@ class StepNote:
         epoch: How often the data set was gone through before.
         digest: Identity of the global batch, as it was planned.
         bad_samples: Samples of it that were replaced, of those that this rank answers for.
+        left_out: Samples that no pack of it had room for, over all ranks; None where there are no packs.
         result: What the step left on the device.
     """
 
@@ -56,6 +57,7 @@ class StepNote:
     epoch: int
     digest: str
     bad_samples: int
+    left_out: int | None = None
     result: StepResult
 
 
@@ -222,8 +224,9 @@ class Logbook:
 
 
 def _packing(note: StepNote) -> dict[str, float]:
-    """How much of the room for tokens was used, where there is a budget."""
-    return {} if note.budget_tokens is None else {"packing_efficiency": note.tokens / note.budget_tokens}
+    """How much of the room for tokens was used, where there is a budget; and how many samples had no room, where there are packs."""
+    found = {} if note.budget_tokens is None else {"packing_efficiency": note.tokens / note.budget_tokens}
+    return found if note.left_out is None else found | {"left_out": note.left_out}
 
 
 def _numbers(metrics: StepMetrics) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,11 +44,13 @@ class BatchCost:
 class Trainer:
     """Runs a training from a state to its last step, or until it is asked to stop.
 
+    ``left_out`` counts the samples that no pack of their step had room for, since the start.
+
     Args:
         state: Where to start; step 0, or what a checkpoint held.
         make_loader: Opens the loader at a step.
         shards: This rank's part of samples of a latent shape.
-        agree: Fails, on all of them, where the ranks that share the samples of a micro-batch are about to do different things;
+        agree: Fails, on all of them, where the ranks that share the samples of what is run at once are about to do different things;
             returns it with substitutes for samples that one of them could not read. Collective over these ranks.
         cost: Tokens and FLOPs of one sample of a latent shape with a number of text tokens.
         budget_tokens: Tokens that a step has room for; None where it has as many as its samples have.
@@ -69,7 +71,7 @@ class Trainer:
         state: TrainerState,
         make_loader: Callable[[int], Loader],
         shards: Callable[[Thw], Shard],
-        agree: Callable[[StepData, MicroBatch], MicroBatch],
+        agree: Callable[[StepData, Sequence[MicroBatch]], list[MicroBatch]],
         cost: Callable[[Thw, int], BatchCost],
         budget_tokens: int | None,
         saver: Saver,
@@ -84,6 +86,7 @@ class Trainer:
         self.saver, self.validator, self.logbook, self.callback = saver, validator, logbook, callback
         self._saved_step = state.step
         self._edge_s = 0.0
+        self.left_out = 0
 
     def run(self) -> TrainerState:
         """Trains; returns the state reached. Collective."""
@@ -142,6 +145,7 @@ class Trainer:
             clip_norm=self.config.optim.clip_norm,
         )
         self.ema.update(step=data.step, skipped=self.backend.skipped())
+        self.left_out += data.left_out
         text_tokens = data.micros[0].text_BYE.shape[1]
         costs = [(count, self.cost(latent, text_tokens)) for latent, count in data.shapes.items()]
         samples, tokens = sum(data.shapes.values()), sum(count * cost.tokens for count, cost in costs)
@@ -167,6 +171,7 @@ class Trainer:
             epoch=data.epoch,
             digest=data.digest,
             bad_samples=sum(micro.replaced for micro in data.micros),
+            left_out=data.left_out if self.config.data.batching == "packed" else None,
             result=result,
         )
         self.logbook.add(note)

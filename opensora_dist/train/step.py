@@ -149,7 +149,7 @@ def train_step(
     objective: Objective,
     keys: Keys,
     shards: Callable[[Thw], Shard],
-    agree: Callable[[MicroBatch], MicroBatch],
+    agree: Callable[[Sequence[MicroBatch]], list[MicroBatch]],
     lr: float,
     clip_norm: float,
 ) -> StepResult:
@@ -157,14 +157,13 @@ def train_step(
 
     Args:
         shards: This rank's part of samples of a latent shape.
-        agree: Called before each forward: fails where the ranks that share its samples hold other ones than this rank; returns
-            what is to be run, which replaces the micro-batch in ``data``.
+        agree: Called before each forward with what is run at once: fails where the ranks that share its samples hold other ones than
+            this rank; returns what is to be run, which replaces the micro-batches in ``data``.
     """
     losses = []
     for run in data.runs:
-        for i in run:
-            data.micros[i] = agree(data.micros[i])
-        parts = [data.micros[i] for i in run]
+        parts = agree(data.micros[run.start : run.stop])
+        data.micros[run.start : run.stop] = parts
         mine = [shards(micro.latent) for micro in parts]
         with backend.forward_context(last_micro=run.stop == len(data.micros)):
             loss = micro_loss(backend.model, parts, objective=objective, keys=keys, step=data.step, shards=mine)

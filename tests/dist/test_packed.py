@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from dataset_factory import write_dataset
 from spy import Spy, full, randomise
+from training import events, metrics, overrides, train_here
 
+from opensora_dist.config.load import load_config
 from opensora_dist.config.train import (
     IddpmConfig,
     ModelConfig,
@@ -20,6 +22,7 @@ from opensora_dist.config.train import (
     ParallelConfig,
     RectifiedFlowConfig,
     SpConfig,
+    TrainConfig,
     ZeroConfig,
 )
 from opensora_dist.data.index import Index
@@ -32,6 +35,7 @@ from opensora_dist.parallel.mesh import build_mesh
 from opensora_dist.parallel.sequence.layout import SequenceParallel
 from opensora_dist.parallel.sequence.registry import SCHEMES
 from opensora_dist.recipes.build import meta_model
+from opensora_dist.recipes.data import order_of
 from opensora_dist.recipes.shards import LatentShards
 from opensora_dist.train.step import train_step
 
@@ -274,3 +278,17 @@ def test_a_bad_sample_in_a_pack_is_replaced_alike_on_all_ranks_that_share_it(ran
     for first, second in zip(found[::2], found[1::2], strict=True):
         assert first["used"] == second["used"]
     assert_same(found, wanted)
+
+
+def test_what_no_pack_had_room_for_is_counted_in_metrics_and_at_the_end(ranks, tmp_path):
+    write_dataset(tmp_path / "data", samples=SAMPLES)
+    args = overrides(tmp_path / "data", tmp_path / "run", "data.batching=packed", "data.unit_tokens=40", "run.steps=8")
+    ranks.run(train_here, args, world=2)
+    config, index = load_config(TrainConfig, None, overrides=args), Index.open(tmp_path / "data")
+    model, _ = meta_model(config.model, config.objective, index.spec)
+    order = order_of(config.data, index, model, keys=Keys(config.run.seed))
+    planned = [len(order.batch(step).left_out) for step in range(8)]
+    assert sum(planned) > 0, "everything had room: nothing would be counted"
+    assert [m["left_out"] for m in metrics(tmp_path / "run")] == planned
+    (end,) = events(tmp_path / "run", "end")
+    assert end["left_out"] == sum(planned)

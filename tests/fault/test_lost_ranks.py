@@ -21,6 +21,7 @@ from training import SAMPLES, metrics, overrides, refused
 from opensora_dist.config.train import SpConfig
 from opensora_dist.core.errors import CommunicationError
 from opensora_dist.core.types import Thw
+from opensora_dist.data.index import Index
 from opensora_dist.data.loader import Loader
 from opensora_dist.parallel.failures import lost_contact_said
 from opensora_dist.parallel.mesh import build_mesh, process_group
@@ -186,7 +187,7 @@ def _ahead():
     sp = SpConfig(degree=3)
     mesh = build_mesh(torch.device("cpu"), dp_replicate=1, sp=sp, timeout_s=20)
     try:
-        Agreement(mesh).check(_intent(mesh, sp, step=8 if mesh.rank == 1 else 7))
+        Agreement(mesh).check([_intent(mesh, sp, step=8 if mesh.rank == 1 else 7)])
     except CommunicationError as error:
         return str(error)
     raise AssertionError("nothing was said")
@@ -224,9 +225,9 @@ def _agree_in_pairs():
     mesh = build_mesh(torch.device("cpu"), dp_replicate=1, sp=sp, timeout_s=20)
     assert set(mesh.links) == {2, 4}
     intent = _intent(mesh, sp, step=1, degree=2)
-    Agreement(mesh).check(intent)
+    Agreement(mesh).check([intent])
     with pytest.raises(CommunicationError, match="samples: rank 0 -> ") as caught:
-        Agreement(mesh).check(replace(intent, samples=(mesh.rank,)))
+        Agreement(mesh).check([replace(intent, samples=(mesh.rank,))])
     assert "latents at hand" not in str(caught.value)
     return True
 
@@ -237,10 +238,82 @@ def _agree(degree):
     agreement = Agreement(mesh)
     if degree == 1:
         with mock.patch.object(dist, "all_gather", side_effect=AssertionError("no rank to ask")):
-            agreement.check(_intent(mesh, sp, step=1))
+            agreement.check([_intent(mesh, sp, step=1)] * 3)
     else:
-        agreement.check(_intent(mesh, sp, step=1))
+        agreement.check([_intent(mesh, sp, step=1)])
     return True
+
+
+def test_the_parts_of_a_pack_are_compared_in_two_messages_however_many_there_are(ranks):
+    for gathers, bad in ranks.run(_many_parts, world=2):
+        assert gathers == 2
+        assert bad == [number == 13 for number in range(20)]
+
+
+def _many_parts():
+    sp = SpConfig(degree=2)
+    mesh = build_mesh(torch.device("cpu"), dp_replicate=1, sp=sp, timeout_s=20)
+    parts = [replace(_intent(mesh, sp, step=1), samples=(number,)) for number in range(20)]
+    if mesh.rank == 1:
+        parts[13] = replace(parts[13], num_bad=1)
+    with mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as gather:
+        bad = Agreement(mesh).check(parts)
+    return gather.call_count, bad
+
+
+def test_packs_of_another_number_of_parts_or_with_another_part_are_named_by_every_rank(ranks):
+    for fewer, other in ranks.run(_other_packs, world=3):
+        assert "shapes run at once: rank 0 -> 3, rank 1 -> 1, rank 2 -> 3" in fewer and "samples: " not in fewer
+        assert "part 2 of a pack, text tokens: rank 0 -> 4, rank 1 -> 9, rank 2 -> 4" in other and "part 1" not in other
+
+
+def _other_packs():
+    """Rank 1 has fewer parts than the others; then another caption in one of as many."""
+    sp = SpConfig(degree=3)
+    mesh = build_mesh(torch.device("cpu"), dp_replicate=1, sp=sp, timeout_s=20)
+    part = replace(_intent(mesh, sp, step=1), samples=(5,))
+    other = replace(part, text_tokens=9 if mesh.rank == 1 else 4)
+    said = []
+    for parts in ([part] * (1 if mesh.rank == 1 else 3), [part, part, other]):
+        with pytest.raises(CommunicationError) as caught:
+            Agreement(mesh).check(parts)
+        said.append(str(caught.value))
+    return tuple(said)
+
+
+@pytest.fixture(scope="module")
+def other_data(tmp_path_factory):
+    """As many samples of the same shapes, of other content."""
+    path = tmp_path_factory.mktemp("other") / "data"
+    write_dataset(path, samples=SAMPLES, seed=1)
+    return path
+
+
+@pytest.mark.parametrize("world, shared", [(2, []), (4, ["parallel.sp.degree=2"])], ids=["dp2", "dp2sp2"])
+def test_ranks_whose_copies_of_the_data_differ_are_refused_at_the_start_by_name(ranks, data, other_data, tmp_path, world, shared):
+    hashes = [Index.open(path).dataset_hash for path in (data, other_data)]
+    assert len(set(hashes)) == 2
+    alike, other = list(range(world // 2)), list(range(world // 2, world))
+    for said in ranks.run(_refused_with_own_copy, str(data), str(other_data), str(tmp_path), shared, world=world):
+        assert f"data set: ranks {alike} -> {hashes[0]}, ranks {other} -> {hashes[1]}" in said
+        assert "first batch: " in said and "run.seed" not in said
+        assert "copy the folder again" in said
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def _refused_with_own_copy(data, other_data, run_dir, shared):
+    mine = data if dist.get_rank() < dist.get_world_size() // 2 else other_data
+    return refused(overrides(Path(mine), Path(run_dir), "run.steps=3", *shared))
+
+
+def test_ranks_that_would_take_the_same_data_in_another_order_are_refused_at_the_start(ranks, data, tmp_path):
+    for said in ranks.run(_refused_with_own_seed, str(data), str(tmp_path), world=2):
+        assert "run.seed: ranks [0] -> 1, ranks [1] -> 2" in said and "first batch: " in said
+        assert "data set: " not in said
+
+
+def _refused_with_own_seed(data, run_dir):
+    return refused(overrides(Path(data), Path(run_dir), "run.steps=3", f"run.seed={1 + dist.get_rank()}"))
 
 
 # --- groups

@@ -124,7 +124,7 @@ def test_the_graph_of_a_micro_batch_is_gone_before_the_next_one_is_built():
         objective=objective,
         keys=Keys(0),
         shards=lambda _latent: whole(Thw(5, 2, 3)),
-        agree=lambda micro: alive.append([graph() is not None for graph in graphs]) or micro,
+        agree=lambda parts: alive.append([graph() is not None for graph in graphs]) or parts,
         lr=1.0,
         clip_norm=1.0,
     )
@@ -144,7 +144,7 @@ def test_ranks_agree_once_before_each_forward_which_is_told_the_shard_of_the_sam
         objective=objective,
         keys=Keys(0),
         shards=lambda latent: asked.append(latent) or shard,
-        agree=lambda micro: done.append(micro) or micro,
+        agree=lambda parts: done.extend(parts) or parts,
         lr=1.0,
         clip_norm=1.0,
     )

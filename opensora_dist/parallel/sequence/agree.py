@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import get_args
 
 import torch
@@ -24,7 +25,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, kw_only=True)
 class Intent:
-    """What a rank is about to do with one micro-batch.
+    """What a rank is about to do with one micro-batch, alone or as a part of a pack.
 
     Args:
         step: Which step it is of.
@@ -97,27 +98,45 @@ class Agreement:
         self._group, self._tp = mesh.sp_control, mesh.tp_size
         self._ranks: list[int] = dist.get_process_group_ranks(mesh.sp_control)
 
-    def check(self, intent: Intent) -> bool:
+    def check(self, intents: Sequence[Intent]) -> list[bool]:
         """Compares what every rank of the group is about to do. Collective over them; nothing is sent where a sample has one rank.
 
+        Args:
+            intents: Of what is run at once: one micro-batch, or the parts of a pack.
         Returns:
-            Whether any of them has samples that it could not read; then all must call ``bad_anywhere``.
+            Of which any of them has samples that it could not read; for each of these all must call ``bad_anywhere``.
         Raises:
             CommunicationError: On every rank alike, with the values of each.
         """
         if len(self._ranks) == 1:
-            return intent.num_bad > 0
-        mine = torch.tensor(intent.row(), dtype=torch.int64)
-        table_PF = mine.new_empty((len(self._ranks), len(mine)))
-        dist.all_gather(list(table_PF.unbind(0)), mine, group=self._group)
-        table = table_PF.tolist()
-        problems = self._differences(table) or self._wrong_parts(table, intent)
+            return [intent.num_bad > 0 for intent in intents]
+        rows = [intent.row() for intent in intents]
+        # The first, with how many there are: as long on every rank, whatever each is about to do. The others only once that is alike.
+        heads = self._gather([len(rows), *rows[0]])
+        tables, counts = [[row for _, *row in heads]], [count for count, *_ in heads]
+        problems = []
+        if len(set(counts)) > 1:
+            problems.append(self._side_by_side("shapes run at once", [str(count) for count in counts]))
+        elif len(rows) > 1:
+            others = torch.tensor(self._gather(list(chain(*rows[1:])))).view(len(heads), len(rows) - 1, -1)
+            tables += others.transpose(0, 1).tolist()
+        for part, (table, intent) in enumerate(zip(tables, intents, strict=False)):
+            found = self._differences(table) or self._wrong_parts(table, intent)
+            problems += [f"part {part} of a pack, {problem}" for problem in found] if max(counts) > 1 else found
         if problems:
             raise CommunicationError(
                 f"ranks {self._ranks} share samples, and are about to do different things with them: {'; '.join(problems)}; "
                 "every rank must run the same code with the same config on the same data: compare them across machines"
             )
-        return any(row[-1] for row in table)
+        return [any(row[-1] for row in table) for table in tables]
+
+    def _gather(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Those of every rank of the group, each of which must give as many."""
+        mine = torch.tensor(numbers, dtype=torch.int64)
+        table_PF = mine.new_empty((len(self._ranks), len(mine)))
+        dist.all_gather(list(table_PF.unbind(0)), mine, group=self._group)
+        table: list[list[int]] = table_PF.tolist()
+        return table
 
     def sharing(self, shard: Shard) -> int:
         """Ranks that share the samples of a shard, those that hold the same part included."""
