@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
 
 import av
 import numpy as np
-from av.error import FFmpegError
+from av.container import InputContainer
+from av.video.stream import VideoStream
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from opensora_dist.core.errors import DataError
 from opensora_dist.core.io import atomic_path
 
 Frames = NDArray[np.uint8]
 SHEET_COLUMNS = 8
+_ODDEST_PIXEL = 8  # times as wide as high, or the reverse; what a header says beyond that is damage
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp"})
 
@@ -29,9 +32,11 @@ def iter_frames(file: Path | BinaryIO, *, max_width: int | None = None) -> Itera
 
     Args:
         file: A path, or a seekable file with a ``name``; an image where that ends as one.
-        max_width: Wider video, as it is stored, is scaled down to it on the way to RGB, which costs less than doing so afterwards.
+        max_width: Wider video is scaled down to it on the way to RGB, which costs less than doing so afterwards. Width is that of what
+            is stored, before it is turned.
     Raises:
-        DataError: The file is missing, empty, has no video stream, or breaks off in the middle.
+        DataError: The file is missing, empty, no single video, or breaks off in the middle; or the next frame is damaged, which decoders
+            hide by guessing.
     """
     path = file if isinstance(file, Path) else Path(file.name)
     if file is path:
@@ -42,20 +47,44 @@ def iter_frames(file: Path | BinaryIO, *, max_width: int | None = None) -> Itera
     if path.suffix.lower() in IMAGE_SUFFIXES:
         yield 0.0, _read_image(file, path)
         return
+    with open_video(file) as (container, stream):
+        # Not by frames: H.264 then gives out frames before it is known whether they are whole. Workers take a file each.
+        stream.thread_type = "SLICE"
+        rate, aspect = stream.average_rate or Fraction(25), pixel_aspect(stream)
+        first: float | None = None
+        for index, frame in enumerate(container.decode(stream)):
+            if frame.is_corrupt:
+                raise DataError(f"{path}: frame {index} is damaged; fetch the file again, re-encode it, or leave it out")
+            time_s = float(frame.time) if frame.time is not None else float(index / rate)
+            first = time_s if first is None else first
+            yield time_s - first, _picture(frame, max_width, aspect)
+
+
+@contextmanager
+def open_video(file: Path | BinaryIO) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """A container and its first video stream. Titles and other tags may be of any encoding.
+
+    Raises:
+        DataError: Whatever goes wrong with this file, now or while it is read; it has no video stream; or it is a list of other files.
+    """
+    path = file if isinstance(file, Path) else Path(file.name)
     try:
-        with av.open(str(file) if isinstance(file, Path) else file) as container:
+        with av.open(str(file) if isinstance(file, Path) else file, metadata_errors="ignore") as container:
+            if container.format.name == "concat":
+                raise DataError(f"{path}: is a list of other files; give these instead, or leave it out")
             if not container.streams.video:
                 raise DataError(f"{path}: no video stream; expected a video file")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            rate = stream.average_rate or Fraction(25)
-            first: float | None = None
-            for index, frame in enumerate(container.decode(stream)):
-                time_s = float(frame.time) if frame.time is not None else float(index / rate)
-                first = time_s if first is None else first
-                yield time_s - first, _picture(frame, max_width)
-    except FFmpegError as error:
+            yield container, container.streams.video[0]
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # PyAV raises what fits: of FFmpeg, of text that can't be read, of numbers that are too large
         raise DataError(f"{path}: can't be decoded ({error}); re-encode it, or leave it out") from error
+
+
+def pixel_aspect(stream: VideoStream) -> float:
+    """Width of a pixel in heights, as the headers say; 1 where they don't."""
+    aspect = float(stream.sample_aspect_ratio or 1)
+    return aspect if 1 / _ODDEST_PIXEL <= aspect <= _ODDEST_PIXEL else 1.0
 
 
 def peek_frames(file: Path | BinaryIO, *, start_s: float, end_s: float, count: int, max_width: int) -> list[NDArray[np.uint8]]:
@@ -71,29 +100,26 @@ def peek_frames(file: Path | BinaryIO, *, start_s: float, end_s: float, count: i
         return [_read_image(file, path)]
     wanted = [start_s + (end_s - start_s) * (i + 0.5) / count for i in range(count)]
     found: list[NDArray[np.uint8]] = []
-    try:
-        with av.open(str(file) if isinstance(file, Path) else file) as container:
-            stream = container.streams.video[0]
-            assert stream.time_base is not None
-            first = stream.start_time or 0
-            container.seek(first + int(start_s / stream.time_base), stream=stream)
-            frame = None
-            for frame in container.decode(stream):
-                if len(found) == count:
-                    break
-                if frame.pts is not None and float((frame.pts - first) * stream.time_base) >= wanted[len(found)]:
-                    found.append(_picture(frame, max_width))
-            if not found and frame is not None:  # the video ends before; its last frame says more than none
-                found.append(_picture(frame, max_width))
-    except (FFmpegError, IndexError, OSError) as error:
-        raise DataError(f"{path}: can't be decoded ({error}); re-encode it, or leave it out") from error
+    with open_video(file) as (container, stream):
+        assert stream.time_base is not None
+        first, aspect = stream.start_time or 0, pixel_aspect(stream)
+        container.seek(first + int(start_s / stream.time_base), stream=stream)
+        frame = None
+        for frame in container.decode(stream):
+            if len(found) == count:
+                break
+            if frame.pts is not None and float((frame.pts - first) * stream.time_base) >= wanted[len(found)]:
+                found.append(_picture(frame, max_width, aspect))
+        if not found and frame is not None:  # the video ends before; its last frame says more than none
+            found.append(_picture(frame, max_width, aspect))
     return found
 
 
-def _picture(frame: av.VideoFrame, max_width: int | None) -> NDArray[np.uint8]:
-    """A decoded frame, [H, W, 3], as it is to be seen."""
-    scale = 1.0 if max_width is None else min(1.0, max_width / frame.width)
-    picture = frame.to_ndarray(format="rgb24", width=round(frame.width * scale), height=max(1, round(frame.height * scale)))
+def _picture(frame: av.VideoFrame, max_width: int | None, aspect: float) -> NDArray[np.uint8]:
+    """A decoded frame, [H, W, 3], as it is to be seen: with square pixels, upright."""
+    width = frame.width * aspect
+    scale = 1.0 if max_width is None else min(1.0, max_width / width)
+    picture = frame.to_ndarray(format="rgb24", width=max(1, round(width * scale)), height=max(1, round(frame.height * scale)))
     # Phones store pictures as the sensor lies and say by how many degrees, counter-clockwise, to turn them.
     return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90) % 4))
 
@@ -111,7 +137,9 @@ def _read_image(file: Path | BinaryIO, path: Path) -> NDArray[np.uint8]:
                 turned = turned.convert("RGBA")
                 turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned)
             return np.array(turned.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # each format of Pillow has errors of its own
         raise DataError(f"{path}: can't be decoded ({error}); write it again, or leave it out") from error
 
 
@@ -158,9 +186,17 @@ def write_video(path: Path, frames: Frames, *, fps: float, crf: int = 18) -> Non
             container.mux(packet)
 
 
+def even_places(total: int, count: int) -> list[int]:
+    """At most ``count`` of ``total`` places, from the first to the last; of one, the middle."""
+    if count == 1:
+        return [total // 2] if total > 0 else []
+    places: list[int] = np.linspace(0, total - 1, max(0, min(count, total))).round().astype(int).tolist()
+    return places
+
+
 def evenly_spaced(frames: Frames, count: int) -> Frames:
-    """A copy of at most ``count`` frames, from the first to the last."""
-    picks: Frames = frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
+    """A copy of at most ``count`` frames, those of ``even_places``."""
+    picks: Frames = frames[even_places(len(frames), count)]
     return picks
 
 

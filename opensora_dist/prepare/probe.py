@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import av
-from av.error import FFmpegError
 from PIL import Image, UnidentifiedImageError
 
+from opensora_dist.core.errors import DataError
+from opensora_dist.core.video import open_video
 from opensora_dist.prepare.sources import Source
 
 
@@ -43,11 +44,7 @@ def probe_source(source: Source) -> Probe:
         if source.kind == "image":
             with Image.open(source.open()) as image:
                 return Probe(height=image.height, width=image.width, num_bytes=num_bytes, bits=8.0 * num_bytes)
-        opened = source.open()
-        with av.open(opened if source.member is not None else str(opened)) as container:
-            if not container.streams.video:
-                return Probe(num_bytes=num_bytes)
-            stream = container.streams.video[0]
+        with open_video(source.open()) as (container, stream):
             if stream.duration is not None and stream.time_base is not None:
                 duration_s = float(stream.duration * stream.time_base)
             else:
@@ -62,5 +59,5 @@ def probe_source(source: Source) -> Probe:
                 num_bytes=num_bytes,
                 bits=bits,
             )
-    except (OSError, FFmpegError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except (DataError, OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
         return Probe(num_bytes=num_bytes)

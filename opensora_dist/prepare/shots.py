@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from opensora_dist.prepare.dissolves import THUMB_H, THUMB_W, Span, find_dissolv
 _DETECT_W = 256  # as wide as PySceneDetect makes its frames
 # Hue and saturation of a picture that is nearly black are noise, and the detectors take them for cuts: what a cut shows in grey.
 _MIN_GREY_STEP = 6.0
+_HELD = 8  # thumbnails of the last frames; a detector is at most two frames late
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class Shot:
 def find_shots(file: Path | BinaryIO, config: ShotsConfig) -> list[Shot]:
     """The shots of a video that last ``config.min_s`` or longer, in order. Frames inside a dissolve are of no shot.
 
+    In memory are a few frames; where dissolves are looked for, also a thumbnail of every frame: ``find_dissolves`` says how much that is.
     ``config.trim_s`` is left out where clips are cut, so that a change of it needs no second look.
 
     Args:
@@ -53,28 +56,37 @@ def find_shots(file: Path | BinaryIO, config: ShotsConfig) -> list[Shot]:
         raise DataError(f"{name}: holds no video frame; leave it out")
     frame_s = times[-1] / (len(times) - 1) if len(times) > 1 else 0.0
     times.append(times[-1] + frame_s)  # the last frame stays for one mean interval
-    steps = np.abs(np.diff(thumbs.astype(np.int16), axis=0))
-    cuts = [cut for cut in cuts if np.sqrt(np.mean(np.square(steps[cut - 1], dtype=np.float64))) >= _MIN_GREY_STEP]
     spans = find_dissolves(thumbs, fps=1 / frame_s) if config.dissolves and frame_s > 0 else []
-    bounds = _between(cuts, spans, num_frames=len(thumbs))
+    bounds = _between(cuts, spans, num_frames=len(times) - 1)
     shots = [Shot(start_s=times[a], end_s=times[b], start_frame=a, end_frame=b) for a, b in bounds]
     return [shot for shot in shots if shot.end_s - shot.start_s >= config.min_s or len(shots) == 1]
 
 
 def _look(file: Path | BinaryIO, config: ShotsConfig) -> tuple[list[float], NDArray[np.uint8], list[int]]:
-    """Decodes a video once: the time of every frame, its thumbnail [T, D], and the frames at which the detector sees a new shot."""
+    """Decodes a video once: the time of every frame, its thumbnail [T, D] if dissolves are looked for, and the first frames of new shots."""
     import cv2
 
     cuts_seen = _detector(config)
     times: list[float] = []
-    thumbs: list[NDArray[np.uint8]] = []
+    thumbs = bytearray()  # grows in place, which a list that becomes an array doesn't
     cuts: list[int] = []
+    last: deque[NDArray[np.uint8]] = deque(maxlen=_HELD)
     for time_s, frame in iter_frames(file, max_width=_DETECT_W):
-        cuts += cuts_seen(len(times), frame)
         grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-        thumbs.append(np.asarray(cv2.resize(grey, (THUMB_W, THUMB_H), interpolation=cv2.INTER_AREA), dtype=np.uint8).reshape(-1))
+        last.append(np.asarray(cv2.resize(grey, (THUMB_W, THUMB_H), interpolation=cv2.INTER_AREA), dtype=np.uint8).reshape(-1))
+        if config.dissolves:
+            thumbs += last[-1].data
+        for cut in cuts_seen(len(times), frame):
+            place = cut - len(times) - 1  # from the end
+            if _grey_step(last[place - 1], last[place]) >= _MIN_GREY_STEP:
+                cuts.append(cut)
         times.append(time_s)
-    return times, np.stack(thumbs) if thumbs else np.zeros((0, THUMB_W * THUMB_H), np.uint8), cuts
+    return times, np.frombuffer(thumbs, np.uint8).reshape(-1, THUMB_W * THUMB_H), cuts
+
+
+def _grey_step(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> float:
+    """Grey levels, root mean square."""
+    return float(np.sqrt(np.mean(np.square(after.astype(np.float64) - before))))
 
 
 def _detector(config: ShotsConfig) -> Callable[[int, NDArray[np.uint8]], list[int]]:
