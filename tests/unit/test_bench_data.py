@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -36,10 +38,31 @@ def test_all_of_our_ways_read_all_samples_of_whole_batches(small, tmp_path):
     case = DataCase(clip=Thw(2, 32, 32), folder=tmp_path, batch=2, threads=2)
     index = write_samples(case, num_bytes=9 * case.sample_bytes)
     assert len(index) % 2 == 0 and len(index.shards) > 1
-    for name, way in our_ways(index, case, epochs=3).items():
-        timed = way()
-        assert timed.samples == len(index) * (3 if "loader" in name else 1) and timed.seconds > 0
-    data.drop_cache(index)
+    before = len(os.listdir("/proc/self/fd"))
+    with our_ways(index, case, epochs=3) as ways:
+        for name, way in ways.items():
+            timed = way()
+            assert timed.samples == len(index) * (3 if "loader" in name else 1) and timed.seconds > 0
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_system_that_is_memory_is_told_from_others():
+    assert not data.in_memory(Path("/proc"))
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    memory = [mount[1] for mount in mounts if mount[2] == "tmpfs" and os.access(mount[1], os.X_OK)]
+    assert all(data.in_memory(Path(folder)) for folder in memory)
+
+
+def test_cold_figures_of_a_disk_that_is_memory_are_left_out_and_that_is_said(small, tmp_path, monkeypatch):
+    shown, out = io.StringIO(), tmp_path / "data.json"
+    monkeypatch.setattr(data, "in_memory", lambda folder: True)
+    options = DataOptions(num_bytes=10_000, rounds=2, batch=2, threads=2, python=sys.executable, work=tmp_path)
+    monkeypatch.setattr(data.Others, "open", lambda self, *_args, **_more: [])
+    bench_data(options, out=out, page=None, console=Console(file=shown))
+    (found,) = json.loads(out.read_text())["cases"]
+    assert found["cold"] == {} and {bar["met"] for bar in found["bars"] if bar["cold"]} == {None}
+    assert "from the disk: left out" in shown.getvalue() and "--work" in shown.getvalue()
+    assert data.markdown([found])
 
 
 def test_a_run_writes_what_it_measured_and_says_what_it_left_out(small, tmp_path):

@@ -127,9 +127,9 @@ def bench_data(options: DataOptions, *, out: Path | None, page: Path | None = No
 def _measure(case: DataCase, options: DataOptions, *, work: Path) -> dict[str, Any]:
     """One size of samples."""
     index = write_samples(case, num_bytes=options.num_bytes)
-    ways, missing = our_ways(index, case, epochs=_EPOCHS), {}
-    cold = {name: way for name, way in our_ways(index, case, epochs=1).items() if name in cold_names(case.threads)}
+    missing, cold_rates = {}, {}
     with ExitStack() as stack:
+        ways = stack.enter_context(our_ways(index, case, epochs=_EPOCHS))
         others = stack.enter_context(Others(options.python))
         for name, why, way in others.open(index, case, work=work):
             if why is None:
@@ -139,7 +139,12 @@ def _measure(case: DataCase, options: DataOptions, *, work: Path) -> dict[str, A
         for way in ways.values():
             way()  # warm: the page cache, worker processes
         warm_rates = _rounds({name: partial(_long, way) for name, way in ways.items()}, options.rounds, before=lambda: None)
-    cold_rates = _rounds(cold, options.rounds, before=lambda: drop_cache(index))
+    if not in_memory(case.folder):
+        with our_ways(index, case, epochs=1) as all_ways:
+            cold = {name: way for name, way in all_ways.items() if name in cold_names(case.threads)}
+            cold_rates = _rounds(cold, options.rounds, before=lambda: drop_cache(index))
+    else:
+        missing["from the disk"] = f"the file system of {case.folder} is memory; name a folder on a disk with --work"
     rows = [
         {
             "bar": bar.name,
@@ -192,6 +197,16 @@ def drop_cache(index: Index) -> None:
         os.close(fd)
 
 
+def in_memory(folder: Path) -> bool:
+    """Whether a folder's files are in memory only, so that nothing of them can be read from a disk."""
+    device = os.stat(folder).st_dev
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, kind = line.partition(" - ")
+        if mount.split()[2] == f"{os.major(device)}:{os.minor(device)}":
+            return kind.split()[0] in ("tmpfs", "ramfs")
+    return False
+
+
 def markdown(cases: Sequence[Mapping[str, Any]]) -> str:
     """Rates and ratios to raw, a row per way, warm and cold for each size; then the bars."""
     kinds = [(case, kind) for case in cases for kind in ("warm", "cold")]
@@ -217,6 +232,8 @@ def _cell(rates: Mapping[str, Sequence[float]], name: str) -> str:
 
 def _print(console: Console, found: Mapping[str, Any]) -> None:
     for kind in ("warm", "cold"):
+        if not found[kind]:
+            continue
         where = {"warm": "from the page cache", "cold": "from the disk"}[kind]
         table = Table(title=f"{found['samples']} samples of {found['sample_bytes'] / 1e6:.1f} MB, {where}")
         for column in ("way", "samples/s", "quartiles", "GB/s", "of raw"):

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -125,8 +126,9 @@ class Timed:
 Way = Callable[[], Timed]
 
 
-def our_ways(index: Index, case: DataCase, *, epochs: int) -> dict[str, Way]:
-    """Plain reads, and those of this project.
+@contextmanager
+def our_ways(index: Index, case: DataCase, *, epochs: int) -> Iterator[dict[str, Way]]:
+    """Plain reads, and those of this project; their files are closed after it.
 
     Args:
         epochs: Of a loader's pass, whose threads and memory are made anew for it.
@@ -134,10 +136,14 @@ def our_ways(index: Index, case: DataCase, *, epochs: int) -> dict[str, Way]:
     rows = list(range(len(index)))
     shuffled = torch.empty(len(index)).uniform_(generator=Keys(0).generator("bench data")).argsort().tolist()
     spans = [_span(index, row) for row in rows]
-    fds = [index.shard_source.open(shard) for shard in range(len(index.shards))]
+    stack, fds = ExitStack(), []
+    for shard in range(len(index.shards)):
+        fds.append(index.shard_source.open(shard))
+        stack.callback(os.close, fds[-1])
     memory = Slot(pinned=False).arrays([case.batch * max(size for _, _, size in spans)])[0].numpy().data
-
     readers = [ShardReader(index) for _ in range(case.threads)]
+    for reader in readers:
+        stack.callback(reader.close)
 
     def plain(num: int) -> Way:
         """Reads into room for ``num`` samples."""
@@ -154,15 +160,16 @@ def our_ways(index: Index, case: DataCase, *, epochs: int) -> dict[str, Way]:
     def ours(rows: Sequence[int], *, threads: int) -> Way:
         return lambda: _timed(lambda: _read(readers[:threads], rows, batch=case.batch))
 
-    return {
-        RAW: plain(1),
-        RAW_BATCH: plain(case.batch),
-        reader_name(1): ours(rows, threads=1),
-        reader_name(case.threads): ours(rows, threads=case.threads),
-        f"{reader_name(case.threads)}, shuffled": ours(shuffled, threads=case.threads),
-        loader_name(case.threads): lambda: _loaded(index, case, epochs=epochs, stored=True),
-        f"{loader_name(case.threads)}, float32": lambda: _loaded(index, case, epochs=epochs, stored=False),
-    }
+    with stack:
+        yield {
+            RAW: plain(1),
+            RAW_BATCH: plain(case.batch),
+            reader_name(1): ours(rows, threads=1),
+            reader_name(case.threads): ours(rows, threads=case.threads),
+            f"{reader_name(case.threads)}, shuffled": ours(shuffled, threads=case.threads),
+            loader_name(case.threads): lambda: _loaded(index, case, epochs=epochs, stored=True),
+            f"{loader_name(case.threads)}, float32": lambda: _loaded(index, case, epochs=epochs, stored=False),
+        }
 
 
 def reader_name(threads: int) -> str:
