@@ -6,6 +6,7 @@ Real footage is in tests/e2e/test_real_shots.py.
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import cv2
 import numpy as np
@@ -15,6 +16,7 @@ from pictures import blend, picture, seen
 from opensora_dist.config.prepare import ShotsConfig
 from opensora_dist.core.errors import DataError
 from opensora_dist.core.video import write_video
+from opensora_dist.prepare import shots as shots_module
 from opensora_dist.prepare.dissolves import THUMB_H, THUMB_W, find_dissolves
 from opensora_dist.prepare.shots import find_shots
 
@@ -93,6 +95,25 @@ def test_without_a_detector_a_video_is_one_shot(tmp_path):
 
 def test_the_threshold_is_the_detectors(tmp_path):
     assert shots(tmp_path, np.concatenate(three_shots()), detector="content", threshold=200) == [(0, 105)]
+
+
+@pytest.mark.parametrize(("dissolves", "bytes_a_frame"), [(False, 150), (True, 1.25 * THUMB_H * THUMB_W)])
+def test_a_long_video_needs_a_thumbnail_a_frame_at_most(tmp_path, monkeypatch, dissolves, bytes_a_frame):
+    frames = [np.full((36, 64, 3), level, np.uint8) for level in (50, 200)]
+    num, looked_at = 20_000, []
+    monkeypatch.setattr(
+        shots_module, "iter_frames", lambda file, max_width: ((i / FPS, frames[i * 2 // num]) for i in range(num))
+    )
+    monkeypatch.setattr(shots_module, "find_dissolves", lambda thumbs, fps: looked_at.append(thumbs[-1, 0]) or [])
+    monkeypatch.setattr(shots_module, "_detector", lambda config: lambda i, frame: [i - 2] if i == num // 2 + 2 else [])
+    find_shots(tmp_path / "video.mp4", ShotsConfig(detector="content", dissolves=dissolves))  # imports
+    tracemalloc.start()
+    found = find_shots(tmp_path / "video.mp4", ShotsConfig(detector="content", dissolves=dissolves))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [(shot.start_frame, shot.end_frame) for shot in found] == [(0, num // 2), (num // 2, num)]
+    assert looked_at == [200, 200] * dissolves
+    assert peak < num * bytes_a_frame
 
 
 def test_a_broken_video_is_named(tmp_path):
