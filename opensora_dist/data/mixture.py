@@ -15,6 +15,7 @@ from opensora_dist.core.index import read_header
 from opensora_dist.core.types import Thw
 from opensora_dist.data.index import DataSet, Index, read_spec
 from opensora_dist.data.remote import localise
+from opensora_dist.data.streams import make_groups
 
 _AGREE = ("codec", "text", "channels", "spatial_factor", "temporal_factor", "text_width", "max_tokens")
 
@@ -22,7 +23,7 @@ _AGREE = ("codec", "text", "channels", "spatial_factor", "temporal_factor", "tex
 def open_data(data: DataConfig, *, max_lost: int = 0) -> Index:
     """Opens ``data.path``, or all of ``data.mixture`` as one.
 
-    Of several data sets, keys begin with the set's name. Latent statistics are pooled over all latents.
+    Of several data sets, keys begin with the set's name. Latent statistics are pooled over all latents, as often as training sees them.
 
     Args:
         max_lost: As in ``Index.open``.
@@ -47,18 +48,22 @@ def open_data(data: DataConfig, *, max_lost: int = 0) -> Index:
         return Index.join(sets, max_lost=max_lost)
     specs = [read_spec(s.folder, read_header(s.folder)) for s in sets]
     _check_alike(sets, specs)
-    return pooled(Index.join(sets, spec=specs[0], max_lost=max_lost), specs)
+    return pooled(Index.join(sets, spec=specs[0], max_lost=max_lost), specs, image_share=data.image_share)
 
 
-def pooled(index: Index, specs: Sequence[DatasetSpec]) -> Index:
-    """The index with a spec for all: buckets of all, and mean and std of all latents together.
+def pooled(index: Index, specs: Sequence[DatasetSpec], *, image_share: float | None = None) -> Index:
+    """The index with a spec for all: buckets of all, and mean and std of all latents together, as often as an epoch has them: weights
+    and shares count, so that what the model sees has mean 0 and std 1.
 
     Args:
         specs: Of each of its data sets.
+        image_share: As ``data.image_share``.
     """
-    volumes = np.array([s.latent.volume for s in index.shapes], dtype=np.float64)
-    of_set = [volumes[index.numbers.shape[a:b]].sum() for a, b in zip(index.set_starts, index.set_starts[1:])]
-    share = (np.array(of_set) / sum(of_set))[:, None]
+    of_set = np.zeros(len(specs))
+    for group in make_groups(index, image_share=image_share):
+        number = int(np.searchsorted(index.set_starts, group.rows[0], side="right")) - 1
+        of_set[number] += group.use * index.latent_of(group.bucket).volume
+    share = (of_set / of_set.sum())[:, None]
     means, stds = (np.array([getattr(s, f"latent_{name}") for s in specs]) for name in ("mean", "std"))
     mean, std = specs[0].latent_mean, specs[0].latent_std
     if (means != means[0]).any() or (stds != stds[0]).any():

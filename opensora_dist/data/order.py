@@ -6,6 +6,7 @@ there is no state to save.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -21,11 +22,11 @@ from opensora_dist.data.index import Index
 from opensora_dist.data.permutation import permute, seed_of
 from opensora_dist.data.plans import BucketPlan, BucketYield, PackedPlan, PackingQuality, Plan, check_units
 from opensora_dist.data.streams import Streams, make_groups
-from opensora_dist.parallel.keys import Keys
+from opensora_dist.parallel.keys import Keys, sample_id
 
 MAX_ATTEMPTS = 8
 """Substitutes that are tried for one sample before the step goes on without it."""
-_BATCHES_KEPT = 64
+_BATCHES_KEPT = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +54,33 @@ class GlobalBatch:
         """All rows, unit by unit: a *place* is a position in this."""
         return tuple(row for unit in self.units for row in unit)
 
+    @cached_property
+    def occurrences(self) -> tuple[int, ...]:
+        """How many places before each place have the same row: not 0 where weights or shares repeat a sample within the batch."""
+        counts = Counter[int]()
+        ranks = []
+        for row in self.rows:
+            ranks.append(counts[row])
+            counts[row] += 1
+        return tuple(ranks)
+
+    def identities(self, places: Sequence[int], samples: Sequence[int]) -> tuple[int, ...]:
+        """What draws are keyed by: of a sample that a step has twice, each occurrence draws its own noise.
+
+        Args:
+            places: Of the samples, in the batch.
+            samples: ``keys.sample_id`` of each; what it is keyed by where it comes first.
+        """
+        return tuple(
+            sample_id(f"{self.occurrences[place]}/{sample}") if self.occurrences[place] else sample
+            for place, sample in zip(places, samples, strict=True)
+        )
+
 
 class Order:
     """The order of a data set: what each step has, and what stands in for a sample that can't be read.
 
-    ``latents`` are the latent shapes of its batches; ``batches_per_epoch`` how many steps an epoch has.
+    ``latents`` are the latent shapes that its batches can have; ``batches_per_epoch`` how many steps an epoch has.
 
     Args:
         index: The data set.
@@ -70,14 +93,13 @@ class Order:
         self._index, self._seed, self._plan = index, seed, plan
         self.global_batch = global_batch
         self.batches_per_epoch = plan.batches_per_epoch
-        self.latents = tuple(sorted({index.latent_of(y.bucket) for y in plan.yields() if y.used_per_epoch}))
+        self.latents = tuple(sorted(plan.latents))
         self._batches = lru_cache(maxsize=_BATCHES_KEPT)(self._make_batch)
 
     @property
     def dropped(self) -> dict[str, int]:
         """Bucket and reason to the samples that an epoch leaves out."""
-        left = {f"{y.bucket}: {y.reason}": y.planned - y.used_per_epoch for y in self.yields() if y.reason}
-        return {what: count for what, count in left.items() if count}
+        return {f"{y.bucket}: {y.reason}": y.left_out for y in self.yields() if y.left_out}
 
     @property
     def packing(self) -> PackingQuality | None:
@@ -157,7 +179,7 @@ def build_order(
         tokens_of: Model tokens of a sample, by its latent shape; default: latent positions.
         cost_of: What a sample costs to compute, by its latent shape and the tokens its text is padded to; default: its positions.
     Raises:
-        DataError: Nothing can be trained on: each bucket with the reason.
+        DataError: Nothing can be trained on: each bucket with the reason; or ``data.image_share`` asks for what there is none of.
     """
     seed = int(torch.empty(1, dtype=torch.int64).random_(generator=keys.generator("order")).item())
     groups = make_groups(index, image_share=data.image_share)

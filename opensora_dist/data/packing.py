@@ -1,8 +1,8 @@
 """Samples of many shapes into packs of at most so many tokens, all of which cost about the same to compute.
 
 Samples of one class (one shape) are alike, so what is decided is how many of each class a pack takes. The largest go first, each to the
-pack that costs least so far and has room; then samples are exchanged between the pack that costs most and those that cost least. All sums
-are of integers, so that every machine decides the same.
+pack that costs least so far and has room: a rare large one before the many small ones that would take its room. Then samples are exchanged
+between the pack that costs most and those that cost least. All sums are of integers, so that every machine decides the same.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _COST_UNITS = 1 << 24  # of the costliest sample; sums of a million of them are exact
+_MANY = 2  # samples of a class for each pack: that many are not dealt one by one
 _GOOD = 1.004  # of the mean: no exchange is sought beyond
 _MAX_EXCHANGES = 96
 _PARTNERS = 6
@@ -37,8 +38,8 @@ class Packing:
         Args:
             costs: Of a sample of each class.
         """
-        loads = self.counts @ costs
-        return float(loads.max() / loads.mean() - 1)
+        loads = self.counts @ _units(costs)
+        return int(loads.max()) * len(loads) / int(loads.sum()) - 1
 
 
 def pack(
@@ -52,14 +53,10 @@ def pack(
         costs: Of a sample of each class, in any unit.
         budget: Tokens of a pack at most.
     """
-    units = np.rint(costs * (_COST_UNITS / costs.max())).astype(np.int64)
+    units = _units(costs)
     packs = _Packs(num_packs, tokens=tokens, units=units, budget=budget)
     by_size = np.lexsort((units, tokens))[::-1]
-    alike = np.maximum(counts // num_packs - 1, 0)  # of a large class all packs get the same, and the rest is dealt out
-    if (size := int((alike * tokens).sum())) > budget:  # more than the packs hold: some of all classes stay
-        alike = alike * budget // size
-    packs.give_all(alike)
-    left = counts - alike * num_packs
+    left = counts.copy()
     for c in by_size[left[by_size] > 0].tolist():
         left[c] -= packs.deal(c, int(left[c]))
     packs.fill_empty()
@@ -67,6 +64,12 @@ def pack(
     for c in by_size[left[by_size] > 0].tolist():
         left[c] -= packs.deal(c, int(left[c]))
     return Packing(counts=packs.counts, left_out=left)
+
+
+def _units(costs: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Costs in integers, none of them 0."""
+    units: NDArray[np.int64] = np.maximum(np.rint(costs * (_COST_UNITS / costs.max())), 1).astype(np.int64)
+    return units
 
 
 class _Packs:
@@ -78,20 +81,17 @@ class _Packs:
         self._size = [0] * num_packs  # tokens
         self._load = [0] * num_packs  # cost
 
-    def give_all(self, counts: NDArray[np.int64]) -> None:
-        """The same to each pack."""
-        self.counts += counts
-        size, load = int((counts * self._tokens).sum()), int((counts * self._units).sum())
-        self._size = [s + size for s in self._size]
-        self._load = [s + load for s in self._load]
-
     def deal(self, c: int, count: int) -> int:
         """Samples of a class, one by one to the pack that costs least and has room. Returns how many found room."""
         tokens, units, most = int(self._tokens[c]), int(self._units[c]), self._budget - int(self._tokens[c])
+        got = [0] * len(self._load)
+        if count > _MANY * len(got):
+            got = self._deal_many(tokens, units, count)
+            self._size = [size + n * tokens for size, n in zip(self._size, got, strict=True)]
+            self._load = [load + n * units for load, n in zip(self._load, got, strict=True)]
+        left = count - sum(got)
         heap = [(load, p) for p, load in enumerate(self._load) if self._size[p] <= most]
         heapq.heapify(heap)
-        got = [0] * len(self._load)
-        left = count
         while left and heap:
             load, p = heap[0]
             got[p] += 1
@@ -104,6 +104,20 @@ class _Packs:
                 heapq.heappop(heap)
         self.counts[:, c] += got
         return count - left
+
+    def _deal_many(self, tokens: int, units: int, count: int) -> list[int]:
+        """How many each pack gets while one by one they come to about one level of cost; fewer than one a pack stay."""
+        loads, room = np.array(self._load), (self._budget - np.array(self._size)) // tokens
+        if room.sum() <= count:
+            return [int(n) for n in room]
+        low, high = int(loads.min()), int((loads + room * units).max())  # up to high all is taken, and that is too many
+        while high - low > units:
+            level = (low + high) // 2
+            if np.clip(-((loads - level) // units), 0, room).sum() <= count:
+                low = level
+            else:
+                high = level
+        return [int(n) for n in np.clip(-((loads - low) // units), 0, room)]
 
     def fill_empty(self) -> None:
         """No pack stays without a sample: a rank must have something to run."""

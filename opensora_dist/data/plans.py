@@ -20,7 +20,9 @@ from opensora_dist.data.streams import Streams
 _FILLS = (0.99, 0.98, 0.97, 0.96, 0.955, 0.95, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
 _TRIAL_STEPS = 32
 _MAX_LEFT_OUT = 0.0002
+_MAX_LEFT_OUT_OF_ONE = 0.02  # of any bucket: all clips of a rare one may be fewer than the above
 _MAX_IMBALANCE = 0.02  # of the worst of these; others may be somewhat worse
+_FULL = 0.9
 _LEAST_FOR_BALANCE = 0.95  # of the fullest that leaves nothing out: packs are not left emptier only to cost alike
 
 
@@ -44,8 +46,8 @@ class BucketYield:
 
     Args:
         samples: How many there are.
-        planned: How many an epoch is to take, by weights and shares.
-        used_per_epoch: How many places in batches they take; more than there are where a weight repeats them.
+        planned: How many an epoch is to take, by weights and shares; more than there are where these repeat them.
+        used_per_epoch: How many places in batches they take; of packs about, since that follows from packing some of the steps.
         steps_per_epoch: Steps that have samples of it.
         reason: Why some are left out; "" where none is.
     """
@@ -56,6 +58,11 @@ class BucketYield:
     used_per_epoch: int
     steps_per_epoch: int
     reason: str
+
+    @property
+    def left_out(self) -> int:
+        """Samples, or repetitions of some, that an epoch doesn't have."""
+        return max(self.samples, self.planned) - self.used_per_epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +83,22 @@ class PackingQuality:
     all_left_out: float
     left_out: Mapping[Thw, float]
 
+    @property
+    def warning(self) -> str:
+        """What to do where packs stay rather empty; "" where they don't."""
+        if self.fill >= _FULL:
+            return ""
+        return (
+            f"packs are only {self.fill:.0%} full on average, since fuller ones would leave samples out; use a larger data.unit_tokens "
+            "(room beside the largest samples), or a smaller data.global_batch (an epoch of few steps is cut coarsely)"
+        )
+
 
 class Plan(Protocol):
-    """Steps, by number."""
+    """Steps, by number. ``latents`` are all latent shapes that any step can hold."""
 
     batches_per_epoch: int
+    latents: frozenset[Thw]
 
     def step(self, number: int) -> Planned:
         """The samples of a step."""
@@ -96,13 +114,36 @@ class Plan(Protocol):
 class _Buckets:
     """The groups of streams, by bucket."""
 
-    def __init__(self, index: Index, streams: Streams) -> None:
+    def __init__(self, index: Index, streams: Streams, *, image_share: float | None) -> None:
         self.names = list(index.buckets)
         self.samples = np.array([len(rows) for rows in index.buckets.values()])
         self.latents = [index.latent_of(bucket) for bucket in self.names]
         self.of_group = np.array([self.names.index(g.bucket) for g in streams.groups])
         self.use_of_group = np.array([g.use for g in streams.groups])
         self.use = np.bincount(self.of_group, weights=self.use_of_group, minlength=len(self.names)).astype(np.int64)
+        given = [] if image_share is None else [f"data.image_share={image_share:g}"]
+        self._shares = given + ["weights of data.mixture"] * any(s.weight is not None for s in index.sets)
+
+    def latents_of(self, used: NDArray[np.int64]) -> frozenset[Thw]:
+        """Of the buckets that have something used."""
+        return frozenset(self.latents[i] for i in np.flatnonzero(used))
+
+    def result(self, i: int, *, used: int, steps: int, why: Sequence[str]) -> BucketYield:
+        """What becomes of a bucket.
+
+        Args:
+            why: Reasons why an epoch has fewer than planned.
+        """
+        planned, samples = int(self.use[i]), int(self.samples[i])
+        reasons = [*self._shares] * (planned < samples) + [*why] * (planned > used)
+        return BucketYield(
+            bucket=self.names[i],
+            samples=samples,
+            planned=planned,
+            used_per_epoch=used,
+            steps_per_epoch=steps,
+            reason=", ".join(reasons),
+        )
 
 
 class BucketPlan:
@@ -133,13 +174,14 @@ class BucketPlan:
         unit_samples: Callable[[Thw], int],
         image_share: float | None,
     ) -> None:
-        self._streams, self._seed, self._units, self._image_share = streams, seed, global_batch, image_share
-        self._buckets = _Buckets(index, streams)
+        self._streams, self._seed, self._units = streams, seed, global_batch
+        self._buckets = _Buckets(index, streams, image_share=image_share)
         self._batch = np.array([global_batch * max(1, unit_samples(latent)) for latent in self._buckets.latents])
         self._steps = self._buckets.use // self._batch
         self.batches_per_epoch = int(self._steps.sum())
         if not self.batches_per_epoch:
             raise DataError(self._nothing(index))
+        self.latents = self._buckets.latents_of(self._steps)
         self._order = lru_cache(maxsize=4)(self._make_order)
 
     def step(self, number: int) -> Planned:
@@ -153,18 +195,8 @@ class BucketPlan:
         return Planned(epoch=epoch, units=tuple(map(tuple, rows.tolist())))
 
     def yields(self) -> list[BucketYield]:
-        b = self._buckets
-        return [
-            BucketYield(
-                bucket=name,
-                samples=int(b.samples[i]),
-                planned=int(b.use[i]) or int(b.samples[i]),
-                used_per_epoch=int(self._steps[i] * self._batch[i]),
-                steps_per_epoch=int(self._steps[i]),
-                reason=self._reason(i),
-            )
-            for i, name in enumerate(b.names)
-        ]
+        counts = zip((self._steps * self._batch).tolist(), self._steps.tolist(), strict=True)
+        return [self._buckets.result(i, used=n, steps=steps, why=[self._why(i)]) for i, (n, steps) in enumerate(counts)]
 
     def _make_order(self, epoch: int) -> tuple[Merge, list[Merge]]:
         """Of the buckets' batches, and of each bucket's groups."""
@@ -174,13 +206,9 @@ class BucketPlan:
         members = [Merge(use, ones(use), seed=seed) for use, seed in zip(by_bucket, seeds)]
         return Merge(self._steps, ones(self._steps), seed=seeds[-1]), members
 
-    def _reason(self, i: int) -> str:
-        use, batch = int(self._buckets.use[i]), int(self._batch[i])
-        if not use:
-            return f"data.image_share={self._image_share:g}"
-        if use < batch:
-            return f"fewer than a global batch of {batch}"
-        return "tail of each epoch" if use % batch else ""
+    def _why(self, i: int) -> str:
+        batch = int(self._batch[i])
+        return "tail of each epoch" if self._steps[i] else f"fewer than a global batch of {batch}"
 
     def _nothing(self, index: Index) -> str:
         b = self._buckets
@@ -225,8 +253,8 @@ class PackedPlan:
         image_share: float | None,
     ) -> None:
         self._index, self._streams, self._seed, self._packs, self._budget = index, streams, seed, num_packs, budget
-        self._image_share = image_share
-        self._buckets = b = _Buckets(index, streams)
+        self._buckets = b = _Buckets(index, streams, image_share=image_share)
+        self.latents = b.latents_of(b.use)
         self._tokens = np.array([tokens_of(latent) for latent in b.latents])
         self._costs = lru_cache(maxsize=64)(lambda text: np.array([float(cost_of(latent, text)) for latent in b.latents]))
         check_units(index, [n if use else 0 for n, use in zip(self._tokens.tolist(), b.use)], unit_tokens=budget)
@@ -245,8 +273,11 @@ class PackedPlan:
 
     def step(self, number: int) -> Planned:
         epoch, k = divmod(number, self.batches_per_epoch)
-        rows, _, packing = self._pack(epoch, k)
-        room = np.concatenate([packing.counts.T, packing.left_out[:, None]], axis=1)  # [buckets, packs and none]
+        rows, bucket, packing = self._pack(epoch, k)
+        # Which samples of a bucket go where, and which rank gets which pack, says the seed: neither follows the order of the index.
+        rows = rows[np.lexsort((seed_of(self._seed, number, 0, np.arange(len(rows))), bucket))]
+        counts = packing.counts[np.argsort(seed_of(self._seed, number, 1, np.arange(self._packs)))]
+        room = np.concatenate([counts.T, packing.left_out[:, None]], axis=1)  # [buckets, packs and none]
         pack_of = np.repeat(np.tile(np.arange(self._packs + 1), len(room)), room.ravel())
         by_pack = rows[np.argsort(pack_of, kind="stable")]
         ends = np.cumsum(room.sum(axis=0))
@@ -255,23 +286,14 @@ class PackedPlan:
 
     def yields(self) -> list[BucketYield]:
         b, found = self._buckets, []
-        for i, name in enumerate(b.names):
-            lost = round(self._quality.left_out[name] * int(b.use[i]))
-            reason = "no room in its step" if lost else ""
-            if not b.use[i]:
-                reason = f"data.image_share={self._image_share:g}"
-            used = int(b.use[i]) - lost
-            steps = min(self.batches_per_epoch, used)
-            found.append(
-                BucketYield(
-                    bucket=name,
-                    samples=int(b.samples[i]),
-                    planned=int(b.use[i]) or int(b.samples[i]),
-                    used_per_epoch=used,
-                    steps_per_epoch=steps,
-                    reason=reason,
-                )
-            )
+        after = b.use_of_group - self._merge(0).cut(self._used)  # of any epoch within one
+        tails = np.bincount(b.of_group, weights=after, minlength=len(b.names)).astype(int).tolist()
+        for i, (name, tail) in enumerate(zip(b.names, tails, strict=True)):
+            planned = int(b.use[i])
+            lost = round(self._quality.left_out[name] * (planned - tail))
+            why = ["tail of each epoch"] * (tail > 0) + ["about: no room in its step"] * (lost > 0)
+            used = planned - tail - lost
+            found.append(b.result(i, used=used, steps=min(self.batches_per_epoch, used), why=why))
         return found
 
     def _make_merge(self, epoch: int) -> Merge:
@@ -308,7 +330,7 @@ class PackedPlan:
                 break
             self._set_pace(pace, tokens, all_tokens)
             self._quality = quality = self._try()
-            if quality.all_left_out > _MAX_LEFT_OUT:
+            if quality.all_left_out > _MAX_LEFT_OUT or max(quality.left_out.values()) > _MAX_LEFT_OUT_OF_ONE:
                 continue
             if quality.most_imbalance <= _MAX_IMBALANCE:
                 return

@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from opensora_dist.core.errors import DataError
 from opensora_dist.core.types import Thw
 from opensora_dist.data.index import Index
 from opensora_dist.data.permutation import permute, seed_of
@@ -42,6 +43,9 @@ def make_groups(index: Index, *, image_share: float | None) -> list[Group]:
 
     An epoch has about as many samples as there are. ``DataSet.weight`` says which share of them each data set gives, ``image_share`` what
     share is images (over all; each data set keeps its share of the images and of the videos).
+
+    Raises:
+        DataError: ``image_share`` asks for images or for videos, and there are none.
     """
     sizes = np.diff(index.set_starts).astype(np.float64)
     weights = np.array([n if s.weight is None else s.weight for s, n in zip(index.sets, sizes)])
@@ -54,7 +58,13 @@ def make_groups(index: Index, *, image_share: float | None) -> list[Group]:
     images = np.array([bucket.t == 1 for bucket, _, _ in found])
     if image_share is not None:
         total = use.sum()
-        for kind, share in ((images, image_share), (~images, 1 - image_share)):
+        kinds = {"images (clips of one frame)": (images, image_share), "videos": (~images, 1 - image_share)}
+        for name, (kind, share) in kinds.items():
+            if share and not kind.any():
+                raise DataError(
+                    f"data.image_share={image_share:g} asks for {name}, and {index.where} has none; leave data.image_share out, or add a "
+                    "data set that has some to data.mixture"
+                )
             use[kind] *= share * total / max(1.0, use[kind].sum())
     return [
         Group(

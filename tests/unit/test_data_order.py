@@ -155,6 +155,27 @@ def test_no_images_are_used_where_none_are_asked_for_and_it_is_said(stills):
     assert {stills.clip_shape(row) for row in stretch(o, 200)} == {SMALL}
 
 
+def test_what_shares_leave_of_a_bucket_to_later_epochs_is_said(stills):
+    o = build_order(stills, DataConfig(global_batch=2, image_share=0.2), keys=Keys(0))
+    assert o.dropped == {"1x16x16: data.image_share=0.2": 88}
+    images, videos = o.yields()
+    assert (images.planned, images.used_per_epoch, images.left_out) == (32, 32, 88)
+    assert (videos.samples, videos.planned, videos.left_out, videos.reason) == (40, 128, 0, "")
+
+
+@pytest.mark.parametrize("batching, unit_tokens", [("samples", None), ("tokens", 40), ("packed", 40)])
+@pytest.mark.parametrize(
+    "clip, share, missing", [(SMALL, 0.5, "images"), (SMALL, 1.0, "images"), (Thw(1, 16, 16), 0.5, "videos")]
+)
+def test_a_share_of_what_there_is_none_of_is_refused(tmp_path, batching, unit_tokens, clip, share, missing):
+    index = open_only_index([write_only_index(tmp_path / "set", {clip: 50})])
+    data = DataConfig(batching=batching, unit_tokens=unit_tokens, global_batch=2, image_share=share)
+    with pytest.raises(DataError, match=rf"data.image_share={share:g} asks for {missing}.* has none; leave data.image_share out"):
+        build_order(index, data, keys=Keys(0))
+    used = data.model_copy(update={"image_share": float(missing == "videos")})
+    assert build_order(index, used, keys=Keys(0)).batches_per_epoch > 0
+
+
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_samples_are_shuffled_among_so_many_shards_at_a_time(tmp_path, window):
     index = open_only_index([write_only_index(tmp_path / "set", {SMALL: 100, LARGE: 60}, shard_samples=10)])

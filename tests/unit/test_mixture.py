@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from dataset_factory import SPEC, write_dataset
 from index_factory import open_only_index, write_only_index
 
@@ -13,8 +14,9 @@ from opensora_dist.config.codec import HashTextConfig
 from opensora_dist.config.train import DataConfig, MixtureConfig
 from opensora_dist.core.errors import ConfigError, DataError
 from opensora_dist.core.index import read_rows
-from opensora_dist.core.types import Thw
+from opensora_dist.core.types import Region, Share, Thw
 from opensora_dist.data.index import Index
+from opensora_dist.data.loader import Loader
 from opensora_dist.data.mixture import open_data
 from opensora_dist.data.order import build_order
 from opensora_dist.data.reader import ShardReader
@@ -99,6 +101,56 @@ def test_statistics_are_pooled_over_all_latents(tmp_path):
         write_dataset(tmp_path / name, samples={CLIP: 6}, spec=spec)
     spec = open_data(mixture(tmp_path / "a", tmp_path / "b")).spec
     assert spec.latent_mean == pytest.approx((0.5,) * 4) and spec.latent_std == pytest.approx((1.25**0.5,) * 4)
+
+
+def test_statistics_are_those_of_what_training_sees(tmp_path):
+    """A tenth of the samples, nine tenths of what is trained on: what the model sees has mean 0 and std 1."""
+    for name, mean, count in (("a", 0.0, 90), ("b", 10.0, 10)):
+        spec = SPEC.model_copy(update={"latent_mean": (mean,) * 4, "latent_std": (1.0,) * 4})
+        write_dataset(tmp_path / name, samples={CLIP: count}, spec=spec)
+    spec = open_data(mixture(tmp_path / "a", tmp_path / "b", a=1.0, b=9.0)).spec
+    assert spec.latent_mean == pytest.approx((9.0,) * 4)
+    assert spec.latent_std == pytest.approx(((1 + 0.9 * 0.1 * 100) ** 0.5,) * 4)
+    plain = open_data(mixture(tmp_path / "a", tmp_path / "b")).spec
+    assert plain.latent_mean == pytest.approx((1.0,) * 4)
+
+
+def test_a_sample_that_a_step_has_twice_draws_its_own_noise_each_time_under_any_layout(tmp_path):
+    for name, count in (("a", 3), ("b", 20)):
+        write_dataset(tmp_path / name, samples={CLIP: count})
+    data = mixture(tmp_path / "a", tmp_path / "b", a=1.0, b=1.0).model_copy(update={"global_batch": 8})
+    index = open_data(data)
+    order = build_order(index, data, keys=Keys(0))
+    batch = order.batch(0)
+    assert len(set(batch.rows)) < 8, "the case"
+
+    def read(data_size, accum):
+        found = {}
+        for rank in range(data_size):
+            loader = Loader(
+                index,
+                order,
+                share=lambda latent, rank=rank: Share(rank, data_size, Region.whole(latent)),
+                accum=accum,
+                start_step=0,
+                num_steps=1,
+                loss_weight="sample",
+                reader_threads=1,
+                prefetch_batches=2,
+                dtype=torch.float32,
+                device=torch.device("cpu"),
+            )
+            with loader:
+                for micro in next(iter(loader)).micros:
+                    found.update(zip(micro.places, zip(micro.keys, micro.samples, strict=True), strict=True))
+        return [found[place] for place in range(8)]
+
+    alone = read(1, 1)
+    assert len({sample for _, sample in alone}) == 8
+    firsts = [batch.rows.index(row) == place for place, row in enumerate(batch.rows)]
+    for (key, sample), row, first in zip(alone, batch.rows, firsts, strict=True):
+        assert key == index.key[row] and (sample == index.sample_id(row)) == first
+    assert read(2, 2) == read(4, 1) == alone
 
 
 def test_data_sets_that_were_not_made_alike_are_refused_with_every_difference(tmp_path):

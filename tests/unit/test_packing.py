@@ -83,12 +83,19 @@ def test_an_epoch_has_each_sample_once_in_packs_within_the_budget(mix, seed, win
                 packed(index, packs=packs, unit_tokens=unit_tokens, seed=seed)
             return
         order = packed(index, packs=packs, unit_tokens=unit_tokens, seed=seed, shuffle_shards=window)
-        for epoch in range(2):
+        for epoch in range(3):
             steps = [order.batch(epoch * order.batches_per_epoch + k) for k in range(order.batches_per_epoch)]
             seen = Counter(row for batch in steps for row in (*batch.rows, *batch.left_out))
             assert set(seen.values()) == {1}
             # What a fixed number of samples a step doesn't divide is the tail of the epoch.
             assert len(index) - len(seen) < min(len(batch.rows) + len(batch.left_out) for batch in steps)
+            used = Counter(index.clip_shape(row) for batch in steps for row in batch.rows)
+            exact = epoch == 0 and len(steps) <= 32  # all its steps were packed when the pace was chosen
+            for y in order.yields():
+                assert used[y.bucket] == pytest.approx(y.used_per_epoch, abs=0 if exact else 2 + 0.02 * y.samples)
+                assert bool(y.reason) == (y.used_per_epoch < y.samples)
+            assert sum(order.dropped.values()) == sum(y.samples - y.used_per_epoch for y in order.yields())
+            assert {latent for batch in steps for latent in batch.shapes} <= set(order.latents)
             assert {batch.epoch for batch in steps} == {epoch}
             assert all(len(batch.units) == packs and all(batch.units) for batch in steps)
             assert all(tokens(index, unit) <= unit_tokens for batch in steps for unit in batch.units)
@@ -161,6 +168,68 @@ def test_a_sample_larger_than_a_pack_is_refused_with_its_bucket_and_the_way_out(
         packed(index, unit_tokens=200)
     for part in ("data.unit_tokens=200", "16x32x32: 256", "data.unit_tokens=256 or more", "clip.buckets"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("small", [7936, 7680, 7040, 5760, 640])
+def test_a_rare_large_sample_has_room_among_many_small_ones(small):
+    """Three quarters of one pack of 64: the small ones go elsewhere."""
+    size = np.array([1000, 100_000])
+    packing = pack(np.array([small, 1]), tokens=size, costs=size.astype(float), num_packs=64, budget=131_072)
+    assert packing.left_out.tolist() == [0, 0]
+    assert packing.imbalance(size.astype(float)) < 0.03 or small * 1000 + 100_000 < 64 * 100_000
+
+
+PICTURE, FILM = Thw(1, 256, 256), Thw(96, 256, 256)  # 1,024 and 98,304 tokens
+
+
+@pytest.mark.parametrize("films, steps", [(5, 5), (100, 7)])
+def test_all_of_a_few_long_clips_among_many_pictures_are_trained_on(tmp_path, films, steps):
+    index = open_only_index([write_only_index(tmp_path / "set", {PICTURE: 40_000, FILM: films}, shard_samples=1000)])
+    order = packed(index, packs=64, unit_tokens=131_072)
+    seen = Counter(index.clip_shape(row) for k in range(order.batches_per_epoch) for row in order.batch(k).rows)
+    assert seen[FILM] == films and seen[PICTURE] >= 0.99 * 40_000
+    assert order.batches_per_epoch == steps, "as few as all tokens take"
+
+
+def test_no_bucket_is_left_out_because_it_is_rare(tmp_path):
+    """Of all samples, all films together are next to nothing."""
+    index = open_only_index([write_only_index(tmp_path / "set", {PICTURE: 30_000, FILM: 30}, shard_samples=1000)])
+    order = packed(index, packs=8, unit_tokens=131_072)
+    assert max(order.packing.left_out.values()) <= 0.02
+    seen = Counter(index.clip_shape(row) for k in range(order.batches_per_epoch) for row in order.batch(k).rows)
+    assert seen[FILM] >= 29
+
+
+def test_packs_that_stay_rather_empty_are_said_with_what_helps(tmp_path):
+    index = open_only_index([write_only_index(tmp_path / "set", {Thw(12, 16, 16): 50})])  # of 48 tokens
+    assert "60% full" in packed(index, packs=5, unit_tokens=80).packing.warning
+    assert "a larger data.unit_tokens" in packed(index, packs=5, unit_tokens=80).packing.warning
+    assert packed(index, packs=5, unit_tokens=96).packing.warning == ""
+
+
+def test_a_shape_that_only_later_epochs_have_is_known_from_the_start(tmp_path):
+    """The one large sample may be in the tail of the first epoch."""
+    index = open_only_index([write_only_index(tmp_path / "set", {CLIPS[0]: 45, CLIPS[3]: 1})])
+    tails = 0
+    for seed in range(12):
+        order = packed(index, unit_tokens=48, seed=seed)
+        shapes = {latent for k in range(8 * order.batches_per_epoch) for latent in order.batch(k).shapes}
+        assert shapes <= set(order.latents)
+        tails += any(y.used_per_epoch == 0 for y in order.yields())
+    assert tails
+
+
+def test_no_pack_belongs_to_a_data_set_or_to_the_large_samples(tmp_path):
+    """Packs are those of ranks: the first must not always get the first data set, nor the largest samples."""
+    folders = [write_only_index(tmp_path / name, {CLIPS[0]: 200, CLIPS[3]: 40}) for name in "ab"]
+    index = open_only_index(folders)
+    order = packed(index, unit_tokens=180)
+    steps = [order.batch(k) for k in range(3 * order.batches_per_epoch)]
+    rows = [row for batch in steps for row in batch.units[0]]
+    assert sum(row < 240 for row in rows) / len(rows) == pytest.approx(0.5, abs=0.15)
+    large = [Counter(index.clip_shape(row) for row in unit)[CLIPS[3]] for batch in steps for unit in batch.units]
+    first = [large[i] for i in range(0, len(large), 4)]
+    assert np.mean(first) == pytest.approx(np.mean(large), rel=0.25)
 
 
 def test_few_large_samples_get_a_pack_each(tmp_path):
