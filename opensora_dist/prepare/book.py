@@ -155,6 +155,8 @@ class Book:
     def resolve_duplicates(self, sources: Sequence[Source]) -> bool:
         """Decides which clips are duplicates of earlier ones, once every clip is scored. Nothing else depends on other clips.
 
+        A clip that is known to be dropped, as one whose caption is refused, stands in for none.
+
         Returns:
             Whether it could be decided.
         """
@@ -163,6 +165,22 @@ class Book:
         scored: tuple[Work, ...] = ("duplicates",)
         if not all(self.is_done(source, until=scored) for source in sources):
             return False
+        self._twins = self._near_ones(sources)
+        return True
+
+    def resolve_again(self, sources: Sequence[Source]) -> bool:
+        """Whether there are clips that are no duplicates after all: of the ones kept in their stead, some have been dropped since.
+
+        In the end none is a duplicate of a clip that is dropped, and which are kept follows from the records alone.
+        """
+        before = self._twins
+        if not before:
+            return False
+        self._twins = self._near_ones(sources)
+        return bool(before.keys() - self._twins.keys())
+
+    def _near_ones(self, sources: Sequence[Source]) -> dict[str, str]:
+        """By content of a clip, the key of an earlier one that looks like it."""
         from opensora_dist.prepare.duplicates import near_duplicates
 
         clips = [
@@ -170,13 +188,20 @@ class Book:
             for source in sources
             if self.source_problem(source) is None
             for clip in self.clips(source)
-            if self._by_scores(source, clip) is None
+            if self._by_scores(source, clip) is None and not self._is_dropped_later(source, clip)
         ]
         hashes = [self.scores(clip)["duplicates"] for clip in clips]
         assert self.config.filter.duplicates is not None
         kept = near_duplicates(hashes, self.config.filter.duplicates)
-        self._twins = {clip.content: clips[i].key for clip, i in zip(clips, kept, strict=True) if i is not None}
-        return True
+        return {clip.content: clips[i].key for clip, i in zip(clips, kept, strict=True) if i is not None}
+
+    def _is_dropped_later(self, source: Source, clip: Clip) -> bool:
+        """Whether a step behind the duplicates drops a clip, by what is known already."""
+        for step in (self._by_images, self._by_match, self._by_caption, self._by_encoding):
+            verdict = step(source, clip)
+            if verdict is not None and (verdict.stage or verdict.waits_for == "caption"):
+                return bool(verdict.stage)
+        return False
 
     # Steps, in order; each says where a clip stands, or None where it passes
 

@@ -242,6 +242,8 @@ def _advance(run: Run, sources: Sequence[Source], lots: Sequence[Sequence[Source
         _work(run, lots, on_progress, until=("duplicates",), what="scoring")
     if run.book.resolve_duplicates(sources):
         _work(run, lots, on_progress, until=(), what="clips")
+        while run.book.resolve_again(sources):
+            _work(run, lots, on_progress, until=(), what="clips")
 
 
 def _work(run: Run, lots: Sequence[Sequence[Source]], on_progress: OnProgress, *, until: tuple[Work, ...], what: str) -> None:

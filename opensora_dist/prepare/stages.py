@@ -375,6 +375,5 @@ def first_reason(scores: Mapping[str, Any], clip: Clip, config: PrepareConfig) -
         return None
     from opensora_dist.prepare.filters import dropped_by
 
-    return dropped_by(
-        {"duration_s": clip.end_s - clip.start_s, "min_side": min(clip.height, clip.width), **scores}, config.filter
-    )
+    lasts = {"duration_s": clip.end_s - clip.start_s} if clip.shape.t > 1 else {}  # an image lasts no time
+    return dropped_by({**lasts, "min_side": min(clip.height, clip.width), **scores}, config.filter)
