@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from opensora_dist.config.prepare import PrepareConfig
 from opensora_dist.core.types import Thw
 from opensora_dist.prepare.blobs import Blobs
 from opensora_dist.prepare.sources import Source
-from opensora_dist.prepare.stages import Clip, StageKeys, computed_scores, first_reason, named_clip, scores_of
+from opensora_dist.prepare.stages import Clip, StageKeys, as_measured, computed_scores, first_reason, named_clip, scores_of
 from opensora_dist.prepare.store import StageStore
 
 NO_CAPTION = "no caption: its row has none, or there is no .txt beside it"
@@ -39,6 +40,16 @@ class Verdict:
         return self.waits_for is None and not self.stage
 
 
+def saved_name(clip: Clip) -> str:
+    """Of the file of a clip's video. It changes with what is to be seen in it: one that is there is the right one."""
+    return f"{clip.key}-{clip.content[:8]}.mp4"
+
+
+def _number(record: Mapping[str, float | None]) -> float:
+    value = record["value"]
+    return math.nan if value is None else value
+
+
 class Book:
     """Reads the records.
 
@@ -55,6 +66,7 @@ class Book:
         self.wants_aesthetic, self._wants_match = (name in scores_of(config) for name in ("aesthetic", "match"))
         self._twins: Mapping[str, str] | None = None if config.filter.duplicates is not None else {}
         self._save = None if config.clip.save is None else expand(config.clip.save)
+        self._cleaned = functools.lru_cache(maxsize=1 << 16)(self._clean)
         self._saved = {path.name for path in self._save.glob("*.mp4")} if self._save is not None else set()
 
     # Sources
@@ -83,6 +95,14 @@ class Book:
         """Why a source has no (more) clips, or None."""
         return (self.store.get("cut", self.keys.cut(source)) or {}).get("problem")
 
+    def gave_up(self, source: Source) -> bool:
+        """Whether a source couldn't be worked on to its end, for a reason that may pass: its clips that wait are not waited for."""
+        return "passing" in (self.store.get("cut", self.keys.cut(source)) or {})
+
+    def try_again(self, sources: Iterable[Source]) -> None:
+        """Forgets problems of earlier runs that may have passed."""
+        self.store.put_all([("cut", self.keys.cut(source), None) for source in sources if self.gave_up(source)])
+
     def is_done(self, source: Source, *, until: Collection[Work] = ()) -> bool:
         """Whether nothing is left to do for a source, but for what waits for one of ``until``."""
         if self.source_problem(source) is not None:
@@ -94,9 +114,9 @@ class Book:
 
     def scores(self, clip: Clip) -> dict[str, Any]:
         """All that was measured of a clip from its frames."""
-        scores = dict(self.store.get("scores", self.keys.scores(clip)) or {})
+        scores = as_measured(self.store.get("scores", self.keys.scores(clip)) or {})
         aesthetic = self.store.get("aesthetic", self.keys.aesthetic(clip)) if self.wants_aesthetic else None
-        return scores if aesthetic is None else scores | {"aesthetic": aesthetic}
+        return scores if aesthetic is None else scores | {"aesthetic": _number(aesthetic)}
 
     def verdict(self, source: Source, clip: Clip) -> Verdict:
         """Where a clip stands."""
@@ -116,10 +136,13 @@ class Book:
 
     def written(self, source: Source, clip: Clip) -> str | None:
         """What was ``said``, cleaned where that is asked for."""
+        text = self.said(source, clip)
+        return None if text is None else self._cleaned(text)
+
+    def _clean(self, text: str) -> str:
         from opensora_dist.prepare.clean import clean_caption
 
-        text = self.said(source, clip)
-        return None if text is None else clean_caption(text, self.config.clean)
+        return clean_caption(text, self.config.clean)
 
     def caption(self, source: Source, clip: Clip) -> str | None:
         """The caption that is trained on: as ``written``, with the scores that are appended."""
@@ -134,7 +157,8 @@ class Book:
     def match(self, source: Source, clip: Clip) -> float | None:
         """The cosine of picture and caption, where it is known."""
         text = self.written(source, clip)
-        return None if text is None else self.store.get("match", self.keys.match(clip, text))
+        record = None if text is None else self.store.get("match", self.keys.match(clip, text))
+        return None if record is None else _number(record)
 
     def encoded(self, source: Source, clip: Clip) -> tuple[str, str]:
         """Keys of the latents and the text vectors of a kept clip."""
@@ -144,11 +168,11 @@ class Book:
 
     def saved_as(self, clip: Clip) -> Path | None:
         """Where its video goes; None where none is asked for."""
-        return None if self._save is None else self._save / f"{clip.key}.mp4"
+        return None if self._save is None else self._save / saved_name(clip)
 
     def note_saved(self, clip: Clip) -> None:
         """Its video is there."""
-        self._saved.add(f"{clip.key}.mp4")
+        self._saved.add(saved_name(clip))
 
     # The whole set
 
@@ -163,7 +187,7 @@ class Book:
         if self._twins is not None:
             return True
         scored: tuple[Work, ...] = ("duplicates",)
-        if not all(self.is_done(source, until=scored) for source in sources):
+        if not all(self.is_done(source, until=scored) or self.gave_up(source) for source in sources):
             return False
         self._twins = self._near_ones(sources)
         return True
@@ -225,10 +249,13 @@ class Book:
     def _by_images(self, source: Source, clip: Clip) -> Verdict | None:
         if self.config.safety.images == "none":
             return None
-        said = self.store.get("images", self.keys.images(clip))
-        if said is None:
+        found = self.store.get("images", self.keys.images(clip))
+        if found is None:
             return Verdict(waits_for="images")
-        return Verdict(stage="safety", reason=said) if said else None
+        from opensora_dist.prepare.safety import image_reason
+
+        reason = image_reason(found, self.config.safety)
+        return Verdict(stage="safety", reason=reason) if reason else None
 
     def _by_caption(self, source: Source, clip: Clip) -> Verdict | None:
         text = self.written(source, clip)
@@ -267,6 +294,6 @@ class Book:
                 return Verdict(waits_for=stage)
             if "problem" in record:
                 return Verdict(stage="encode", reason=record["problem"])
-        if self._save is not None and f"{clip.key}.mp4" not in self._saved:
+        if self._save is not None and saved_name(clip) not in self._saved:
             return Verdict(waits_for="save")
         return None

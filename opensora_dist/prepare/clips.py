@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from opensora_dist.core.video import Frames
 
 # Containers round timestamps to a tick, of 1 ms in Matroska: without slack, every third frame of a 30 fps video would be missed.
 _SLACK_S = 1e-3
+# A step that is longer than both is no frame that stays on screen: recording stopped, or timestamps jump.
+_GAP_S, _GAP_INTERVALS = 1.0, 10
 
 
 def sample_frames(frames: Iterable[tuple[float, NDArray[np.uint8]]], *, fps: float) -> Iterator[NDArray[np.uint8]]:
@@ -61,17 +63,20 @@ def choose_bucket(buckets: Sequence[Thw], *, frames: int, height: int, width: in
 
 
 def resize_and_crop(frame: NDArray[np.uint8], *, height: int, width: int) -> NDArray[np.uint8]:
-    """Scales a frame until it covers height x width, keeping its aspect ratio, and takes the centre."""
+    """Takes the centre of a frame that has the aspect ratio of height x width, and scales it to that.
+
+    In this order, so that no picture takes more memory on the way than it has or gets: 1 x 60000 scaled to 256 high would take 11 GB.
+    """
     import cv2  # of the `prepare` extra; `prepare` says so where it is missing
 
     had_h, had_w = frame.shape[:2]
-    scale = max(height / had_h, width / had_w)
-    new_h, new_w = max(height, round(had_h * scale)), max(width, round(had_w * scale))
-    if (new_h, new_w) != (had_h, had_w):
-        method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-        frame = np.asarray(cv2.resize(frame, (new_w, new_h), interpolation=method), dtype=np.uint8)
-    top, left = (new_h - height) // 2, (new_w - width) // 2
-    return frame[top : top + height, left : left + width]
+    keep_h, keep_w = (min(had_h, max(1, round(had_w * height / width))), min(had_w, max(1, round(had_h * width / height))))
+    top, left = (had_h - keep_h) // 2, (had_w - keep_w) // 2
+    frame = frame[top : top + keep_h, left : left + keep_w]
+    if (keep_h, keep_w) != (height, width):
+        method = cv2.INTER_AREA if height < keep_h else cv2.INTER_CUBIC
+        frame = np.asarray(cv2.resize(frame, (width, height), interpolation=method), dtype=np.uint8)
+    return frame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +104,7 @@ def cut_clips(
     trim_s: float = 0.0,
     every: bool = False,
 ) -> Iterator[Cut]:
-    """The clips of a video, in order. Decoding stops at the last frame that could matter.
+    """The clips of a video, in order. Decoding stops at the last frame that could matter. A gap in the timestamps ends a shot.
 
     Args:
         frames: (seconds from the start, frame [H, W, 3]) in order.
@@ -112,9 +117,12 @@ def cut_clips(
         DataError: The video can't be decoded, or none of its shots is as long as the shortest bucket.
     """
     starts = [start for start, _ in shots]
-    longest, found = 0, False
-    for place, group in groupby(enumerate(frames), key=lambda item: bisect_right(starts, item[0]) - 1):
-        inside = (timed for i, timed in group if place >= 0 and i < shots[place][1])
+    longest, found, stretches = 0, -1, 0
+    for (place, _), group in groupby(_stretches(frames), key=lambda item: (bisect_right(starts, item[0]) - 1, item[1])):
+        if found == place and not every:
+            continue  # the shot has its clip
+        stretches += 1
+        inside = (timed for i, _, timed in group if place >= 0 and i < shots[place][1])
         trimmed = _trimmed(inside, trim_s=trim_s)
         if (first := next(trimmed, None)) is None:
             continue
@@ -122,17 +130,38 @@ def cut_clips(
         moments = ((time_s - start_s, frame) for time_s, frame in chain([first], trimmed))
         windows = _Windows(buckets, height=height, width=width, every=every)
         for index, clip in windows.cut(sample_frames(moments, fps=fps)):
-            found = True
+            found = place
             yield Cut(start_s=start_s + index / fps, frames_THW3=clip, height=height, width=width)
         longest = max(longest, windows.had)
-        if place == len(shots) - 1:
+        if found == len(shots) - 1 and not every:
             break
-    if not found:
+    if found < 0:
         raise DataError(
-            f"has {longest} frames at {fps:g} per second{'' if len(shots) == 1 else ' in its longest shot'}, "
+            f"has {longest} frames at {fps:g} per second{'' if stretches == 1 else ' in its longest shot'}, "
             f"the shortest bucket needs {min(bucket.t for bucket in buckets)}; "
             "raise clip.fps, or add a shorter bucket to clip.buckets"
         )
+
+
+def _stretches(
+    frames: Iterable[tuple[float, NDArray[np.uint8]]],
+) -> Iterator[tuple[int, int, tuple[float, NDArray[np.uint8]]]]:
+    """(its number, gaps before it, the timed frame) each. Of the first step, the next one tells whether it is a gap."""
+    timed = iter(frames)
+    head = list(islice(timed, 2))
+    if len(head) == 2 and head[1][0] - head[0][0] > _GAP_S:
+        head += islice(timed, 1)
+    steps_s, steps, gaps, before_s = 0.0, 0, 0, 0.0
+    if len(head) == 3:
+        steps_s, steps = head[2][0] - head[1][0], 1
+    for number, (time_s, frame) in enumerate(chain(head, timed)):
+        step_s = time_s - before_s
+        if steps and step_s > max(_GAP_S, _GAP_INTERVALS * steps_s / steps):
+            gaps += 1
+        elif number:
+            steps_s, steps = steps_s + step_s, steps + 1
+        before_s = time_s
+        yield number, gaps, (time_s, frame)
 
 
 def _trimmed(frames: Iterable[tuple[float, NDArray[np.uint8]]], *, trim_s: float) -> Iterator[tuple[float, NDArray[np.uint8]]]:

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -106,11 +108,11 @@ class Device:
 
     def _aesthetic(self, items: Sequence[Item]) -> list[tuple[str, str, Any]]:
         keys = self._book.keys
-        return [("aesthetic", keys.aesthetic(i.clip), self._clip_model.aesthetic(self._looks(i))) for i in items]
+        return [("aesthetic", keys.aesthetic(i.clip), _number(self._clip_model.aesthetic(self._looks(i)))) for i in items]
 
     def _images(self, items: Sequence[Item]) -> list[tuple[str, str, Any]]:
         keys = self._book.keys
-        return [("images", keys.images(i.clip), self._image_safety.refuses(i.frames_THW3) or "") for i in items]
+        return [("images", keys.images(i.clip), self._image_safety.finds(i.frames_THW3)) for i in items]
 
     def _caption(self, items: Sequence[Item]) -> list[tuple[str, str, Any]]:
         answers = self._captioner.caption([item.frames_THW3 for item in items])
@@ -122,7 +124,7 @@ class Device:
             text = self._book.written(item.source, item.clip)
             assert text is not None
             key = self._book.keys.match(item.clip, text)
-            records.append(("match", key, self._clip_model.match(self._looks(item), text)))
+            records.append(("match", key, _number(self._clip_model.match(self._looks(item), text))))
         return records
 
     def _looks(self, item: Item) -> Frames:
@@ -148,7 +150,11 @@ class Device:
         records = [
             ("text", key, self._stored("text vectors", key, text_YE.cpu())) for key, text_YE in zip(keys, texts_YE, strict=True)
         ]
-        for _, _, record in records[:num_cut]:  # the encoder says how many, not which: their sum is what is reported
+        # The encoder says how many, not which: of those that fill it, as what is cut does, so many.
+        full = (
+            record for (_, _, record), text_YE in zip(records, texts_YE, strict=True) if len(text_YE) == self._text.max_tokens
+        )
+        for record in itertools.islice(full, num_cut):
             record["cut"] = True
         return records
 
@@ -171,6 +177,11 @@ class Device:
             write_video(path, item.frames_THW3, fps=self._config.clip.fps)
             self._book.note_saved(item.clip)
         return []
+
+
+def _number(value: float) -> dict[str, float | None]:
+    """A score as a record: JSON has no NaN."""
+    return {"value": value if math.isfinite(value) else None}
 
 
 def _as_stored(values: Tensor, dtype: np.dtype[np.floating]) -> NDArray[np.floating]:

@@ -35,6 +35,7 @@ class Kept:
 
     Args:
         key, source, caption, shape: Of the sample.
+        video: Name of the file of its video, where one is saved.
         latents, text: Keys of its arrays.
     """
 
@@ -42,6 +43,7 @@ class Kept:
     source: str
     caption: str
     shape: Thw
+    video: str
     latents: str
     text: str
 

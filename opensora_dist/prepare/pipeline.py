@@ -27,7 +27,8 @@ from opensora_dist.core.io import atomic_path, write_json
 from opensora_dist.core.logging import get_logger
 from opensora_dist.core.protocols import TextEncoder, VideoCodec
 from opensora_dist.core.types import Thw
-from opensora_dist.prepare.book import Book, Verdict, Work
+from opensora_dist.prepare.blobs import Blobs
+from opensora_dist.prepare.book import Book, Verdict, Work, saved_name
 from opensora_dist.prepare.output import Kept, LostArraysError, ShardPlan, dataset_spec, plan_shards, publish, write_shards
 from opensora_dist.prepare.report import (
     REPORT_NAME,
@@ -48,6 +49,7 @@ from opensora_dist.prepare.store import StageStore
 Networks = tuple[VideoCodec, TextEncoder, torch.device]
 _log = get_logger(__name__)
 _REASONS_SHOWN = 20
+_ENCODED_AGAIN = 3  # times, where arrays are lost
 _CPU = torch.device("cpu")
 
 
@@ -95,15 +97,19 @@ def prepare(
         with StageStore(folder / STATE_DIR / "stages") as store:
             finished = read_finished(folder)
             run = Run(config, folder=folder, finished=finished, store=store, codec=codec, text=text, device=device)
+            if config.executor == "local":  # actors did so before their work
+                run.book.try_again(sources)
             kept, tally, plans = _make_shards(run, config, folder, sources, finished, on_progress)
+            if kept:
+                spec = dataset_spec(plans, config=config, finished=finished, codec=codec, text=text)
+                publish(plans, folder=folder, finished=finished, spec=spec, blobs=run.blobs, wanted=_wanted(run.book, sources))
+            # Behind the index: what tells of a data set isn't to change before it does.
             report = _report(run, config, sources, kept, tally, plans, seconds=time.monotonic() - started_s)
             write_clips(folder, judged=_verdicts(run.book, sources), book=run.book)
-            _write_metadata(config, run.book, kept)
+            _write_metadata(config, kept)
             write_json(folder / REPORT_NAME, asdict(report))
             if not kept:
-                raise DataError(nothing_left(tally, shown=_REASONS_SHOWN))
-            spec = dataset_spec(plans, config=config, finished=finished, codec=codec, text=text)
-            publish(plans, folder=folder, finished=finished, spec=spec, blobs=run.blobs, wanted=_wanted(run.book, sources))
+                raise DataError(nothing_left(tally, shown=_REASONS_SHOWN, folder=folder))
             store.compact()
     return report
 
@@ -117,7 +123,7 @@ def _make_shards(
     on_progress: OnProgress,
 ) -> tuple[list[Kept], Tally, list[ShardPlan]]:
     """All stages, and the shards of what they keep."""
-    while True:
+    for again in range(_ENCODED_AGAIN, -1, -1):
         _advance(run, sources, lots_of(sources), on_progress)
         kept, tally = _judge(run.book, sources)
         plans = plan_shards(kept, config)
@@ -128,9 +134,12 @@ def _make_shards(
         try:
             write_shards(plans, folder=folder, config=config, finished=finished, store=run.store, blobs=run.blobs, on_shard=tell)
         except LostArraysError as lost:
+            if not again:
+                raise DataError(f"output.path={str(folder)!r}: {lost}, again and again; check the disk") from lost
             _log.warning("%s, and are encoded again", lost)
             continue
         return kept, tally, plans
+    raise AssertionError("unreachable")
 
 
 def _report(
@@ -160,11 +169,11 @@ def _report(
     )
 
 
-def _write_metadata(config: PrepareConfig, book: Book, kept: Sequence[Kept]) -> None:
+def _write_metadata(config: PrepareConfig, kept: Sequence[Kept]) -> None:
     """The table of the videos that ``clip.save`` asked for: a folder that can be prepared in its turn."""
     if config.clip.save is None:
         return
-    rows = {"path": [f"{one.key}.mp4" for one in kept], "text": [one.caption for one in kept]}
+    rows = {"path": [one.video for one in kept], "text": [one.caption for one in kept]}
     with atomic_path(expand(config.clip.save) / "metadata.csv") as partial:
         pyarrow.csv.write_csv(pa.table(rows, schema=pa.schema([("path", pa.string()), ("text", pa.string())])), partial)
 
@@ -179,6 +188,8 @@ def _advance_on_ray(
     """The stages of ``_advance``, by the actors of a cluster. What they leave is done here."""
     from opensora_dist.prepare.ray_lots import advance_on_ray
 
+    with StageStore(folder / STATE_DIR / "stages") as store:
+        Book(config, store=store, blobs=Blobs(folder / STATE_DIR / "encoded", in_shards={})).try_again(sources)
     phases: list[tuple[str, tuple[Work, ...]]] = [("clips", ())]
     if config.filter.duplicates is not None:
         phases.insert(0, ("scoring", ("duplicates",)))
@@ -224,14 +235,15 @@ def prepare_part(
     ):
         run = Run(config, folder=folder, finished=read_finished(folder), store=store, codec=codec, text=text, device=device)
         lots = lots_of(sources)[number - 1 :: parts]
-        _advance(run, sources, lots, on_progress)
         mine = [source for lot in lots for source in lot]
+        run.book.try_again(mine)
+        _advance(run, sources, lots, on_progress)
         return PartReport(
             part=number,
             parts=parts,
             sources=len(mine),
             clips=run.num_clips,
-            waits=not all(run.book.is_done(source) for source in mine),
+            waits=not all(run.book.is_done(source) or run.book.gave_up(source) for source in mine),
             seconds=time.monotonic() - started_s,
         )
 
@@ -270,16 +282,18 @@ def _work(run: Run, lots: Sequence[Sequence[Source]], on_progress: OnProgress, *
 
 
 def _verdicts_of(book: Book, source: Source) -> Iterator[tuple[Clip | None, Verdict]]:
-    """Where each clip of a source stands; where it has none, why."""
+    """Where each clip of a source stands; then why there are no (more)."""
     problem = book.source_problem(source)
     if problem is not None:
         yield None, Verdict(stage="caption" if source.problem is None else "probe", reason=problem)
         return
-    clips = list(book.clips(source))
-    for clip in clips:
-        yield clip, book.verdict(source, clip)
     problem = book.cut_problem(source)
-    if not clips and problem is not None:
+    for clip in book.clips(source):
+        verdict = book.verdict(source, clip)
+        if verdict.waits_for is not None and problem is not None and book.gave_up(source):
+            verdict = Verdict(stage="cut", reason=problem)
+        yield clip, verdict
+    if problem is not None:  # told even where some clips were cut before
         yield None, Verdict(stage="cut", reason=problem)
 
 
@@ -298,7 +312,10 @@ def _judge(book: Book, sources: Sequence[Source]) -> tuple[list[Kept], Tally]:
             latents, text = book.encoded(source, clip)
             caption = book.caption(source, clip)
             assert caption is not None
-            kept.append(Kept(key=clip.key, source=source.name, caption=caption, shape=clip.shape, latents=latents, text=text))
+            video = saved_name(clip)
+            kept.append(
+                Kept(key=clip.key, source=source.name, caption=caption, shape=clip.shape, video=video, latents=latents, text=text)
+            )
     return kept, tally
 
 
@@ -327,6 +344,8 @@ def _open(config: PrepareConfig, codec: VideoCodec) -> tuple[Path, list[Source]]
         problems.append("input.path is not set; give the folder that holds the videos")
     if config.output.path is None:
         problems.append("output.path is not set; give the folder that shall hold the shards")
+    elif expand(config.output.path).exists() and not expand(config.output.path).is_dir():
+        problems.append(f"output.path={config.output.path!r} is a file; give a folder")
     lacking = missing_extra("cv2", extra="prepare", wanted_by="preparation, which resizes frames with OpenCV,")
     if lacking:
         problems.append(lacking)

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from opensora_dist.core.index import INDEX_NAME
 from opensora_dist.core.io import atomic_path
 from opensora_dist.core.types import Thw
 from opensora_dist.prepare.batches import batched
@@ -172,11 +173,13 @@ def _rows(judged: Iterable[tuple[Source, Clip | None, Verdict]], book: Book) -> 
         yield row
 
 
-def nothing_left(tally: Tally, *, shown: int) -> str:
-    """Why there is no data set."""
+def nothing_left(tally: Tally, *, shown: int, folder: Path) -> str:
+    """Why there is no data set, or still the old one."""
     lines = "".join(f"\n  {drop.source}: {drop.reason}" for drop in tally.dropped[:shown])
     rest = f"\n  and {tally.num_dropped - shown} more, in {CLIPS_NAME}" if tally.num_dropped > shown else ""
-    return f"none of {tally.num_dropped} videos and clips gives a sample, so there is no data set:{lines}{rest}"
+    there = f"{folder} still holds the data set that was there before, which clips.parquet and report.json no longer tell of"
+    so = there if (folder / INDEX_NAME).exists() else "there is no data set"
+    return f"none of {tally.num_dropped} videos and clips gives a sample, so {so}:{lines}{rest}"
 
 
 def group_reason(reason: str) -> str:

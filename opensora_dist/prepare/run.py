@@ -25,8 +25,9 @@ from opensora_dist.prepare.book import Book, Work
 from opensora_dist.prepare.device import Device, Item
 from opensora_dist.prepare.resume import STATE_DIR, Finished
 from opensora_dist.prepare.sources import Source
-from opensora_dist.prepare.stages import Clip, ClipFound, Clock, SourceDone, SourceTask
+from opensora_dist.prepare.stages import Clip, Clock
 from opensora_dist.prepare.store import StageStore
+from opensora_dist.prepare.work import ClipFound, SourceDone, SourceTask
 from opensora_dist.prepare.workers import LotTask, work_lots
 
 _BATCH_CLIPS = 64
@@ -173,7 +174,7 @@ class Run:
         shots = self.store.get("shots", keys.shots(source))
         return SourceTask(
             source=source,
-            probe=self.store.get("probe", keys.source(source)),
+            probe=self.store.get("probe", keys.probe(source)),
             shots=shots,
             scores={content: known for content, known in scores if known is not None},
             skip=frozenset(clip.content for clip in waits if clip not in todo),
@@ -220,12 +221,15 @@ class Run:
                 if clip.ordinal > lot.seen:
                     self._place(lot, clip.shape)
         records: list[tuple[str, str, Any]] = []
-        if self.store.get("probe", keys.source(source)) is None:
-            records.append(("probe", keys.source(source), done.probe))
+        if done.probe and self.store.get("probe", keys.probe(source)) is None:
+            records.append(("probe", keys.probe(source), done.probe))
         if done.shots is not None and self.store.get("shots", keys.shots(source)) is None:
             records.append(("shots", keys.shots(source), done.shots))
-        if done.num_clips is not None and not self.book.was_cut(source):
-            records.append(("cut", keys.cut(source), {"num_clips": done.num_clips, "problem": done.problem}))
+        if done.num_clips is not None and (done.problem is not None or not self.book.was_cut(source)):
+            # A file that could be cut before, and can't now, didn't change: it is what it is read by.
+            passing = done.passing or (done.problem is not None and self.book.was_cut(source))
+            record = {"num_clips": done.num_clips, "problem": done.problem} | ({"passing": True} if passing else {})
+            records.append(("cut", keys.cut(source), record))
         self.store.put_all(records)
         self._clock.update(done.clock)
         lot.rest.pop(0)

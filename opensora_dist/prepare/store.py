@@ -15,7 +15,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -100,23 +100,6 @@ class StageStore:
             os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
-
-
-class Memo:
-    """A store in memory: what a worker process is told, and what it found."""
-
-    def __init__(self, records: Mapping[tuple[str, str], Any]) -> None:
-        self._records = dict(records)
-        self.found: list[tuple[str, str, Any]] = []
-
-    def get(self, stage: str, key: str) -> Any:
-        """The value, or None where there is none."""
-        return self._records.get((stage, key))
-
-    def put(self, stage: str, key: str, value: Any) -> None:
-        """Keeps a value, and lists it as found."""
-        self._records[stage, key] = value
-        self.found.append((stage, key, value))
 
 
 def _line(records: list[tuple[str, str, Any]]) -> bytes:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import traceback
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from opensora_dist.config.prepare import PrepareConfig
 from opensora_dist.core.errors import DataError
-from opensora_dist.prepare.stages import ClipFound, SourceDone, SourceTask, work_source
+from opensora_dist.prepare.stages import Clock
+from opensora_dist.prepare.work import ClipFound, SourceDone, SourceTask, work_source
 
 _STOP_S = 5.0
+_DEATHS = 3  # more, and more than there are workers, are the machine's fault rather than that of files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +48,10 @@ def work_lots(tasks: Iterable[LotTask], config: PrepareConfig, *, workers: int) 
     Close it where you stop early: that ends the processes.
 
     Args:
-        workers: Above 1, so many processes. Each holds one clip that nobody has taken yet, and waits.
+        workers: Above 1, so many processes. Each holds one clip that nobody has taken yet, and waits. One that dies is replaced, and the
+            source that it had in hand has a problem.
     Raises:
-        DataError: A worker process died.
+        DataError: Many worker processes died.
     """
     if workers == 1:
         for task in tasks:
@@ -70,37 +74,37 @@ class _Pool:
     """Worker processes, a pipe to each. A pipe holds less than a clip, so no worker runs ahead of who takes its clips."""
 
     def __init__(self, config: PrepareConfig, *, workers: int) -> None:
-        # spawn: a fork of a process with CUDA or decoder threads may hang
-        context = multiprocessing.get_context("spawn")
+        self._config = config
         self._processes: dict[Connection, BaseProcess] = {}
+        self._deaths, self._deaths_borne = 0, max(_DEATHS, workers)
         for _ in range(workers):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, config), daemon=True)
-            process.start()
-            theirs.close()  # so that a worker's death is the pipe's end
-            self._processes[mine] = process
+            self._start()
 
     def run(self, tasks: Iterator[LotTask]) -> Iterator[tuple[LotTask, Message]]:
         """Deals out lots, and yields what comes back."""
-        idle, busy = list(self._processes), dict[Connection, LotTask]()
-        done: dict[Connection, int] = {}  # sources of the lot that are through
+        idle, busy = list(self._processes), dict[Connection, _InHand]()
         while True:
             while idle and (task := next(tasks, None)) is not None:
-                pipe = idle.pop()
-                busy[pipe], done[pipe] = task, 0
-                self._send(pipe, task)
+                hand = _InHand(lot=task)
+                busy[self._give(idle.pop(), hand)] = hand
             if not busy:
                 return
             for ready in wait(list(busy)):
                 assert isinstance(ready, Connection)
-                task = busy[ready]
-                message = self._receive(ready, task, done[ready])
-                yield task, message
-                if isinstance(message, SourceDone):
-                    done[ready] += 1
-                elif isinstance(message, LotDone):
-                    del busy[ready]
+                hand = busy.pop(ready)
+                message = self._receive(ready)
+                if message is None:
+                    fresh, signal_number = self._replace(ready, hand)
+                    if (lost := hand.lost(signal_number)) is not None:
+                        yield hand.lot, lost
+                    busy[self._give(fresh, hand)] = hand
+                    continue
+                yield hand.lot, message
+                if isinstance(message, LotDone):
                     idle.append(ready)
+                else:
+                    hand.note(message)
+                    busy[ready] = hand
 
     def stop(self) -> None:
         """Ends the processes."""
@@ -112,29 +116,97 @@ class _Pool:
                 process.terminate()
                 process.join()
 
-    def _send(self, pipe: Connection, task: LotTask) -> None:
-        try:
-            pipe.send(task)
-        except OSError as error:
-            raise _died(task, 0) from error
+    def _start(self) -> Connection:
+        # spawn: a fork of a process with CUDA or decoder threads may hang
+        context = multiprocessing.get_context("spawn")
+        mine, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, self._config), daemon=True)
+        process.start()
+        theirs.close()  # so that a worker's death is the pipe's end
+        self._processes[mine] = process
+        return mine
 
-    def _receive(self, pipe: Connection, task: LotTask, done: int) -> Message:
+    def _give(self, pipe: Connection, hand: _InHand) -> Connection:
+        """Hands what is left of a lot to a worker, or to one in its place where it is dead. Returns the pipe of who took it."""
+        while True:
+            try:
+                pipe.send(hand.rest())
+                return pipe
+            except OSError:
+                pipe, _ = self._replace(pipe, hand)
+
+    def _receive(self, pipe: Connection) -> Message | None:
+        """The next message; None where the worker is dead."""
         try:
             message = pipe.recv()
-        except (EOFError, OSError) as error:
-            raise _died(task, done) from error
+        except (EOFError, OSError):
+            return None
         if isinstance(message, _Failed):
             raise RuntimeError(f"a worker process failed:\n{message.text}")
         assert isinstance(message, ClipFound | SourceDone | LotDone)
         return message
 
+    def _replace(self, pipe: Connection, hand: _InHand) -> tuple[Connection, int]:
+        """Another worker in a dead one's place, and the signal that killed that one; 0 where it ended otherwise.
 
-def _died(task: LotTask, done: int) -> DataError:
-    name = task.sources[min(done, len(task.sources) - 1)].source.name
-    return DataError(
-        f"a worker process died while it worked on {name}. Out of memory, or a file that crashes the decoder: lower `workers`, or take the "
-        "file out; the same command goes on where it was"
-    )
+        Raises:
+            DataError: Too many died.
+        """
+        process = self._processes.pop(pipe)
+        pipe.close()
+        process.join(_STOP_S)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        self._deaths += 1
+        if self._deaths > self._deaths_borne:
+            raise DataError(
+                f"{self._deaths} worker processes died, the last while it worked on {hand.name}. Out of memory, or files that crash the "
+                "decoder: lower `workers`, or take the files out; the same command goes on where it was"
+            )
+        return self._start(), max(0, -(process.exitcode or 0))
+
+
+@dataclass(kw_only=True)
+class _InHand:
+    """A lot that a worker has: how many of its sources are through, and of the next one, how many clips came."""
+
+    lot: LotTask
+    done: int = 0
+    clips: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of the source that is worked on."""
+        return self.lot.sources[min(self.done, len(self.lot.sources) - 1)].source.name
+
+    def rest(self) -> LotTask:
+        """What is left of it."""
+        return replace(self.lot, sources=self.lot.sources[self.done :])
+
+    def note(self, message: Message) -> None:
+        """A message has come."""
+        if isinstance(message, SourceDone):
+            self.done, self.clips = self.done + 1, 0
+        else:
+            self.clips += 1
+
+    def lost(self, signal_number: int) -> SourceDone | None:
+        """What is to be said of the source that a dead worker had in hand, which counts as through; None where it had none."""
+        if self.done == len(self.lot.sources):
+            return None
+        task = self.lot.sources[self.done]
+        ended = SourceDone(
+            source=task.source,
+            probe={},
+            shots=None,
+            num_clips=self.clips,
+            problem=f"its worker died (signal {signal_number})",
+            clock=Clock(),
+            passing=signal_number in (0, signal.SIGKILL, signal.SIGTERM),  # by someone, or by the system short of memory
+        )
+        self.note(ended)
+        return ended
 
 
 def _serve(pipe: Connection, config: PrepareConfig) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import multiprocessing
-import os
 import signal
 import subprocess
 import sys
@@ -483,18 +481,6 @@ def test_a_full_disk_is_named_and_leaves_no_half_shard(
     assert not (tmp_path / "index.parquet").exists()
     run(config(source, tmp_path), codec=BatchCodec())
     assert contents(tmp_path) == contents(straight)
-
-
-def test_a_worker_that_dies_is_an_error_that_names_its_files(source: Path, tmp_path: Path) -> None:
-    others = set(multiprocessing.active_children())  # the ranks that multi-process tests share
-
-    def kill(progress: PrepareProgress) -> None:
-        if progress.done == 2:
-            for child in set(multiprocessing.active_children()) - others:
-                os.kill(child.pid or 0, signal.SIGKILL)
-
-    with pytest.raises(DataError, match=r"a worker process died while it worked on .*\.mp4"):
-        run(config(source, tmp_path, workers=2), on_progress=kill)
 
 
 def test_without_opencv_the_error_says_what_to_install(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

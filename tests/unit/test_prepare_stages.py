@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from opensora_dist.codecs.registry import build_codec, build_text_encoder
 from opensora_dist.config.prepare import PrepareConfig
@@ -195,6 +196,52 @@ def test_of_clips_that_look_alike_the_first_is_kept_whatever_the_workers(source:
         assert {drop.source for drop in report.dropped} == {"8.mp4", "9.mp4"}
         assert all("near-duplicate: looks like 0-" in drop.reason for drop in report.dropped)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_no_clip_is_a_duplicate_of_one_whose_caption_is_refused(tmp_path: Path) -> None:
+    for name in "abcd":
+        moving(tmp_path / "in" / f"{name}.mp4")
+    (tmp_path / "in" / "a.txt").write_text("short")
+    (tmp_path / "in" / "b.txt").write_text("a clip that shows what is not wanted")
+    (tmp_path / "words.txt").write_text("wanted\n")
+    refused = {"clean": {"min_words": 2}, "safety": {"words": str(tmp_path / "words.txt")}}
+    report = run(settings(tmp_path / "in", tmp_path / "out", filter={"duplicates": 2}, **refused))
+    assert report.reasons.keys() == {"duplicates", "clean", "safety"}
+    assert [row.caption for row in read_rows(tmp_path / "out")] == ["a clip, c"]
+    assert [drop.source for drop in report.dropped if "looks like c-" in drop.reason] == ["d.mp4"]
+
+
+class SilentAtFirst(CountingCaptioner):
+    """Has nothing to say about the first clip it sees."""
+
+    def caption(self, clips: Sequence[Frames]) -> list[dict[str, str]]:
+        first, answers = self.asked == 0, super().caption(clips)
+        return [dict.fromkeys(answers[0], ""), *answers[1:]] if first else answers
+
+
+def test_a_clip_comes_back_when_the_one_kept_in_its_stead_is_dropped(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captions, "Captioner", SilentAtFirst)
+    caption = {"model": "a-model", "keep_existing": False, "prompts": {"descriptive": "say what"}}
+    config = settings(source, tmp_path, filter={"duplicates": 2}, caption=caption, clean={"min_words": 1})
+    for _ in range(2):
+        monkeypatch.setattr(SilentAtFirst, "asked", 0)
+        report = run(config)
+        drops = {drop.source: (drop.stage, drop.reason) for drop in report.dropped}
+        assert drops.keys() == {"0.mp4", "9.mp4"} and drops["0.mp4"][0] == "clean"
+        assert "looks like 8-" in drops["9.mp4"][1]
+    assert SilentAtFirst.asked == 0  # the second run went by the records
+
+
+def test_a_filter_of_time_leaves_images_alone(tmp_path: Path) -> None:
+    moving(tmp_path / "in" / "short.mp4", frames=4)
+    moving(tmp_path / "in" / "long.mp4", frames=8)
+    Image.fromarray(np.full((16, 16, 3), 9, np.uint8)).save(tmp_path / "in" / "picture.png")
+    (tmp_path / "in" / "picture.txt").write_text("a picture")
+    clip = {"fps": 8, "buckets": ((1, 16, 16), (4, 16, 16), (8, 16, 16))}
+    report = run(settings(tmp_path / "in", tmp_path / "out", clip=clip, filter={"min_s": 0.75}))
+    assert [drop.source for drop in report.dropped] == ["short.mp4"] and report.samples == 2
 
 
 def test_every_window_of_a_video_is_a_sample_known_by_where_it_is(tmp_path: Path) -> None:
