@@ -30,6 +30,7 @@ from opensora_dist.parallel.zero.deepspeed import import_deepspeed
 from opensora_dist.recipes.build import meta_model
 from opensora_dist.recipes.data import order_of
 from opensora_dist.recipes.shards import share_problems
+from opensora_dist.resilience.restarts import restart_count
 
 
 def world_of(config: TrainConfig) -> int:
@@ -68,8 +69,9 @@ def training_problems(config: TrainConfig) -> list[Problem]:
             read_network(expand(config.parallel.sp.network))
         except ConfigError as error:
             problems += [Problem(fields=("parallel.sp.network",), message=p) for p in error.problems]
-    # The data set can be asked only where the fields that build a model from it are right.
-    if not problems:
+    # The data set can be asked only where the fields that build a model from it are right. Ranks that were just started by the command
+    # that has asked it don't open it and plan its order once more.
+    if not problems and not (_started_by_us() and restart_count() == 0):
         problems += _dataset_problems(config)
     # Rank 0 alone has trackers, and other machines need neither their packages nor a key.
     if os.environ.get("RANK", "0") == "0":
@@ -87,15 +89,20 @@ def rank_problems(config: TrainConfig) -> list[Problem]:
 
 
 def _restart_problems(config: TrainConfig) -> list[Problem]:
-    """Ranks that a launcher has started are its own to start again. Ranks of ours have a count of restarts without torchrun's id."""
-    restarts, ours = config.parallel.max_restarts, "TORCHELASTIC_RESTART_COUNT" in os.environ
-    if restarts == 0 or launched_world() is None or (ours and "TORCHELASTIC_RUN_ID" not in os.environ):
+    """Ranks that a launcher has started are its own to start again."""
+    restarts = config.parallel.max_restarts
+    if restarts == 0 or launched_world() is None or _started_by_us():
         return []
     message = (
         f"parallel.max_restarts={restarts} under a launcher, which alone can start its ranks again; use torchrun --max-restarts={restarts} "
         "and parallel.max_restarts=0"
     )
     return [Problem(fields=("parallel.max_restarts",), message=message)]
+
+
+def _started_by_us() -> bool:
+    """Ranks of ``parallel.spawn`` have a count of restarts without torchrun's id."""
+    return "TORCHELASTIC_RESTART_COUNT" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def _save_phase_problems(config: TrainConfig) -> list[Problem]:
