@@ -16,6 +16,7 @@ def data_problems(config: TrainConfig, *, world: int) -> list[Problem]:
         *_source_problems(config.data),
         *_mixture_problems(config.data),
         *_unit_problems(config.data),
+        *_reading_problems(config.data),
         *_division_problems(config, world=world),
         *_auto_problems(config),
     ]
@@ -108,6 +109,17 @@ def _unit_problems(data: DataConfig) -> list[Problem]:
         )
         return [Problem(fields=fields, message=message)]
     return []
+
+
+def _reading_problems(data: DataConfig) -> list[Problem]:
+    """A thread reads a micro-batch at a time, into a slot of its own: one without a slot has nothing to do."""
+    if data.reader_threads <= data.prefetch_batches:
+        return []
+    message = (
+        f"data.reader_threads={data.reader_threads} is more than data.prefetch_batches={data.prefetch_batches}, and each thread reads a "
+        f"micro-batch of its own; use data.prefetch_batches={data.reader_threads + 1}, or data.reader_threads={data.prefetch_batches}"
+    )
+    return [Problem(fields=("data.reader_threads", "data.prefetch_batches"), message=message)]
 
 
 def _division_problems(config: TrainConfig, *, world: int) -> list[Problem]:

@@ -329,7 +329,7 @@ def open_hashes(folder: Path, header: IndexHeader) -> NDArray[np.uint64]:
             f"{path}: {found}, expected {8 * header.num_hashes:,} bytes of hashes; copy it again from where the data set was made (it "
             f"belongs to {INDEX_NAME}), or run `opensora-dist data prepare` again"
         )
-    return np.memmap(path, dtype="<u8", mode="r")
+    return np.asarray(np.memmap(path, dtype="<u8", mode="r"))  # a slice of a memmap costs five of an array
 
 
 def read_rows(folder: Path) -> Iterator[SampleRow]:
