@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -16,7 +15,7 @@ from opensora_dist.config.load import expand
 from opensora_dist.config.prepare import CaptionConfig
 from opensora_dist.core.errors import ConfigError, WeightsError
 from opensora_dist.core.extras import require_extra
-from opensora_dist.core.video import Frames
+from opensora_dist.core.video import Frames, evenly_spaced
 
 # What a family was trained on, for checkpoints that were saved without their chat template. Of LLaVA, that of Vicuna.
 _CHATML = (
@@ -34,14 +33,6 @@ FALLBACK_TEMPLATES = {
     "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
 }
-
-
-def even_frames(frames: Frames, *, count: int) -> Frames:
-    """At most ``count`` frames, [t, H, W, 3]: the middles of so many equal parts of the clip, each once."""
-    total = len(frames)
-    if total <= count:
-        return frames
-    return frames[((2 * np.arange(count) + 1) * total) // (2 * count)]
 
 
 class Captioner:
@@ -113,7 +104,7 @@ class Captioner:
 
 def _images(clip: Frames, *, count: int) -> list[Image.Image]:
     """As Pillow's, whose channels no processor has to guess from the sizes."""
-    return [Image.fromarray(frame) for frame in even_frames(clip, count=count)]
+    return [Image.fromarray(frame) for frame in evenly_spaced(clip, count)]
 
 
 def _model_config(path: str) -> Any:

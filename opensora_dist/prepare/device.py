@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opensora_dist.core.protocols import TextEncoder, VideoCodec
-from opensora_dist.core.video import Frames, write_video
+from opensora_dist.core.video import Frames, evenly_spaced, write_video
 from opensora_dist.parallel.keys import Keys, sample_id
 from opensora_dist.prepare.blobs import hash_array
 from opensora_dist.prepare.book import Book, Work
-from opensora_dist.prepare.captions import even_frames
 from opensora_dist.prepare.sources import Source
 from opensora_dist.prepare.stages import Clip, Clock
 
@@ -129,7 +128,7 @@ class Device:
 
     def _looks(self, item: Item) -> Frames:
         """The frames that scores look at."""
-        return even_frames(item.frames_THW3, count=self._config.scores.frames)
+        return evenly_spaced(item.frames_THW3, self._config.scores.frames)
 
     def _latents(self, items: Sequence[Item]) -> list[tuple[str, str, Any]]:
         frames_BTHW3 = torch.from_numpy(np.stack([item.frames_THW3 for item in items]))

@@ -19,8 +19,7 @@ from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.extras import require_extra
 from opensora_dist.core.io import read_utf8
 from opensora_dist.core.registry import Registry
-from opensora_dist.core.video import Frames
-from opensora_dist.prepare.captions import even_frames
+from opensora_dist.core.video import Frames, evenly_spaced
 
 # Runs of letters and digits; a Han or kana character is a word, since nothing parts them where they are written.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
@@ -111,7 +110,7 @@ class ImageSafety:
         """The reason, with the class found and its confidence, or None."""
         if self._detector is None:
             return None
-        found = self._detector.detect(even_frames(frames_THW3, count=self._config.image_frames))
+        found = self._detector.detect(evenly_spaced(frames_THW3, self._config.image_frames))
         counted = [(score, name) for name, score in found if name in self._config.image_classes]
         if not counted or max(counted)[0] < self._config.image_threshold:
             return None

@@ -41,7 +41,7 @@ _VERSIONS = {  # raise one where the stage's results change for the same input
     "scores": 2,
     "aesthetic": 2,
     "images": 2,
-    "caption": 1,
+    "caption": 2,
     "match": 2,
     "latents": 1,
     "text": 1,

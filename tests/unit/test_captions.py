@@ -12,7 +12,7 @@ from tiny_models import LLAVA_TEMPLATE, save_llava, save_llava_next, save_llava_
 
 from opensora_dist.config.prepare import CaptionConfig
 from opensora_dist.core.errors import ConfigError, WeightsError
-from opensora_dist.prepare.captions import FALLBACK_TEMPLATES, Captioner, even_frames
+from opensora_dist.prepare.captions import FALLBACK_TEMPLATES, Captioner
 
 CPU = torch.device("cpu")
 FAMILIES = {"llava": save_llava, "qwen2_vl": save_qwen2_vl}
@@ -125,19 +125,6 @@ def _asked(made, clips):
 
 def test_no_clips_give_no_captions(checkpoints):
     assert captioner(checkpoints["llava"]).caption([]) == []
-
-
-def test_frames_are_chosen_evenly():
-    def chosen(total, count):
-        return even_frames(np.arange(total, dtype=np.uint8)[:, None, None, None], count=count).ravel().tolist()
-
-    assert chosen(16, 4) == [2, 6, 10, 14]
-    assert chosen(5, 2) == [1, 3]
-    assert chosen(7, 1) == [3]
-    assert chosen(3, 4) == chosen(3, 3) == [0, 1, 2]
-    for total in range(1, 40):
-        for count in range(1, total + 1):
-            assert len(set(chosen(total, count))) == count
 
 
 @pytest.mark.parametrize("save", [save_llava_next, save_llava_onevision, save_qwen2_5_vl], ids=lambda save: save.__name__)

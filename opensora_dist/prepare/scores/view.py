@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from opensora_dist.core.video import Frames
+from opensora_dist.core.video import Frames, even_places
 from opensora_dist.prepare.probe import Probe
 
 MOTION_H = 256
@@ -35,12 +35,12 @@ class View:
     @cached_property
     def greys(self) -> list[NDArray[np.uint8]]:
         """The frames that are looked at, in grey [H, W]."""
-        return [_grey(self.frames_THW3[i]) for i in _spaced(len(self.frames_THW3), self.looks)]
+        return [_grey(self.frames_THW3[i]) for i in even_places(len(self.frames_THW3), self.looks)]
 
     @cached_property
     def pairs(self) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
         """Pairs of a frame and the next, in grey; an image has none."""
-        firsts = _spaced(len(self.frames_THW3) - 1, self.looks)
+        firsts = even_places(len(self.frames_THW3) - 1, self.looks)
         return [(_grey(self.frames_THW3[i]), _grey(self.frames_THW3[i + 1])) for i in firsts]
 
     @cached_property
@@ -76,11 +76,3 @@ def _lowered(grey_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return grey_HW
     size = (max(1, round(width * MOTION_H / height)), MOTION_H)
     return np.asarray(cv2.resize(grey_HW, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
-
-
-def _spaced(count: int, wanted: int) -> list[int]:
-    """At most ``wanted`` of ``count`` places, from the first to the last."""
-    if count < 1:
-        return []
-    places: list[int] = np.linspace(0, count - 1, min(wanted, count)).round().astype(int).tolist()
-    return places
