@@ -209,3 +209,26 @@ def test_decoding_stops_behind_the_last_clip_of_the_last_shot() -> None:
     frames = grey_frames(100)
     list(cut_clips(frames, fps=8, buckets=[Thw(4, 16, 16)], shots=[(0, 10), (10, 100)]))
     assert next(frames)[0] < 2.5
+
+
+def at(*times_s: float) -> Iterator[tuple[float, np.ndarray]]:
+    """Frame i has grey level i."""
+    return ((time_s, np.full((32, 32, 3), i, np.uint8)) for i, time_s in enumerate(times_s))
+
+
+def test_a_gap_in_the_timestamps_ends_a_shot_rather_than_filling_an_hour_with_one_frame() -> None:
+    times = [i / 8 for i in range(10)] + [3600 + i / 8 for i in range(10)]
+    found = spans(cut_clips(at(*times), fps=8, buckets=[Thw(4, 16, 16)], every=True))
+    assert found == [(0.0, [0, 1, 2, 3]), (0.5, [4, 5, 6, 7]), (3600.0, [10, 11, 12, 13]), (3600.5, [14, 15, 16, 17])]
+    assert spans(cut_clips(at(*times), fps=8, buckets=[Thw(4, 16, 16)])) == found[:1]  # still one clip a shot
+
+
+def test_where_the_first_frame_stands_alone_the_clip_is_taken_behind_it() -> None:
+    times = [0.0] + [60 + i / 8 for i in range(10)]
+    for every in (False, True):
+        assert spans(cut_clips(at(*times), fps=8, buckets=[Thw(4, 16, 16)], every=every))[0] == (60.0, [1, 2, 3, 4])
+
+
+def test_a_slide_show_has_no_gaps() -> None:
+    found = spans(cut_clips(at(0, 5, 10, 15, 20), fps=0.2, buckets=[Thw(4, 16, 16)], every=True))
+    assert found == [(0.0, [0, 1, 2, 3])]

@@ -23,10 +23,12 @@ from opensora_dist.codecs.registry import build_codec, build_text_encoder
 from opensora_dist.config.prepare import PrepareConfig
 from opensora_dist.core.errors import ConfigError, DataError
 from opensora_dist.core.index import read_header, read_rows
+from opensora_dist.core.types import Thw
 from opensora_dist.core.video import Frames, read_video, write_video
-from opensora_dist.prepare import captions, output, resume
+from opensora_dist.prepare import captions, clean, output, resume, stages
 from opensora_dist.prepare.pipeline import prepare, prepare_part
 from opensora_dist.prepare.report import PrepareReport
+from opensora_dist.prepare.sources import Source
 from opensora_dist.recipes.prepare import build_networks
 
 CPU = torch.device("cpu")
@@ -87,6 +89,133 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # What a changed config reruns
+
+_CAPTION, _LATENTS, _TEXT, _CUT, _SCORES, _IMAGES = {"caption"}, {"latents"}, {"text"}, {"cut"}, {"scores"}, {"images"}
+_REST = {"aesthetic", "match"}
+_ALL_OF_CLIPS = {"scores", "aesthetic", "match", "images", "caption", "latents"}
+# Every field of the config: another value, and the stages whose keys it changes.
+_KEYS_OF: dict[str, tuple[Any, set[str]]] = {
+    "input.path": ("elsewhere", set()),
+    "output.path": ("elsewhere", set()),
+    "output.shard_samples": (3, set()),
+    "output.dtype": ("float32", _LATENTS | _TEXT),
+    "shots.detector": ("content", {"shots", "cut", "key"} | _LATENTS | _TEXT),  # clips of shots have other names
+    "shots.threshold": (3.0, {"shots", "cut"}),
+    "shots.dissolves": (True, {"shots", "cut", "key"} | _LATENTS | _TEXT),
+    "shots.min_s": (2.0, _CUT),
+    "shots.windows": ("all", {"cut", "key"} | _LATENTS | _TEXT),
+    "shots.trim_s": (2.0, _CUT),
+    "clip.fps": (4.0, _CUT | _ALL_OF_CLIPS),
+    "clip.buckets": (((8, 8, 8),), _CUT),
+    "clip.save": ("elsewhere", set()),
+    "scores.also": (("motion",), set()),
+    "scores.clip_model": ("other", _REST),
+    "scores.aesthetic_head": ("other", {"aesthetic"}),
+    "scores.frames": (4, _SCORES | _REST),
+    **{
+        f"filter.{name}": (value, set())
+        for name, value in {
+            "min_s": 1.0,
+            "min_side": 8,
+            "brightness": (1.0, None),
+            "static": 0.5,
+            "sharpness": 1.0,
+            "motion": (1.0, None),
+            "text_area": 0.5,
+            "compression": 0.1,
+            "camera": ("static",),
+            "duplicates": 4,
+            "aesthetic": 5.0,
+            "match": 0.2,
+        }.items()
+    },
+    "caption.model": ("other", _CAPTION),
+    "caption.keep_existing": (False, set()),
+    "caption.prompts": ({"descriptive": "Say."}, _CAPTION),
+    "caption.use": ("short", set()),
+    "caption.frames": (2, _CAPTION),
+    "caption.batch": (2, set()),
+    "caption.max_new_tokens": (7, _CAPTION),
+    "caption.dtype": ("bfloat16", _CAPTION),
+    "caption.append": (("motion",), set()),
+    "clean.enabled": (True, set()),
+    "clean.min_words": (3, set()),
+    "safety.words": ("other", set()),
+    "safety.images": ("nudenet", _IMAGES),
+    "safety.image_classes": (("FEET_EXPOSED",), set()),
+    "safety.image_threshold": (0.3, set()),
+    "safety.image_frames": (3, _IMAGES),
+    "codec": ({"name": "dct", "channels": 6}, _LATENTS),
+    "text": ({"name": "hash", "width": 24}, _TEXT),
+    "workers": (3, set()),
+    "executor": ("ray", set()),
+    "device": ("cpu", set()),
+    "seed": (1, set()),  # the default codec draws nothing
+}
+
+
+def _fields() -> set[str]:
+    names = set()
+    for name, field in PrepareConfig.model_fields.items():
+        section = getattr(field.default, "__class__", None)
+        inside = getattr(section, "model_fields", None) if name not in ("codec", "text") else None
+        names |= {f"{name}.{inner}" for inner in inside} if inside is not None else {name}
+    return names
+
+
+def _keys(config: PrepareConfig) -> dict[str, str]:
+    source = Source(path=Path("a.mp4"), name="a.mp4", caption="x", num_bytes=1, mtime_ns=1)
+    keys = stages.StageKeys(config)
+    clip = stages.named_clip(source, config, keys, ordinal=0, start_s=0.0, shape=Thw(16, 64, 64), size=(1, 1))
+    return {
+        "source": keys.source(source),
+        "probe": keys.probe(source),
+        "shots": keys.shots(source),
+        "cut": keys.cut(source),
+        "key": clip.key,
+        "scores": keys.scores(clip),
+        "aesthetic": keys.aesthetic(clip),
+        "match": keys.match(clip, "x"),
+        "images": keys.images(clip),
+        "caption": keys.caption(clip),
+        "latents": keys.latents(clip),
+        "text": keys.text(clip, "x"),
+    }
+
+
+def test_every_field_of_the_config_changes_the_keys_of_the_stages_that_depend_on_it_and_no_others() -> None:
+    assert _fields() == set(_KEYS_OF)  # a new field: decide which records it makes stale
+    before = _keys(PrepareConfig())
+    for name, (value, changed) in _KEYS_OF.items():
+        section, _, inner = name.partition(".")
+        config = PrepareConfig.model_validate({section: {inner: value} if inner else value})
+        assert config != PrepareConfig(), name
+        after = _keys(config)
+        assert {stage for stage in after if after[stage] != before[stage]} == changed, name
+
+
+@pytest.mark.parametrize(
+    "version, changed",
+    [
+        ("probe", {"probe", "scores"}),
+        ("shots", {"shots", "cut"}),
+        ("cut", {"cut", "scores", "aesthetic", "match", "images", "caption", "latents"}),
+        ("scores", {"scores"}),
+        ("aesthetic", {"aesthetic"}),
+        ("images", {"images"}),
+        ("caption", {"caption"}),
+        ("match", {"match"}),
+        ("latents", {"latents"}),
+        ("text", {"text"}),
+    ],
+)
+def test_another_version_of_a_stage_changes_the_keys_of_all_that_follows_from_it(
+    version: str, changed: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _keys(PrepareConfig())
+    monkeypatch.setitem(stages._VERSIONS, version, stages._VERSIONS[version] + 1)
+    after = _keys(PrepareConfig())
+    assert {stage for stage in after if after[stage] != before[stage]} == changed
 
 
 def test_another_threshold_decodes_scores_and_encodes_only_what_no_clip_was_known_for(source: Path, tmp_path: Path) -> None:
@@ -184,6 +313,27 @@ def test_appended_scores_and_cleaning_change_text_alone(source: Path, tmp_path: 
     report = run(settings(source, tmp_path, caption={"append": ("motion",)}))
     assert calls(report) == {"cut": 10, "text": 10}
     assert all("motion score: " in row.caption for row in read_rows(tmp_path))
+
+
+def test_a_caption_is_cleaned_once_a_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, clean_caption = [], clean.clean_caption
+
+    def counted(text: str, config: Any) -> str:
+        asked.append(text)
+        return clean_caption(text, config)
+
+    monkeypatch.setattr(clean, "clean_caption", counted)
+    run(settings(source, tmp_path, clean={"enabled": True}))
+    assert len(asked) == len(set(asked)) == 10
+
+
+def test_captions_that_were_cut_are_told_of_those_that_fill_the_encoder(tmp_path: Path) -> None:
+    for i, words in enumerate((3, 20, 30)):
+        moving(tmp_path / "in" / f"{i}.mp4", level=60 * i, seed=i)
+        (tmp_path / "in" / f"{i}.txt").write_text(" ".join(f"word{k}" for k in range(words)))
+    assert run(settings(tmp_path / "in", tmp_path / "out")).cut_captions == 2
+    bright = settings(tmp_path / "in", tmp_path / "out", filter={"brightness": (70, None)})
+    assert run(bright).cut_captions == 2  # the short one is gone
 
 
 # What comes out
@@ -324,7 +474,30 @@ def test_kept_clips_are_saved_as_video_and_a_lost_one_is_written_again(source: P
     assert calls(again) == {"cut": 1, "save": 1}
 
 
+def test_a_saved_video_is_that_of_its_clip_whatever_lay_there_before(source: Path, tmp_path: Path) -> None:
+    for size, frames in ((16, 4), (24, 2)):
+        clip = {"save": str(tmp_path / "clips"), "buckets": ((frames, size, size),)}
+        report = run(settings(source, tmp_path / "out", clip=clip))
+        with open(tmp_path / "clips" / "metadata.csv", newline="") as handle:
+            table = list(csv.DictReader(handle))
+        assert len(table) == report.samples == 10
+        for row in table:
+            assert read_video(tmp_path / "clips" / row["path"])[0].shape == (frames, size, size, 3)
+
+
 # One data set in another's place
+
+
+def test_where_nothing_is_left_the_old_data_set_stays_and_the_error_says_so(source: Path, tmp_path: Path) -> None:
+    config = settings(source, tmp_path, filter={"brightness": (255, None)})
+    with pytest.raises(DataError, match="so there is no data set"):
+        run(config)
+    run(settings(source, tmp_path))
+    index = (tmp_path / "index.parquet").read_bytes()
+    with pytest.raises(DataError, match="still holds the data set that was there before"):
+        run(config)
+    assert (tmp_path / "index.parquet").read_bytes() == index
+    assert not any(row["kept"] for row in clips_of(tmp_path))
 
 
 def test_the_old_data_set_is_whole_until_the_new_index_is_there(
@@ -344,7 +517,7 @@ def test_the_old_data_set_is_whole_until_the_new_index_is_there(
     for _ in range(1):
         with pytest.raises(KeyboardInterrupt):
             run(settings(source, tmp_path, filter={"brightness": (40, None)}))
-    for name in ("index.parquet", *(shard.name for shard in read_header(tmp_path).shards)):
+    for name in ("index.parquet", "clips.parquet", *(shard.name for shard in read_header(tmp_path).shards)):
         assert (tmp_path / name).read_bytes() == old[name]  # readers of the old index lack nothing
     run(settings(source, tmp_path, filter={"brightness": (40, None)}))
     new = {shard.name for shard in read_header(tmp_path).shards}
