@@ -16,6 +16,7 @@ from opensora_dist.config.prepare import CaptionConfig
 from opensora_dist.core.errors import ConfigError, WeightsError
 from opensora_dist.core.extras import require_extra
 from opensora_dist.core.video import Frames, evenly_spaced
+from opensora_dist.prepare.clean import storable
 
 # What a family was trained on, for checkpoints that were saved without their chat template. Of LLaVA, that of Vicuna.
 _CHATML = (
@@ -99,7 +100,7 @@ class Captioner:
             top_k=None,
         )
         new_BY = answers[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self._processor.batch_decode(new_BY, skip_special_tokens=True)]
+        return [storable(text).strip() for text in self._processor.batch_decode(new_BY, skip_special_tokens=True)]
 
 
 def _images(clip: Frames, *, count: int) -> list[Image.Image]:

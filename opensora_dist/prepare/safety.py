@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,17 +21,21 @@ from opensora_dist.core.extras import require_extra
 from opensora_dist.core.io import read_utf8
 from opensora_dist.core.registry import Registry
 from opensora_dist.core.video import Frames, evenly_spaced
+from opensora_dist.prepare.clean import INVISIBLE
 
 # Runs of letters and digits; a Han or kana character is a word, since nothing parts them where they are written.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
-_ACCENTS = re.compile("[\u0300-\u036f]")
+# Accents, marks around letters, what formats, and letters without a shape: none of them makes another word, all can hide one.
+_UNSEEN = frozenset({"Cf", "Mn", "Me"})
+_BLANKS = "\u115f\u1160\u2800"
+_VOICED = re.compile("[\u3041-\u30fe][\u3099\u309a]")  # not an accent: ga is another syllable than ka
 
 
 class TextSafety:
     """A list of words and phrases that no caption may hold.
 
     The file has one a line; empty lines and lines that start with # are skipped. Whole words count, in any case, with or without
-    accents; a phrase is words in a row, whatever stands between them.
+    accents, invisible characters and HTML entities; a phrase is words in a row, whatever stands between them.
 
     A reason names the line of the file, never the word: reports are shown and shared, and lists of this kind are hard to look at.
 
@@ -77,8 +82,13 @@ def _read_words(path: str) -> dict[tuple[str, ...], int]:
 
 
 def _folded(text: str) -> list[str]:
-    """Words without case and accents; full-width and other compatible forms as the plain ones."""
-    return _WORD.findall(_ACCENTS.sub("", unicodedata.normalize("NFKD", text.casefold())).casefold())
+    """Words without case, accents and what can't be seen; entities, full-width and other compatible forms as the plain ones."""
+    while (plain := html.unescape(text)) != text:
+        text = plain
+    text = unicodedata.normalize("NFKD", INVISIBLE.sub("", text.casefold()))
+    text = _VOICED.sub(lambda pair: unicodedata.normalize("NFC", pair[0]), text)
+    seen = (char for char in text if unicodedata.category(char) not in _UNSEEN and char not in _BLANKS)
+    return _WORD.findall("".join(seen).casefold())
 
 
 class ImageDetector(Protocol):
@@ -106,16 +116,27 @@ class ImageSafety:
         self._config = config
         self._detector = None if config.images == "none" else IMAGE_DETECTORS.get(config.images)(config, device)
 
+    def finds(self, frames_THW3: Frames) -> dict[str, float]:
+        """Class to the highest confidence with which it was found, whether it counts or not."""
+        if self._detector is None:
+            return {}
+        found: dict[str, float] = {}
+        for name, confidence in self._detector.detect(evenly_spaced(frames_THW3, self._config.image_frames)):
+            found[name] = max(float(confidence), found.get(name, 0.0))
+        return found
+
     def refuses(self, frames_THW3: Frames) -> str | None:
         """The reason, with the class found and its confidence, or None."""
-        if self._detector is None:
-            return None
-        found = self._detector.detect(evenly_spaced(frames_THW3, self._config.image_frames))
-        counted = [(score, name) for name, score in found if name in self._config.image_classes]
-        if not counted or max(counted)[0] < self._config.image_threshold:
-            return None
-        score, name = max(counted)
-        return f"safety.images={self._config.images}, {name}: confidence {score:.2f}"
+        return image_reason(self.finds(frames_THW3), self._config)
+
+
+def image_reason(found: Mapping[str, float], config: SafetyConfig) -> str | None:
+    """Why a clip is refused in which that was found, or None. What a detector found stays true under other thresholds and classes."""
+    counted = [(confidence, name) for name, confidence in found.items() if name in config.image_classes]
+    if not counted or max(counted)[0] < config.image_threshold:
+        return None
+    confidence, name = max(counted)
+    return f"safety.images={config.images}, {name}: confidence {confidence:.2f}"
 
 
 @IMAGE_DETECTORS.register("nudenet")

@@ -123,6 +123,12 @@ def _asked(made, clips):
     return seen[0]["input_ids"]
 
 
+def test_half_a_surrogate_pair_that_a_tokenizer_gives_becomes_a_question_mark(checkpoints, monkeypatch):
+    made = captioner(checkpoints["llava"])
+    monkeypatch.setattr(type(made._processor), "batch_decode", lambda *_, **__: ["a \ud83d cat "])
+    assert set(made.caption([clip(0)])[0].values()) == {"a ? cat"}
+
+
 def test_no_clips_give_no_captions(checkpoints):
     assert captioner(checkpoints["llava"]).caption([]) == []
 

@@ -23,6 +23,7 @@ Blood Bath
 crème
 бой
 坏词
+ブス
 """
 
 
@@ -46,6 +47,15 @@ def text_safety(tmp_path):
         ("Бой идёт", 6),
         ("一个坏词在这里", 7),
         ("crème and gore", 5),  # the first in the caption
+        ("a go\u200bre", 3),  # a space without width
+        ("a go\u00adre", 3),  # a soft hyphen
+        ("a go&#114;e", 3),
+        ("a go&amp;#114;e", 3),
+        ("a go\u0307\u20ddre", 3),  # a dot above, a circle around
+        ("a go\ufe0f\u034f\u2060re", 3),
+        ("a go\x07\u3164re", 3),
+        ("a ブス is here", 8),
+        ("a ﾌﾞｽ is here", 8),
     ],
 )
 def test_whole_words_and_phrases_are_found_in_any_case_and_with_any_accents(text_safety, caption, line):
@@ -53,7 +63,7 @@ def test_whole_words_and_phrases_are_found_in_any_case_and_with_any_accents(text
 
 
 @pytest.mark.parametrize(
-    "caption", ["", "a gorey tale", "Gorecki plays", "a bath of blood", "blood in a bath", "a list", "词坏", "#"]
+    "caption", ["", "a gorey tale", "Gorecki plays", "a bath of blood", "blood in a bath", "a list", "词坏", "#", "フス"]
 )
 def test_parts_of_words_and_words_in_another_order_are_not(text_safety, caption):
     assert text_safety.refuses(caption) is None
