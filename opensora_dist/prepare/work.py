@@ -1,7 +1,7 @@
 """The work on one source: probe, shots, cut, score. The same function for worker processes, array tasks and Ray.
 
 A source is decoded once, for cutting, scoring and all that comes after; its clips are handed on as they come, so that an hour of video
-needs no more memory than a clip.
+needs no more memory than a clip: but for its thumbnails, 250 MB at 30 fps, where dissolves are looked for.
 """
 
 # T H W frames, height, width of a clip

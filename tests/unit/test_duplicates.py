@@ -86,5 +86,13 @@ def test_hashes_of_other_pictures_are_far():
     assert np.mean(distances) == pytest.approx(32, abs=2)
 
 
+def test_what_a_hash_takes_for_the_same_and_what_not():
+    clip = seen(picture(0), 8, right=3)
+    assert apart(clip, clip[::-1]) == 0
+    assert apart(np.zeros_like(clip), np.full_like(clip, 255)) == 0
+    assert apart(clip, np.pad(clip, ((0, 0), (32, 32), (0, 0), (0, 0)))) > 4
+    assert apart(clip, clip[:, :, ::-1]) > 20
+
+
 def test_a_clip_without_structure_hashes_to_zero():
     assert phash(np.full((4, 64, 64, 3), 77, np.uint8)) == 0
