@@ -210,8 +210,9 @@ class ShardReader:
     def _runs(self, target: Target) -> list[list[_Piece]]:
         """What of a sample one call reads, in the order in which it lies: all of it where only headers lie between its arrays."""
         index, row, frames = self._index, target.row, target.frames
+        place, num_frames = index.latents_place(row), index.latent_shape(row).t
         latents = _Piece(
-            offset=index.latents_place(row).offset + latents_bytes(index, row, range(frames.start)),
+            offset=place.offset + frames.start * (place.num_bytes // num_frames),
             memory=target.latents,
             parts=frames,
             hashes=index.frame_hashes(row)[frames.start : frames.stop].tolist(),
@@ -226,7 +227,7 @@ class ShardReader:
         )
         if latents.offset > text.offset:
             return [[text], [latents]]
-        to_the_end = frames.stop == index.latent_shape(row).t
+        to_the_end = frames.stop == num_frames
         return [[latents, text]] if to_the_end and text.offset - latents.end <= _MAX_GAP else [[latents], [text]]
 
     def _read_run(self, shard: int, run: Sequence[_Piece]) -> None:

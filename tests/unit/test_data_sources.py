@@ -12,7 +12,8 @@ import pytest
 import torch
 from dataset_factory import write_dataset
 
-from opensora_dist.config.train import DataConfig
+from opensora_dist.config.data_rules import data_problems
+from opensora_dist.config.train import DataConfig, TrainConfig
 from opensora_dist.core.types import Region, Share, Thw
 from opensora_dist.data import ahead
 from opensora_dist.data.index import Index
@@ -187,3 +188,12 @@ def test_weights_and_order_are_worked_out_once_a_step_and_not_in_the_consumers_t
             assert weight == pytest.approx(1)
     assert len(threads) == len(asked) == 8
     assert all(name.startswith("shard-reader") for name in threads + asked)
+
+
+def test_more_threads_than_slots_are_refused_with_the_way_out():
+    def said(**data):
+        return [p.message for p in data_problems(TrainConfig(data=DataConfig(path=".", **data)), world=1)]
+
+    (message,) = said(reader_threads=3)
+    assert "data.prefetch_batches=2" in message and "use data.prefetch_batches=4, or data.reader_threads=2" in message
+    assert not said(reader_threads=3, prefetch_batches=3)
