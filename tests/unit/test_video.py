@@ -11,6 +11,8 @@ from PIL import Image
 
 from opensora_dist.core.errors import DataError
 from opensora_dist.core.video import contact_sheet, even_places, evenly_spaced, iter_frames, peek_frames, read_video, write_video
+from opensora_dist.prepare.probe import probe_source
+from opensora_dist.prepare.sources import Source
 
 
 def _frames(t, h, w):
@@ -95,6 +97,8 @@ def test_tags_may_be_of_any_encoding(tmp_path):
     (tmp_path / "a.mkv").write_bytes(data.replace(b"caf-QQ", "café Q".encode("latin-1")))
     assert len(list(iter_frames(tmp_path / "a.mkv"))) == 5
     assert len(peek_frames(tmp_path / "a.mkv", start_s=0, end_s=0.5, count=2, max_width=16)) == 2
+    source = Source(path=tmp_path / "a.mkv", name="a.mkv", caption="", num_bytes=len(data), mtime_ns=1)
+    assert (probe_source(source).height, probe_source(source).fps) == (32, 8)
 
 
 class _Unlucky(io.BytesIO):
