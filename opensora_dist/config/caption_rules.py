@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from opensora_dist.config.load import Problem, expand
-from opensora_dist.config.prepare import PrepareConfig
+from opensora_dist.config.prepare import CaptionConfig, PrepareConfig, SafetyConfig
 from opensora_dist.core.extras import missing_extra
 from opensora_dist.core.registry import nearest
 
@@ -32,6 +32,11 @@ def _prompt_problems(config: PrepareConfig) -> list[Problem]:
             "keep_existing=true"
         )
         problems.append(Problem(fields=("caption.keep_existing", "caption.model"), message=message))
+    asked = ("prompts", "use", "frames", "batch", "max_new_tokens", "dtype")
+    if caption.model is None and (names := [name for name in asked if getattr(caption, name) != getattr(CaptionConfig(), name)]):
+        fields = tuple(f"caption.{name}" for name in names)
+        message = f"{', '.join(fields)}: what a model is asked, and caption.model is not set; set it, or drop {'it' if len(names) == 1 else 'them'}"
+        problems.append(Problem(fields=("caption.model", *fields), message=message))
     return problems
 
 
@@ -77,6 +82,15 @@ def _safety_problems(config: PrepareConfig) -> list[Problem]:
             f"safety.words={safety.words!r} is not a file; give a text file with one word or phrase a line, or drop safety.words"
         )
         problems.append(Problem(fields=("safety.words",), message=message))
+    unused = [
+        name
+        for name in ("image_classes", "image_threshold", "image_frames")
+        if getattr(safety, name) != getattr(SafetyConfig(), name)
+    ]
+    if safety.images == "none" and unused:
+        fields = tuple(f"safety.{name}" for name in unused)
+        message = f"{', '.join(fields)}: of a detector, and safety.images=none; use nudenet, or drop {'it' if len(unused) == 1 else 'them'}"
+        problems.append(Problem(fields=("safety.images", *fields), message=message))
     if safety.images == "nudenet":
         missing = missing_extra("nudenet", extra="safety", wanted_by="safety.images=nudenet")
         if missing is not None:

@@ -13,6 +13,7 @@ from opensora_dist.config.data_rules import data_problems
 from opensora_dist.config.faults import fault_form, parse_fault
 from opensora_dist.config.load import Problem, expand
 from opensora_dist.config.prepare import PrepareConfig
+from opensora_dist.config.prepare_rules import preparing_problems
 from opensora_dist.config.train import ModelConfig, ParallelConfig, SpConfig, TrainConfig
 from opensora_dist.core.extras import missing_extra
 
@@ -33,39 +34,7 @@ def prepare_problems(config: PrepareConfig) -> list[Problem]:
             problems.append(Problem(fields=("clip.buckets",), message=message))
     if len(set(config.clip.buckets)) != len(config.clip.buckets):
         problems.append(Problem(fields=("clip.buckets",), message="clip.buckets names a shape twice; keep one of each"))
-    return [*problems, *_preparing_problems(config), *caption_problems(config)]
-
-
-def _preparing_problems(config: PrepareConfig) -> list[Problem]:
-    """Of shots, saved clips and the executor."""
-    problems, shots = list[Problem](), config.shots
-    if shots.detector != "none":
-        missing = missing_extra("scenedetect", extra="prepare", wanted_by=f"shots.detector={shots.detector}")
-        if missing is not None:
-            problems.append(Problem(fields=("shots.detector",), message=f"{missing}, or use shots.detector=none"))
-    elif shots.threshold is not None:
-        message = (
-            f"shots.threshold={shots.threshold:g} is of a detector, and shots.detector=none; use content or adaptive, or drop it"
-        )
-        problems.append(Problem(fields=("shots.threshold", "shots.detector"), message=message))
-    if shots.trim_s and shots.detector == "none" and not shots.dissolves:
-        message = f"shots.trim_s={shots.trim_s:g} trims shots, and no shots are looked for; set shots.detector, or drop it"
-        problems.append(Problem(fields=("shots.trim_s", "shots.detector"), message=message))
-    for name, low_high in (("brightness", config.filter.brightness), ("motion", config.filter.motion)):
-        if low_high is not None and None not in low_high and low_high[0] > low_high[1]:  # type: ignore[operator]  # neither is None
-            message = f"filter.{name}={list(low_high)} keeps nothing: its lowest value is above its highest; swap them"
-            problems.append(Problem(fields=(f"filter.{name}",), message=message))
-    if config.executor == "ray":
-        missing = missing_extra("ray", extra="ray", wanted_by="executor=ray")
-        if missing is not None:
-            problems.append(Problem(fields=("executor",), message=f"{missing}, or use executor=local"))
-    folders = {"input.path": config.input.path, "output.path": config.output.path, "clip.save": config.clip.save}
-    saved = folders.pop("clip.save")
-    for name, path in folders.items():
-        if saved is not None and path is not None and expand(saved) == expand(path):
-            message = f"clip.save={saved!r} is {name} too; give it a folder of its own"
-            problems.append(Problem(fields=("clip.save", name), message=message))
-    return problems
+    return [*problems, *preparing_problems(config), *caption_problems(config)]
 
 
 def train_problems(config: TrainConfig, *, world: int) -> list[Problem]:

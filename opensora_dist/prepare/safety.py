@@ -25,9 +25,8 @@ from opensora_dist.prepare.clean import INVISIBLE
 
 # Runs of letters and digits; a Han or kana character is a word, since nothing parts them where they are written.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
-# Accents, marks around letters, what formats, and letters without a shape: none of them makes another word, all can hide one.
-_UNSEEN = frozenset({"Cf", "Mn", "Me"})
-_BLANKS = "\u115f\u1160\u2800"
+_MARKS = frozenset({"Mn", "Me"})  # accents, and what is drawn around letters
+_FILLERS = re.compile("[\u115f\u1160]")  # letters that are blank
 _VOICED = re.compile("[\u3041-\u30fe][\u3099\u309a]")  # not an accent: ga is another syllable than ka
 
 
@@ -51,12 +50,13 @@ class TextSafety:
 
     def refuses(self, caption: str) -> str | None:
         """The reason, or None."""
-        words = _folded(caption)
-        for length in self._lengths:
-            for start in range(len(words) - length + 1):
-                line = self._lines.get(tuple(words[start : start + length]))
-                if line is not None:
-                    return f"safety.words: its caption holds what line {line} lists"
+        for instead in ("", " "):  # what can't be seen may stand in a word, or between two
+            words = _folded(caption, instead)
+            for length in self._lengths:
+                for start in range(len(words) - length + 1):
+                    line = self._lines.get(tuple(words[start : start + length]))
+                    if line is not None:
+                        return f"safety.words: its caption holds what line {line} lists"
         return None
 
 
@@ -81,14 +81,14 @@ def _read_words(path: str) -> dict[tuple[str, ...], int]:
     return found
 
 
-def _folded(text: str) -> list[str]:
-    """Words without case, accents and what can't be seen; entities, full-width and other compatible forms as the plain ones."""
+def _folded(text: str, instead: str = "") -> list[str]:
+    """Words without case and accents, with ``instead`` of what can't be seen; entities and compatible forms as the plain ones."""
     while (plain := html.unescape(text)) != text:
         text = plain
-    text = unicodedata.normalize("NFKD", INVISIBLE.sub("", text.casefold()))
+    text = _FILLERS.sub(" ", unicodedata.normalize("NFKD", INVISIBLE.sub(instead, text.casefold())))
     text = _VOICED.sub(lambda pair: unicodedata.normalize("NFC", pair[0]), text)
-    seen = (char for char in text if unicodedata.category(char) not in _UNSEEN and char not in _BLANKS)
-    return _WORD.findall("".join(seen).casefold())
+    kinds = ((char, unicodedata.category(char)) for char in text)
+    return _WORD.findall("".join(instead if kind == "Cf" else char for char, kind in kinds if kind not in _MARKS).casefold())
 
 
 class ImageDetector(Protocol):

@@ -27,13 +27,38 @@ def problems(tmp_path):
     return said
 
 
-def test_a_form_that_no_prompt_asks_for_is_refused_with_the_nearest(problems):
-    (said,) = problems("caption.use=descriptve")
+def test_a_form_that_no_prompt_asks_for_is_refused_with_the_nearest(problems, tmp_path):
+    model = f"caption.model={tmp_path}"
+    (said,) = problems("caption.use=descriptve", model)
     assert "caption.use='descriptve' must be one of the forms in caption.prompts (descriptive, short)" in said
     assert "did you mean 'descriptive'?" in said
-    (said,) = problems("caption.prompts={short: ' '}", "caption.use=short")
+    (said,) = problems("caption.prompts={short: ' '}", "caption.use=short", model)
     assert "caption.prompts.short is empty" in said
-    assert not problems("caption.prompts={tags: List tags.}", "caption.use=tags")
+    assert not problems("caption.prompts={tags: List tags.}", "caption.use=tags", model)
+
+
+@pytest.mark.parametrize(
+    ("override", "lacks"),
+    [
+        ("caption.frames=8", "caption.model is not set"),
+        ("caption.prompts={descriptive: say}", "caption.model is not set"),
+        ("safety.image_threshold=0.9", "safety.images=none"),
+        ("shots.min_s=2", "no shots are looked for"),
+        ("filter.camera=[]", "keeps nothing"),
+    ],
+)
+def test_what_has_no_effect_or_keeps_nothing_is_refused(problems, override, lacks):
+    (said,) = problems(override)
+    assert said.startswith(override.split("=")[0]) and lacks in said
+
+
+def test_clips_are_not_saved_among_the_sources(problems, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in", target_is_directory=True)
+    for folder in (tmp_path / "in" / "deep" / "saved", tmp_path / "link" / "saved"):
+        (said,) = problems(f"input.path={tmp_path}/in", f"clip.save={folder}")
+        assert "lies in input.path" in said
+    assert not problems(f"input.path={tmp_path}/in", f"clip.save={tmp_path}/saved")
 
 
 def test_captions_that_nobody_writes_are_refused(problems, tmp_path):

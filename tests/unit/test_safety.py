@@ -53,7 +53,9 @@ def text_safety(tmp_path):
         ("a go&amp;#114;e", 3),
         ("a go\u0307\u20ddre", 3),  # a dot above, a circle around
         ("a go\ufe0f\u034f\u2060re", 3),
-        ("a go\x07\u3164re", 3),
+        ("a go\x07re", 3),
+        ("gore\u200bman", 3),  # where it parts words
+        ("gore\u3164man", 3),  # a blank letter
         ("a ブス is here", 8),
         ("a ﾌﾞｽ is here", 8),
     ],
