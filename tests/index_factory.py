@@ -11,7 +11,8 @@ from dataset_factory import SPEC
 from opensora_dist.core.index import RowChunk, SampleShape, ShardRow, write_index_chunks
 from opensora_dist.core.types import Thw
 from opensora_dist.data.index import DataSet, Index
-from opensora_dist.data.remote import LocalShards, Located
+from opensora_dist.data.remote import Located
+from opensora_dist.data.shards import LocalShards
 
 
 def write_only_index(folder: Path, samples: Mapping[Thw, int], *, shard_samples: int = 10, seed: int = 0) -> Path:

@@ -44,15 +44,28 @@ def _source_problems(data: DataConfig) -> list[Problem]:
             )
             problems.append(Problem(fields=("data.path", "data.mixture"), message=message))
         if data.layout is not None:
-            message = (
-                f"data.layout={data.layout!r} is of data.path; with data.mixture give each of its data sets a layout of its own"
-            )
+            message = f"data.layout={redact(data.layout)!r} is of data.path; with data.mixture give each of its data sets a layout of its own"
             problems.append(Problem(fields=("data.layout", "data.mixture"), message=message))
     else:
         problems += _place_problems("data.path", data.path or "", data)
+    problems += _layout_problems("data.layout", data.layout)
     for i, entry in enumerate(data.mixture):
         problems += _place_problems(f"data.mixture[{i}].path", entry.path, data)
+        problems += _layout_problems(f"data.mixture[{i}].layout", entry.layout)
     return problems
+
+
+def _layout_problems(field: str, layout: str | None) -> list[Problem]:
+    """Of the file that describes tars. ``data.allow_pipe`` is about where data comes from: a description is a file."""
+    said = None if layout is None else layout_problem(layout)
+    return [] if said is None else [Problem(fields=(field,), message=f"{field}={said}")]
+
+
+def layout_problem(layout: str) -> str | None:
+    """Why a file can't describe tars: what follows the field's name in a message."""
+    if layout.startswith(PIPE):
+        return f"{redact(layout)!r} is a command, and a layout is read from a file or a URL only; write its output to a file and name that"
+    return secret_in(layout)
 
 
 def _place_problems(field: str, path: str, data: DataConfig) -> list[Problem]:

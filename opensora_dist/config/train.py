@@ -126,6 +126,7 @@ class CacheConfig(Section):
     path: str = Field("~/.cache/opensora-dist/shards", description="Folder, shared by the ranks of a machine.")
     max_gib: float = Field(200.0, gt=0, description="The shards used least recently go first beyond this.")
     prefetch_shards: int = Field(4, ge=0, description="Shards fetched ahead of the reader.")
+    patience_s: float = Field(300.0, gt=0, description="Seconds a store may fail before what was asked for is given up.")
 
 
 class DataConfig(Section):

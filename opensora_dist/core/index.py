@@ -22,10 +22,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 from numpy.typing import NDArray
 
 from opensora_dist.core.errors import DataError
+from opensora_dist.core.identity import IdentityHash, check_distinct
 from opensora_dist.core.io import atomic_path, sample_id
 from opensora_dist.core.types import Thw
 
@@ -163,28 +163,6 @@ class IndexHeader:
     dataset_hash: str
 
 
-class IdentityHash:
-    """The hash that makes a data set what it is, fed as it is written or verified."""
-
-    def __init__(self) -> None:
-        self._keys, self._hashes = xxhash.xxh3_64(), xxhash.xxh3_64()
-
-    def add(self, *, keys: Iterable[str], hashes: NDArray[np.uint64]) -> None:
-        """The next samples."""
-        self._keys.update("".join(f"{key}\n" for key in keys).encode())
-        self._hashes.update(np.ascontiguousarray(hashes, dtype="<u8").data)
-
-    @property
-    def hashes_xxh3(self) -> str:
-        """Of the file of hashes."""
-        return self._hashes.hexdigest()
-
-    def dataset_hash(self, *, spec: dict[str, Any], shards: Sequence[ShardRow]) -> str:
-        """The identity of the whole."""
-        about = {"spec": spec, "shards": [asdict(s) for s in shards], "keys": self._keys.hexdigest(), "hashes": self.hashes_xxh3}
-        return xxhash.xxh3_64_hexdigest(json.dumps(about, sort_keys=True))
-
-
 def write_index(folder: Path, *, rows: Iterable[SampleRow], shards: Sequence[ShardRow], spec: dict[str, Any]) -> Path:
     """Writes the index of a data set. Its last file is written last and atomically, so a folder with an index is whole.
 
@@ -240,7 +218,8 @@ def write_index_chunks(
                     identity.add(keys=chunk.key, hashes=chunk.hashes)
                     num_hashes += _append(flat, chunk.hashes)
                 assert ids, "an index without samples"
-                _check_distinct(np.concatenate(ids), path)
+                check_distinct(np.concatenate(ids), path)
+                _check_clips(shapes)
                 header = {
                     "schema_version": SCHEMA_VERSION,
                     "spec": spec,
@@ -405,7 +384,15 @@ def _check_row(row: SampleRow, *, spec: dict[str, Any], shards: dict[str, int]) 
             raise DataError(f"sample {row.key!r}: {rule}; whoever writes this index must correct that")
 
 
-def _check_distinct(ids: NDArray[np.uint64], path: Path) -> None:
-    ids.sort()
-    if (same := np.count_nonzero(ids[1:] == ids[:-1])) > 0:
-        raise DataError(f"{path}: {same} samples have the key of another sample; keys must be unique")
+def _check_clips(shapes: Iterable[SampleShape]) -> None:
+    """
+    Raises:
+        DataError: Samples of one clip shape have latents of different shapes, so that they would not fit into one batch.
+    """
+    latents: dict[Thw, Thw] = {}
+    for shape in shapes:
+        if (other := latents.setdefault(shape.clip, shape.latent)) != shape.latent:
+            raise DataError(
+                f"clips of {shape.clip} have latents of {other} and of {shape.latent}; whoever writes this index must name clips that "
+                "differ where their latents do"
+            )

@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Iterator
 
-from opensora_dist.core.errors import ConfigError
+from opensora_dist.core.errors import ConfigError, DataError
 
 PIPE = "pipe:"
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -16,6 +16,11 @@ _BRACES = re.compile(r"\{([^{}]+)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _USER = re.compile(r"(?<=://)[^/@\s]+@")
 _QUERY = re.compile(r"(?<=[^\s?])\?[^\s'\"]+")
+_FRAGMENT = re.compile(r"(?<=[^\s#'\"])#[^\s'\"]+")
+_WORDS = re.compile(r"\w*(secret|token|key|passw(or)?d)\w*[=: ]+[^\s$'\"]|\b(bearer|basic)\s+[^\s$'\"]{8}", re.IGNORECASE)
+_LOGIN = re.compile(r"(?<!\S)(-u|--user)[= ]?['\"]?[^\s:'\"]+:[^\s$'\"]")
+_NAME = re.compile(r"[A-Za-z0-9._=+][A-Za-z0-9._=+-]*(/[A-Za-z0-9._=+][A-Za-z0-9._=+-]*)*")
+_PLACE = "{}"
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 _SHELL_WORDS = {"|", "||", "&&", "&", ";", ">", ">>", "<", "2>&1", "2>"}
 
@@ -34,19 +39,27 @@ def redact(text: str) -> str:
         words = text.removeprefix(PIPE).split()
         shown = [word for word in words[1:] if _BRACES.search(word) or "{}" in word or word.endswith(".tar")]
         text = " ".join([PIPE + (words[0] if words else ""), "...", *shown])
-    return _QUERY.sub("?...", _USER.sub("...@", text))
+    text = _QUERY.sub("?...", _USER.sub("...@", text))
+    return _FRAGMENT.sub("#...", text) if "://" in text else text
 
 
 def secret_in(url: str) -> str | None:
     """Why a URL or command of a config can't stay there: it would go into every dump of the config. None where it can.
 
-    What ``$NAME`` stands for is read from the environment when it is used, so that a config holds the name only.
+    What ``$NAME`` stands for is read from the environment when it is used, so that a config holds the name only. Of a command nobody
+    knows which words are secret: those are found that a list of words announces, and no others.
     """
     user, query = _USER.search(url), _QUERY.search(url)
+    fragment = _FRAGMENT.search(url) if is_remote(url) else None
+    bare = _VARIABLE.sub("$", url)  # names of variables announce nothing
     found = "a user or password" if user and not _VARIABLE.search(user[0]) else None
     if found is None and query is not None and not _VARIABLE.search(query[0]):
         found = "a query string, which may be a signature"
-    if found is None and re.search(r"(authorization|bearer|token|password|secret)[ :=]+[^\s$'\"]{8}", url, re.IGNORECASE):
+    if found is None and fragment is not None and not _VARIABLE.search(fragment[0]):
+        found = "a fragment (#...), which may be a signature"
+    if found is None and url.startswith(PIPE) and (_WORDS.search(bare) or _LOGIN.search(bare)):
+        found = "what looks like a secret"
+    if found is None and re.search(r"(authorization|bearer|token|password|secret)[ :=]+[^\s$'\"]{8}", bare, re.IGNORECASE):
         found = "what looks like a secret"
     if found is None:
         return None
@@ -54,6 +67,25 @@ def secret_in(url: str) -> str | None:
         f"{redact(url)!r} holds {found}, and would show it in every dump of the config; put it into an environment variable and write "
         "$NAME in its place, or use the variables that the store itself reads (docs/remote.md)"
     )
+
+
+def plain_name(name: str, *, where: str) -> str:
+    """A file's name that an index or a listing made elsewhere gives, before it becomes part of a URL, a command or a path here.
+
+    Nothing in it has a meaning to any of them: not to the environment ($), a shell's words (spaces, quotes), a program (a leading -),
+    a URL (?, #, %, :) or a file system (.., a leading slash).
+
+    Args:
+        where: What gave it, for the message.
+    Raises:
+        DataError: It is not letters, digits and ``._=+-`` in parts with ``/`` between them.
+    """
+    if _NAME.fullmatch(name) is None or any(part in (".", "..") for part in name.split("/")):
+        raise DataError(
+            f"{where} names a file {name!r}; a name is made of letters, digits and ._=+- (with / between folders, no .. and no leading -) "
+            "and stays in the data set's folder; rename it where it was made"
+        )
+    return name
 
 
 def from_environment(text: str) -> str:
@@ -89,9 +121,11 @@ def expand_braces(pattern: str) -> list[str]:
     return ["".join(chosen) for chosen in itertools.product(*parts)]
 
 
-def pipe_arguments(command: str) -> list[str]:
+def pipe_arguments(command: str, *, name: str = _PLACE) -> list[str]:
     """The argument vector of ``pipe:COMMAND``, which no shell sees; environment variables are filled in after it was split.
 
+    Args:
+        name: What stands for ``{}``: put into its word last, so that it is neither split nor looked into.
     Raises:
         ConfigError: Nothing to run, quotes that don't close, or words that only a shell gives a meaning to.
     """
@@ -107,7 +141,7 @@ def pipe_arguments(command: str) -> list[str]:
             f"{redact(command)}: {shell[0]!r} has a meaning to a shell only, and commands of pipe: run without one; put the line into a "
             "script and name the script"
         )
-    return [from_environment(word) for word in words]
+    return [name.join(from_environment(part) for part in word.split(_PLACE)) for word in words]
 
 
 def _alternatives(inside: str, pattern: str) -> Iterator[str]:

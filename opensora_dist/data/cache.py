@@ -22,12 +22,12 @@ from pathlib import Path
 
 import xxhash
 
-from opensora_dist.core.io import fsync
+from opensora_dist.core.io import fsync, read_utf8, write_text
 from opensora_dist.core.logging import get_logger
-from opensora_dist.data.transport import FetchError, Patience, gave_up, is_final, transport_errors, why
+from opensora_dist.data.locks import flock, make_folder, turn
+from opensora_dist.data.transport import FetchError, Patience, Tries, WrongContentError, transport_errors, why
 
 _log = get_logger(__name__)
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _PIECE_BYTES = 8 << 20
 _ABANDONED_S = 3600.0  # a partial file that nobody wrote to for so long has no writer
@@ -43,6 +43,7 @@ class Wanted:
         read: Its bytes from a position on, piece by piece. Raises what the transport raises.
         num_bytes: Its size, where known.
         xxh3: Its xxh3-64 (hex), where known.
+        noted: Its hash is written beside it as it comes, so that what becomes of it here can be told.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Wanted:
     read: Callable[[int], Iterator[bytes]]
     num_bytes: int | None = None
     xxh3: str | None = None
+    noted: bool = False
 
 
 class ShardCache:
@@ -64,7 +66,7 @@ class ShardCache:
     def __init__(self, root: Path, *, max_bytes: int, patience: Patience) -> None:
         self.root = root
         self.max_bytes = max_bytes
-        self._patience = patience
+        self.patience = patience
         self._told_small = False
 
     def has(self, wanted: Wanted) -> bool:
@@ -111,8 +113,10 @@ class ShardCache:
             Whether a whole file is here or will be fetched. False where that can't be found out or done.
         """
         try:
-            with self._turn(wanted, lambda: False):  # what is here is nobody's half-done work, and stays what was looked at
-                if wanted.path.exists() and not _is_whole(wanted):
+            if _is_whole(wanted):
+                return True
+            with self._turn(wanted, lambda: False):  # what another process fetched meanwhile stays
+                if not _is_whole(wanted):
                     _log.warning("%s: the copy in %s is damaged; it is fetched again", wanted.shown, wanted.path)
                     wanted.path.unlink(missing_ok=True)
         except OSError as error:
@@ -129,7 +133,7 @@ class ShardCache:
         if wanted.num_bytes is not None and os.fstat(fd).st_size != wanted.num_bytes:  # of a data set that was replaced
             os.close(fd)
             return None
-        _flock(fd, fcntl.LOCK_SH)
+        flock(fd, fcntl.LOCK_SH)
         with suppress(PermissionError):  # of another user's file
             os.utime(fd)
         return fd
@@ -140,8 +144,8 @@ class ShardCache:
             _beside(wanted.path, "lock"),
             progress=lambda: _progress(wanted.path),
             late=f"{wanted.shown}: another process of this machine fetches it to {wanted.path} and got nothing for "
-            f"{self._patience.stall_s:.0f} s; end that process, or see whether the store answers",
-            stall_s=self._patience.stall_s,
+            f"{self.patience.stall_s:.0f} s; end that process, or see whether the store answers",
+            stall_s=self.patience.stall_s,
             stopped=stopped,
         )
 
@@ -152,8 +156,10 @@ class ShardCache:
         try:
             self._make_room(wanted, partial)
             with open(partial, "r+b", buffering=0) as handle:
-                self._transfer(handle.fileno(), wanted, stopped)
+                xxh3 = self._transfer(handle.fileno(), wanted, stopped)
                 os.fsync(handle.fileno())
+            if wanted.noted:
+                write_text(_note(wanted.path), xxh3)
             os.replace(partial, wanted.path)
             fsync(wanted.path.parent)
         except OSError as error:
@@ -169,31 +175,32 @@ class ShardCache:
             with self._room_lock():
                 self._evict(0, keep=wanted.path)
 
-    def _transfer(self, fd: int, wanted: Wanted, stopped: Callable[[], bool]) -> None:
+    def _transfer(self, fd: int, wanted: Wanted, stopped: Callable[[], bool]) -> str:
         """Attempts with growing pauses. A later one goes on where the last ended, if the hash of the whole will tell whether that fits."""
         done, digest = 0, xxhash.xxh3_64()
-        for attempt in range(1, self._patience.attempts + 1):
+        most = self.max_bytes if wanted.num_bytes is None else wanted.num_bytes
+        tries = Tries(self.patience, shown=wanted.shown, stopped=stopped)
+        while True:
+            os.utime(fd)  # whoever waits for this process sees that it still tries
             if wanted.xxh3 is None or done >= (wanted.num_bytes or 0):  # what came is not what was wanted
                 done, digest = 0, xxhash.xxh3_64()
             try:
                 for piece in wanted.read(done):
                     if stopped():
                         raise FetchError(f"{wanted.shown}: not fetched, as reading ended")
+                    if done + len(piece) > most:
+                        done = most  # so that the next attempt begins anew
+                        raise WrongContentError(f"more than {most:,} bytes came, and no more are wanted")
                     _write(fd, piece, done)
                     digest.update(piece)
                     done += len(piece)
                 os.truncate(fd, done)
                 _verify(wanted, done, digest.hexdigest())
-                return
+                return digest.hexdigest()
             except (FetchError, _DiskError):
                 raise
             except transport_errors() as error:
-                reason = why(error)
-                if attempt == self._patience.attempts or is_final(error):
-                    raise gave_up(wanted.shown, attempt, error) from None
-            pause = self._patience.backoff_s * 2 ** (attempt - 1)
-            _log.warning("%s: %s; attempt %d follows in %.1f s", wanted.shown, reason, attempt + 1, pause)
-            time.sleep(pause)
+                tries.failed(error, done=done)
 
     def _make_room(self, wanted: Wanted, partial: Path) -> None:
         """Makes room and takes it at once, as a file of the size that is to come: others who make room count it."""
@@ -210,7 +217,7 @@ class ShardCache:
     @contextmanager
     def _room_lock(self) -> Iterator[None]:
         with open(self.root / ".lock", "w") as handle:
-            _flock(handle.fileno(), fcntl.LOCK_EX)  # whoever has it only looks and unlinks
+            flock(handle.fileno(), fcntl.LOCK_EX)  # whoever has it only looks and unlinks
             yield
 
     def _evict(self, need: int, *, keep: Path) -> None:
@@ -240,50 +247,6 @@ class ShardCache:
             )
 
 
-def make_folder(path: Path) -> None:
-    """Makes a folder of the cache.
-
-    Raises:
-        FetchError: It can't be, which names the field that says where the cache is.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FetchError(
-            f"{path}: can't be made ({error.strerror}); name a folder that can be written with data.cache.path"
-        ) from None
-
-
-@contextmanager
-def turn(
-    lock: Path, *, progress: Callable[[], float], late: str, stall_s: float, stopped: Callable[[], bool] = lambda: False
-) -> Iterator[None]:
-    """Holds a lock file for this thread alone, which other threads and processes wait for while work goes on.
-
-    Args:
-        progress: A number that changes while whoever has the lock gets on.
-        late: What to say where it did not change for ``stall_s`` seconds.
-        stopped: Asked while waiting; true ends it.
-    Raises:
-        FetchError: ``late``, or it was stopped.
-    """
-    with open(lock, "w") as handle:
-        seen, since = progress(), time.monotonic()
-        looked = since
-        while not _flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB):
-            if stopped():
-                raise FetchError(f"{lock}: no longer waited for, as reading ended")
-            now = time.monotonic()
-            if now - looked > min(1.0, stall_s / 4):  # less often than the lock: it looks through folders
-                looked = now
-                if (last := progress()) != seen:
-                    seen, since = last, now
-                if now - since > stall_s:
-                    raise FetchError(late)
-            time.sleep(0.02)
-        yield
-
-
 class _DiskError(OSError):
     """Of this machine's disk, not of the transport."""
 
@@ -292,18 +255,26 @@ def _verify(wanted: Wanted, num_bytes: int, xxh3: str) -> None:
     if wanted.num_bytes is not None and num_bytes != wanted.num_bytes:
         raise EOFError(f"{num_bytes:,} bytes came, the index says {wanted.num_bytes:,}")
     if wanted.xxh3 is not None and xxh3 != wanted.xxh3:
-        raise EOFError(f"its xxh3 is {xxh3}, the index says {wanted.xxh3}")
+        raise WrongContentError(f"its xxh3 is {xxh3}, the index says {wanted.xxh3}")
 
 
 def _is_whole(wanted: Wanted) -> bool:
-    """Whether the file that is here has the hash that it should; one that nothing is known of has not."""
-    if wanted.xxh3 is None:
+    """Whether a file has the hash that it should; one that isn't here is whole as it will be fetched, one without a hash is not."""
+    if not wanted.path.exists():
+        return True
+    note = _note(wanted.path)
+    xxh3 = read_utf8(note) if wanted.noted and note.exists() else wanted.xxh3
+    if xxh3 is None:
         return False
     digest = xxhash.xxh3_64()
     with open(wanted.path, "rb", buffering=0) as handle:
         while piece := handle.read(_PIECE_BYTES):
             digest.update(piece)
-    return digest.hexdigest() == wanted.xxh3
+    return digest.hexdigest() == xxh3
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(f"{path.name}.xxh3")
 
 
 def _write(fd: int, piece: bytes, offset: int) -> None:
@@ -314,18 +285,6 @@ def _write(fd: int, piece: bytes, offset: int) -> None:
             view, offset = view[count:], offset + count
     except OSError as error:
         raise _DiskError(error.errno, error.strerror) from error
-
-
-def _flock(fd: int, how: int) -> bool:
-    """Whether the lock was had. Where there are no locks, as on some cluster file systems, everyone has it: renames are atomic still."""
-    try:
-        fcntl.flock(fd, how)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-    return True
 
 
 def _beside(path: Path, kind: str) -> Path:
@@ -378,7 +337,7 @@ def _unlink_if_free(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        if not _flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        if not flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
             return False
         path.unlink(missing_ok=True)
         return True

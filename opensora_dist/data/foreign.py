@@ -10,8 +10,8 @@ its last part.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ _MASKS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16,
 _LATENTS = ("latents.npy", "npy")
 _LONGEST_TEXT = 1 << 20
 _LONGEST_SIDE = 1 << 20
+_OTHER_CLIP = "clip in .json that does not fit its latents"
 
 
 class Layout(DatasetSpec):
@@ -42,6 +43,11 @@ class Layout(DatasetSpec):
     axes: Literal["TCHW", "CTHW"] = Field(
         "TCHW", description="Order of a latents array's axes; CTHW is read for single frames only."
     )
+
+    def clip_of(self, latent: Thw) -> Thw:
+        """The clip in pixels that latents are of, by the codec's factors."""
+        frames = 1 if latent.t == 1 else latent.t * self.temporal_factor
+        return Thw(frames, latent.h * self.spatial_factor, latent.w * self.spatial_factor)
 
 
 @dataclass
@@ -111,7 +117,7 @@ def index_tar(fd: int, *, name: str, shown: str, layout: Layout, beat: Callable[
             if key in seen:
                 raise UnfitError("its key comes twice in its shard")
             seen.add(key)
-            found.rows.append(_sample(fd, key, members, name=name, shown=shown, layout=layout))
+            found.rows.append(_sample(fd, key, members, found, name=name, shown=shown, layout=layout))
         except UnfitError as error:
             found.dropped.setdefault(str(error), []).append(f"{name}: {key}")
     return found
@@ -135,7 +141,9 @@ def _samples(members: Iterator[Member], found: Findings) -> Iterator[tuple[str, 
         yield key, mine
 
 
-def _sample(fd: int, key: str, members: dict[str, Member], *, name: str, shown: str, layout: Layout) -> SampleRow:
+def _sample(
+    fd: int, key: str, members: dict[str, Member], found: Findings, *, name: str, shown: str, layout: Layout
+) -> SampleRow:
     arrays = _arrays(fd, members, shown=f"{shown}: {key}")
     latents, text = arrays.get("latents"), arrays.get("text")
     if latents is None:
@@ -151,6 +159,9 @@ def _sample(fd: int, key: str, members: dict[str, Member], *, name: str, shown: 
         raise UnfitError(f"its latents are {latents.dtype} and its text {text.dtype}; both must be of one precision")
     about = _about(fd, members)
     clip = _clip(about, Thw(t, h, w), layout)
+    if clip is None:
+        clip = layout.clip_of(Thw(t, h, w))
+        found.ignored[_OTHER_CLIP] = found.ignored.get(_OTHER_CLIP, 0) + 1
     text_bytes = tokens * layout.text_width * np.dtype(text.dtype).itemsize
     frames = memoryview(read_exactly(fd, latents.offset, latents.num_bytes))
     size = latents.num_bytes // t
@@ -255,10 +266,38 @@ def _first_text(about: dict[str, Any], *names: str) -> str:
     return found.encode(errors="replace").decode()  # JSON may hold halves of characters
 
 
-def _clip(about: dict[str, Any], latent: Thw, layout: Layout) -> Thw:
-    """The clip in pixels: as the .json says (`clip`: [T, H, W]), or by the codec's factors."""
-    said = about.get("clip")
-    if isinstance(said, list) and len(said) == 3 and all(isinstance(n, int) and 0 < n < _LONGEST_SIDE for n in said):
-        return Thw(*said)
-    frames = 1 if latent.t == 1 else latent.t * layout.temporal_factor
-    return Thw(frames, latent.h * layout.spatial_factor, latent.w * layout.spatial_factor)
+def _clip(about: dict[str, Any], latent: Thw, layout: Layout) -> Thw | None:
+    """The clip in pixels: as the .json says (`clip`: [T, H, W]), or by the codec's factors. None where it says what can't be.
+
+    Codecs round up or down, and some keep a frame more: by less than one latent in each axis.
+    """
+    said, usual = about.get("clip"), layout.clip_of(latent)
+    if not (isinstance(said, list) and len(said) == 3 and all(isinstance(n, int) and 0 < n < _LONGEST_SIDE for n in said)):
+        return usual
+    factors = (layout.temporal_factor, layout.spatial_factor, layout.spatial_factor)
+    sides = zip(said, (latent.t, latent.h, latent.w), factors, strict=True)
+    return Thw(*said) if all(abs(n - side * factor) < factor for n, side, factor in sides) else None
+
+
+def settle_clips(rows: Sequence[SampleRow], layout: Layout) -> tuple[list[SampleRow], int]:
+    """Gives every clip shape one latent shape, as batches need: where a stated clip stands for two, its samples get it by the factors.
+
+    Returns:
+        The samples, and how many of them were changed.
+    """
+    stated = [row.shape for row in rows]
+    shapes = stated
+    while True:  # ends, as clips by the factors differ where latents do: each round has more of them
+        latents: dict[Thw, set[Thw]] = {}
+        for shape in set(shapes):
+            latents.setdefault(shape.clip, set()).add(shape.latent)
+        usual = {s: replace(s, clip=layout.clip_of(s.latent)) for s in set(shapes) if len(latents[s.clip]) > 1}
+        if not usual:
+            break
+        shapes = [usual.get(shape, shape) for shape in shapes]
+    changed = [old != new for old, new in zip(stated, shapes, strict=True)]
+    settled = [
+        replace(row, clip_t=shape.clip.t, clip_h=shape.clip.h, clip_w=shape.clip.w) if anew else row
+        for row, shape, anew in zip(rows, shapes, changed, strict=True)
+    ]
+    return settled, sum(changed)

@@ -23,12 +23,12 @@ from opensora_dist.core.index import INDEX_NAME, ShardRow, write_index
 from opensora_dist.core.io import hash_bytes, read_json, write_json, write_text
 from opensora_dist.core.logging import get_logger
 from opensora_dist.core.urls import PIPE
-from opensora_dist.data.cache import make_folder, turn
-from opensora_dist.data.foreign import Findings, Layout, index_tar
+from opensora_dist.data.foreign import Findings, Layout, index_tar, settle_clips
+from opensora_dist.data.locks import make_folder, turn
 from opensora_dist.data.transport import FetchError
 
 _log = get_logger(__name__)
-_FORMAT = 1  # of what is kept of each tar; another number makes old ones worthless
+_FORMAT = 2  # of what is kept of each tar; another number makes old ones worthless
 _STALL_S = 600.0
 _SAY_S = 5.0
 _THREADS = 4
@@ -121,7 +121,12 @@ def _make(tars: Sequence[Tar], *, layout: Layout, about: list[Any], home: Path, 
             "Copy or pack these again, or leave them out of data.path; what was found in the others is kept"
         )
     _tell(tars, [found for _, found in kept], folder=folder)
-    rows = [row for _, found in kept for row in found.rows]
+    rows, changed = settle_clips([row for _, found in kept for row in found.rows], layout)
+    if changed:
+        _log.warning(
+            "%d samples have a clip of their own that belongs to other latents in another sample; it is by the codec's factors",
+            changed,
+        )
     shapes = Counter((row.clip_t, row.clip_h, row.clip_w) for row in rows)
     spec = layout.model_dump(mode="json", exclude={"axes"}) | {"buckets": [list(shape) for shape, _ in shapes.most_common()]}
     write_index(folder, rows=rows, shards=[shard for shard, found in kept if found.rows], spec=spec)

@@ -18,10 +18,10 @@ from pydantic import ValidationError
 
 from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.core.errors import DataError
+from opensora_dist.core.identity import IdentityHash
 from opensora_dist.core.index import (
     DTYPES,
     INDEX_NAME,
-    IdentityHash,
     IndexHeader,
     SampleShape,
     ShardRow,
@@ -33,7 +33,8 @@ from opensora_dist.core.io import sample_id
 from opensora_dist.core.logging import get_logger
 from opensora_dist.core.types import Thw
 from opensora_dist.data.numbers import Numbers, ends_of, read_numbers
-from opensora_dist.data.remote import JoinedShards, LocalShards, Located, ShardSource
+from opensora_dist.data.remote import Located
+from opensora_dist.data.shards import JoinedShards, LocalShards, ShardSource
 from opensora_dist.data.strings import Strings, StringsOf
 
 _log = get_logger(__name__)

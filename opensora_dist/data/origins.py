@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.extras import missing_extra, require_extra
 from opensora_dist.core.io import hash_bytes
-from opensora_dist.core.urls import PIPE, from_environment, pipe_arguments, redact
+from opensora_dist.core.urls import PIPE, from_environment, pipe_arguments, plain_name, redact
 
 _PIECE_BYTES = 8 << 20
 _CONNECT_S = 30.0
@@ -72,19 +72,19 @@ class UrlOrigin:
 
 @dataclass(frozen=True)
 class PipeOrigin:
-    """The output of a command, which is run without a shell."""
+    """The output of a command, which is run without a shell. ``name`` takes the place of ``{}``."""
 
     command: str
+    name: str = "{}"
 
     @property
     def shown(self) -> str:
-        return redact(self.command)
+        return redact(self.command).replace("{}", self.name)
 
     def read(self, start: int) -> Iterator[bytes]:
         with tempfile.TemporaryFile() as said:
-            process = subprocess.Popen(
-                pipe_arguments(self.command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, bufsize=0
-            )
+            words = pipe_arguments(self.command, name=self.name)
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, bufsize=0)
             assert process.stdout is not None
             try:
                 while piece := self._piece(process):
@@ -115,6 +115,16 @@ def origin_of(url: str) -> Origin:
     return PipeOrigin(url) if url.startswith(PIPE) else UrlOrigin(url)
 
 
+def origin_in(folder_url: str, name: str) -> Origin:
+    """The origin of a file of a data set that was made elsewhere, as was its name.
+
+    Raises:
+        DataError: A name that could mean something else to a store or a command.
+    """
+    plain_name(name, where=redact(folder_url))
+    return PipeOrigin(folder_url, name) if folder_url.startswith(PIPE) else UrlOrigin(child(folder_url, name))
+
+
 def file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path in it.
 
@@ -135,9 +145,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def child(folder_url: str, name: str) -> str:
-    """The URL of a file in a folder; a query string stays at the end. In a command the name takes the place of ``{}``."""
-    if folder_url.startswith(PIPE):
-        return folder_url.replace("{}", name)
+    """The URL of a file in a folder; a query string stays at the end."""
     path, question, query = folder_url.partition("?")
     return f"{path.rstrip('/')}/{name}{question}{query}"
 

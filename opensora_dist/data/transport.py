@@ -9,9 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from opensora_dist.core.logging import get_logger
 from opensora_dist.core.urls import redact
 
+_log = get_logger(__name__)
 _T = TypeVar("_T")
+_LOOK_S = 0.1  # between looks whether a pause still matters
 
 
 class FetchError(OSError):
@@ -34,13 +37,17 @@ class Patience:
     """How long a fetch is tried.
 
     Args:
-        attempts: Transfers that are begun.
-        backoff_s: Pause after the first that failed; each next one is twice as long.
+        total_s: From the first failure on; what got further than any attempt before it begins anew.
+        backoff_s: Pause after the first that failed; each next one is twice as long, up to ``longest_s``.
+        longest_s: The longest pause.
+        wrong: How often what came whole may be something else than what the index says: a store that holds the wrong thing keeps it.
         stall_s: Who waits for another process gives up after so long without a byte.
     """
 
-    attempts: int = 5
+    total_s: float = 300.0
     backoff_s: float = 0.5
+    longest_s: float = 30.0
+    wrong: int = 4
     stall_s: float = 120.0
 
 
@@ -50,14 +57,55 @@ def retried(call: Callable[[], _T], *, shown: str, patience: Patience) -> _T:
     Raises:
         FetchError: As ``ShardCache.open``.
     """
-    for attempt in range(1, patience.attempts + 1):
+    tries = Tries(patience, shown=shown)
+    while True:
         try:
             return call()
         except transport_errors() as error:
-            if attempt == patience.attempts or is_final(error):
-                raise gave_up(shown, attempt, error) from None
-        time.sleep(patience.backoff_s * 2 ** (attempt - 1))
-    raise AssertionError("the last attempt answers or raises")
+            tries.failed(error)
+
+
+class WrongContentError(EOFError):
+    """What came is not what the index says."""
+
+
+class Tries:
+    """The attempts at one thing.
+
+    Args:
+        patience: How long it is tried.
+        shown: What messages call it.
+        stopped: Asked during pauses.
+    """
+
+    def __init__(self, patience: Patience, *, shown: str, stopped: Callable[[], bool] = lambda: False) -> None:
+        self._patience, self._shown, self._stopped = patience, shown, stopped
+        self._since: float | None = None
+        self._attempts = self._row = self._wrong = self._furthest = 0
+
+    def failed(self, error: BaseException, *, done: int = 0) -> None:
+        """Of an attempt: returns after a pause, where another one may follow.
+
+        Args:
+            done: Bytes that are here.
+        Raises:
+            FetchError: It is given up, or stopped.
+        """
+        patience, now = self._patience, time.monotonic()
+        self._attempts += 1
+        self._wrong += isinstance(error, WrongContentError)
+        if done > self._furthest:
+            self._furthest, self._since, self._row = done, None, 0
+        self._since = now if self._since is None else self._since
+        pause = min(patience.longest_s, patience.backoff_s * 2**self._row)
+        self._row = min(self._row + 1, 32)
+        if is_final(error) or self._wrong >= patience.wrong or now + pause - self._since > patience.total_s:
+            raise gave_up(self._shown, self._attempts, error) from None
+        _log.warning("%s: %s; attempt %d follows in %.1f s", self._shown, why(error), self._attempts + 1, pause)
+        while (left := now + pause - time.monotonic()) > 0:
+            if self._stopped():
+                raise FetchError(f"{self._shown}: not fetched, as reading ended")
+            time.sleep(min(_LOOK_S, left))
 
 
 def transport_errors() -> tuple[type[BaseException], ...]:

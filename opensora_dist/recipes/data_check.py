@@ -21,7 +21,8 @@ from opensora_dist.config.train import DataConfig, TrainConfig
 from opensora_dist.core.errors import DataError
 from opensora_dist.core.index import INDEX_NAME, IndexHeader, SampleRow, ShardRow, read_header, read_rows
 from opensora_dist.data.index import DataSet, Index, read_spec, verify_index
-from opensora_dist.data.remote import Located, ShardSource, localise
+from opensora_dist.data.remote import Located, localise
+from opensora_dist.data.shards import ShardSource
 from opensora_dist.data.verify import Finding, verify_shard
 from opensora_dist.observe.progress import Bar
 from opensora_dist.prepare.stats import ChannelSums, measured_stats

@@ -24,7 +24,7 @@ SP = ("parallel.sp.degree=2",)
 def _impatient() -> Any:
     """Of a rank: little time passes before a store is given up."""
     stack = ExitStack()
-    stack.enter_context(mock.patch.object(remote, "PATIENCE", Patience(attempts=2, backoff_s=0.01)))
+    stack.enter_context(mock.patch.object(remote, "PATIENCE", Patience(backoff_s=0.01)))
     stack.enter_context(mock.patch.object(origins, "_SILENCE_S", 0.3))
     return stack
 
@@ -52,7 +52,7 @@ def _lacking(folder, tmp_path):
 
 def test_a_run_on_a_store_is_the_run_on_the_folder(ranks, folder, store, tmp_path):
     ranks.run(train_here, overrides(folder, tmp_path / "here", *RUN, *SP), world=2)
-    there = [*RUN, *SP, f"data.cache.path={tmp_path / 'cache'}"]
+    there = [*RUN, *SP, f"data.cache.path={tmp_path / 'cache'}", "data.cache.patience_s=0.1"]
     ranks.run(train_here, overrides(f"{store.url}/set", tmp_path / "there", *there), _impatient, world=2)
     assert curve(tmp_path / "there") == curve(tmp_path / "here")
     assert all(len(store.downloads(name)) <= 1 for name in store.files), "two ranks fetched the same"
@@ -62,7 +62,7 @@ def test_a_run_on_a_store_is_the_run_on_the_folder(ranks, folder, store, tmp_pat
 def test_a_shard_that_can_not_be_had_is_replaced_on_all_ranks_and_nothing_hangs(ranks, folder, store, tmp_path, fault):
     ranks.run(train_here, overrides(_lacking(folder, tmp_path), tmp_path / "here", *RUN, *SP), world=2)
     store.faults["set/shard-00002.tar"] = [fault] * 1000
-    there = [*RUN, *SP, f"data.cache.path={tmp_path / 'cache'}"]
+    there = [*RUN, *SP, f"data.cache.path={tmp_path / 'cache'}", "data.cache.patience_s=0.1"]
     ranks.run(train_here, overrides(f"{store.url}/set", tmp_path / "there", *there), _impatient, world=2)
     assert curve(tmp_path / "there") == curve(tmp_path / "here")
     told = [

@@ -22,6 +22,7 @@ from opensora_dist.config.train import CacheConfig
 from opensora_dist.core.errors import ConfigError, DataError
 from opensora_dist.core.index import read_header, read_rows
 from opensora_dist.core.tar import Member
+from opensora_dist.core.types import Thw
 from opensora_dist.data import foreign_index
 from opensora_dist.data.arrays import UnfitError, npy_place, safetensors_places
 from opensora_dist.data.foreign import Layout, parse_layout
@@ -258,14 +259,40 @@ def test_captions_sources_and_clip_shapes_come_from_txt_and_json(folder, config)
             "a.npy": _npy(LATENTS),
             "a.text.npy": _npy(TEXT),
             "a.txt": "ein Hase läuft\n".encode(),
-            "a.json": json.dumps({"caption": "not this", "url": "video.mp4", "clip": [9, 17, 41]}).encode(),
+            "a.json": json.dumps({"caption": "not this", "url": "video.mp4", "clip": [3, 17, 41]}).encode(),
             "b.npy": _npy(LATENTS),
             "b.text.npy": _npy(TEXT),
         },
     )
     a, b = read_rows(localise(str(folder), cache=config, allow_pipe=False).folder)
-    assert (a.caption, a.source, (a.clip_t, a.clip_h, a.clip_w)) == ("ein Hase läuft", "video.mp4", (9, 17, 41))
+    assert (a.caption, a.source, (a.clip_t, a.clip_h, a.clip_w)) == ("ein Hase läuft", "video.mp4", (3, 17, 41))
     assert (b.caption, b.source, (b.clip_t, b.clip_h, b.clip_w)) == ("", "x.tar: b", (T, H * 8, W * 8))
+
+
+def _stating(clip, latents):
+    return {"npy": _npy(latents), "text.npy": _npy(TEXT), "json": json.dumps({"clip": clip}).encode()}
+
+
+def test_a_clip_that_does_not_fit_its_latents_is_taken_by_the_codecs_factors_and_said(folder, config, caplog):
+    members = {f"a.{k}": v for k, v in _stating([3, 720, 1280], LATENTS).items()}
+    wide = np.concatenate([LATENTS, LATENTS], axis=3)
+    members |= {f"b.{k}": v for k, v in _stating([3, 720, 1280], wide).items()}
+    _pack(folder / "x.tar", members)
+    index = Index.join([DataSet(at=localise(str(folder), cache=config, allow_pipe=False))])
+    assert [index.clip_shape(row) for row in range(2)] == [Thw(T, H * 8, W * 8), Thw(T, H * 8, 2 * W * 8)]
+    assert "2 clip in .json that does not fit its latents" in caplog.text
+
+
+def test_clips_that_stand_for_two_latent_shapes_are_taken_by_the_codecs_factors(folder, config, caplog):
+    taller = np.concatenate([LATENTS, LATENTS[:, :, :1]], axis=2)
+    members = {}
+    for key, clip, latents in (("a", [3, 17, 41], LATENTS), ("b", [3, 17, 41], taller), ("c", [3, 16, 40], taller)):
+        members |= {f"{key}.{k}": v for k, v in _stating(clip, latents).items()}
+    _pack(folder / "x.tar", members | {f"d.{k}": v for k, v in _stating([3, 18, 40], LATENTS).items()})
+    index = Index.join([DataSet(at=localise(str(folder), cache=config, allow_pipe=False))])
+    low, high = Thw(T, H * 8, W * 8), Thw(T, (H + 1) * 8, W * 8)
+    assert [index.clip_shape(row) for row in range(4)] == [low, high, high, Thw(3, 18, 40)]
+    assert "2 samples have a clip of their own" in caplog.text
 
 
 def test_halves_of_characters_in_a_caption_are_replaced(folder, config):

@@ -9,17 +9,21 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from itertools import pairwise
 
 import fsspec
 import pytest
 from dataset_factory import SPEC, write_dataset
 from stores import Store, serving
 
+from opensora_dist.config.data_rules import data_problems
 from opensora_dist.config.load import dump_yaml
-from opensora_dist.config.train import CacheConfig
+from opensora_dist.config.train import CacheConfig, DataConfig, TrainConfig
 from opensora_dist.core.errors import ConfigError, DataError
-from opensora_dist.core.index import read_header, read_rows
+from opensora_dist.core.index import ShardRow, read_header, read_rows, write_index
 from opensora_dist.core.io import hash_bytes
+from opensora_dist.core.urls import pipe_arguments, plain_name, secret_in
 from opensora_dist.data import cache as cache_module
 from opensora_dist.data import remote, transport
 from opensora_dist.data.cache import ShardCache, Wanted
@@ -28,7 +32,7 @@ from opensora_dist.data.reader import Damage, ShardReader
 from opensora_dist.data.remote import localise
 from opensora_dist.data.transport import FetchError, Patience
 
-QUICK = Patience(attempts=4, backoff_s=0.01, stall_s=1.0)
+QUICK = Patience(total_s=0.1, backoff_s=0.01, stall_s=1.0)
 CONTENT = bytes(range(256)) * 1000
 
 
@@ -53,7 +57,7 @@ def store(dataset):
 
 @pytest.fixture
 def config(tmp_path):
-    return CacheConfig(path=str(tmp_path / "cache"), prefetch_shards=0)
+    return CacheConfig(path=str(tmp_path / "cache"), prefetch_shards=0, patience_s=QUICK.total_s)
 
 
 def _open(url, config, **kwargs):
@@ -137,12 +141,12 @@ def test_the_index_and_the_question_whether_there_is_one_survive_failures(store,
 def test_giving_up_names_url_attempts_reason_and_way_out_and_leaves_nothing(store, config, tmp_path):
     _, source = _open(f"{store.url}/set", config)
     before = _left(tmp_path)
-    store.faults["set/shard-00001.tar"] = ["503"] * 9
+    store.faults["set/shard-00001.tar"] = ["503"] * 99
     with pytest.raises(FetchError) as caught:
         source.open(1)
     for part in (
         f"{store.url}/set/shard-00001.tar",
-        "after 4 attempts",
+        "attempts (",
         "503",
         "credentials in the environment",
         "docs/remote.md",
@@ -168,7 +172,7 @@ def test_what_is_forbidden_or_not_there_is_not_asked_for_again(store, config, st
 def test_a_store_that_does_not_answer_is_an_error_that_says_so(config):
     with serving(Store(files={})) as store:
         url = store.url
-    with pytest.raises(DataError, match=r"after 4 attempts .*[Cc]onnect"):
+    with pytest.raises(DataError, match=r"after \d+ attempts .*[Cc]onnect"):
         localise(f"{url}/set", cache=config, allow_pipe=False)
 
 
@@ -179,7 +183,7 @@ def test_a_shard_that_can_not_be_had_is_damage_of_its_samples_alone(store, confi
     samples = ShardReader(index).try_read(range(len(index)))
     damaged = [row for row, sample in enumerate(samples) if isinstance(sample, Damage)]
     assert damaged == [row for row in range(len(index)) if index.shard[row] == 1]
-    assert "after 4 attempts" in samples[damaged[0]].reason
+    assert " attempts (" in samples[damaged[0]].reason
 
 
 def test_a_data_set_that_was_prepared_anew_is_not_read_with_the_old_shards(store, dataset, config, tmp_path):
@@ -371,17 +375,105 @@ def test_a_foreign_tar_that_came_damaged_is_fetched_again_by_the_next_start(stor
     assert [len(store.downloads(f"set/shard-0000{n}.tar")) for n in range(3)] == [1, 2, 1]
 
 
-def test_the_pause_between_attempts_doubles(tmp_path, monkeypatch):
-    pauses = []
-    monkeypatch.setattr(cache_module.time, "sleep", pauses.append)
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass as they are slept, and no others."""
+    now = [0.0]
+    monkeypatch.setattr(transport.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(transport.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    return now
+
+
+def test_a_store_may_fail_for_minutes_and_is_asked_less_and_less_often(tmp_path, clock):
+    asked = []
 
     def broken(start):
+        asked.append(clock[0])
+        if clock[0] < 240:
+            raise ConnectionResetError("gone")
+        yield CONTENT[start:]
+
+    os.close(_cache(tmp_path, patience=Patience()).open(_wanted(tmp_path, broken)))
+    pauses = [after - before for before, after in pairwise(asked)]
+    assert pauses[:7] == pytest.approx([0.5, 1, 2, 4, 8, 16, 30], abs=1e-6) and max(pauses) == pytest.approx(30)
+
+
+def test_a_store_that_fails_for_longer_is_given_up_and_one_that_gets_on_is_not(tmp_path, clock):
+    def broken(start):
+        if clock[0] < 400:
+            raise ConnectionResetError("gone")
+        yield CONTENT
+
+    def slow(start):
+        clock[0] += 100
+        yield CONTENT[start : start + len(CONTENT) // 8]
+
+    with pytest.raises(FetchError, match=r"after \d+ attempts \(ConnectionResetError: gone\)"):
+        _cache(tmp_path, patience=Patience()).open(_wanted(tmp_path, broken))
+    os.close(_cache(tmp_path, patience=Patience()).open(_wanted(tmp_path, slow, name="b.tar")))
+    assert clock[0] > 800
+
+
+def test_a_pause_ends_when_reading_does(tmp_path):
+    stop, cache = threading.Event(), _cache(tmp_path, patience=Patience(backoff_s=60, longest_s=60))
+
+    def broken(start):
+        threading.Timer(0.05, stop.set).start()
         raise ConnectionResetError("gone")
         yield b""
 
-    with pytest.raises(FetchError, match=r"after 4 attempts \(ConnectionResetError: gone\)"):
-        _cache(tmp_path, patience=Patience(attempts=4, backoff_s=1)).open(_wanted(tmp_path, broken))
-    assert pauses == [1, 2, 4]
+    began = time.monotonic()
+    with pytest.raises(FetchError, match="reading ended"):
+        cache.open(_wanted(tmp_path, broken), stopped=stop.is_set)
+    assert time.monotonic() - began < 20
+
+
+def test_a_store_that_sends_without_end_is_cut_off_at_the_size_of_the_shard(tmp_path):
+    largest = 0
+
+    def endless(start):
+        nonlocal largest
+        while True:
+            yield bytes(100_000)
+            largest = max(largest, *(part.stat().st_size for part in (tmp_path / "cache").glob(".a.tar.partial-*")))
+
+    with pytest.raises(FetchError, match=r"after 4 attempts \(WrongContentError: more than 256,000 bytes came"):
+        _cache(tmp_path).open(_wanted(tmp_path, endless))
+    assert largest == len(CONTENT) and _left(tmp_path) == []
+
+
+def test_an_index_or_its_hashes_that_rotted_in_the_cache_are_fetched_anew(store, dataset, config):
+    at, _ = _open(f"{store.url}/set", config)
+    hashes = read_header(at.folder).hashes_name
+    for name in ("index.parquet", hashes):
+        content = bytearray((at.folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (at.folder / name).write_bytes(content)
+    again, _ = _open(f"{store.url}/set", config)
+    assert again.folder == at.folder and list(read_rows(at.folder)) == list(read_rows(dataset[0]))
+    assert [len(store.downloads(f"set/{name}")) for name in ("index.parquet", hashes)] == [2, 2]
+
+
+def test_versions_of_an_index_that_nobody_opened_for_a_month_are_removed(store, config):
+    at, _ = _open(f"{store.url}/set", config)
+    for name, age in (("index-a", 40), ("index-b", 10)):
+        (at.folder.parent / name).mkdir()
+        (at.folder.parent / name / "index.parquet").write_bytes(b"x")
+        os.utime(at.folder.parent / name / "index.parquet", times=(time.time() - age * 86400,) * 2)
+    os.utime(at.folder / "index.parquet", times=(time.time() - 40 * 86400,) * 2)
+    _open(f"{store.url}/set", config)
+    assert sorted(path.name for path in at.folder.parent.glob("index-*")) == sorted(["index-b", at.folder.name])
+
+
+def test_a_shard_that_is_not_had_is_told_of_by_a_new_error_each_time(store, config):
+    _, source = _open(f"{store.url}/set", config)
+    store.faults["set/shard-00001.tar"] = ["403"]
+    errors = []
+    for _ in range(3):
+        with pytest.raises(FetchError) as caught:
+            source.open(1)
+        errors.append(caught.value)
+    assert len({id(error) for error in errors}) == 3 and len({str(error) for error in errors}) == 1
 
 
 def test_a_command_is_run_only_where_the_config_allows_it(dataset, config, tmp_path):
@@ -389,6 +481,24 @@ def test_a_command_is_run_only_where_the_config_allows_it(dataset, config, tmp_p
     with pytest.raises(ConfigError, match=r"data\.allow_pipe=true"):
         localise(f"pipe:touch {flag} {{}}", cache=config, allow_pipe=False)
     assert not flag.exists()
+
+
+@pytest.mark.parametrize("allow_pipe", [False, True])
+def test_a_layout_is_never_a_command(dataset, config, tmp_path, allow_pipe):
+    flag, tars = tmp_path / "flag", f"{dataset[0]}/shard-{{00000..00001}}.tar"
+    with pytest.raises(ConfigError, match=r"data\.layout=.* is a command"):
+        localise(tars, cache=config, allow_pipe=allow_pipe, layout=f"pipe:touch {flag}")
+    assert not flag.exists()
+
+
+def test_the_rules_refuse_a_layout_that_is_a_command_or_holds_a_secret(dataset):
+    for layout, said in (("pipe:cat x", "is a command"), ("https://me:pw@host/x.yaml", "environment variable")):
+        for allow_pipe in (False, True):
+            one = DataConfig(path=str(dataset[0]), layout=layout, allow_pipe=allow_pipe)
+            mixed = DataConfig(mixture=({"path": str(dataset[0]), "layout": layout},), allow_pipe=allow_pipe)
+            for data, field in ((one, "data.layout"), (mixed, "data.mixture[0].layout")):
+                (problem,) = data_problems(TrainConfig(data=data), world=1)
+                assert problem.fields == (field,) and said in problem.message and "pw" not in problem.message
 
 
 def test_a_prepared_data_set_is_read_through_a_command(dataset, config):
@@ -426,7 +536,7 @@ def test_a_shard_behind_a_command_that_breaks_off_is_not_taken_for_whole(dataset
     wanted = remote._wanted(
         tmp_path / "cache" / "x.tar", remote.origin_of(f"pipe:{sys.executable} {script} {folder}/{name}"), num_bytes=10, xxh3="0"
     )
-    with pytest.raises(FetchError, match="after 4 attempts"):
+    with pytest.raises(FetchError, match="attempts"):
         _cache(tmp_path).open(wanted)
     assert at.remote
 
@@ -452,10 +562,102 @@ def test_a_secret_in_a_url_is_refused_as_every_dump_of_the_config_would_show_it(
         localise("memory://set", cache=config, allow_pipe=False, layout=url)
 
 
-@pytest.mark.parametrize("name", ["../../etc/x.tar", "/etc/x.tar", "a.txt"])
+NAMES = [
+    "../../etc/x.tar",
+    "/etc/x.tar",
+    "a/../x.tar",
+    "./x.tar",
+    "$HOME.tar",
+    "${HOME}.tar",
+    "a b.tar",
+    "x?.tar",
+    "x#.tar",
+    "x%2e.tar",
+]
+NAMES += [
+    "'x'.tar",
+    '"x".tar',
+    "-x.tar",
+    "a/-x.tar",
+    "x{}.tar",
+    "x\n.tar",
+    "x\\.tar",
+    "http://host/x.tar",
+    "x;y.tar",
+    "",
+    "a//x.tar",
+    "ü.tar",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_shard_names_of_an_index_made_elsewhere_stay_in_the_cache(name):
     with pytest.raises(DataError, match="stays in the data set's folder"):
-        remote._safe(name)
+        remote._kept_as(ShardRow(name=name, num_bytes=1, num_samples=1, xxh3="0"), where="https://host/set")
+    for folder in ("https://host/set", "pipe:cat {}"):
+        with pytest.raises(DataError, match="stays in the data set's folder"):
+            remote.origin_in(folder, name)
+    with pytest.raises(DataError, match="stays in the data set's folder"):
+        remote._kept_as(ShardRow(name="x.tar", num_bytes=1, num_samples=1, xxh3=name), where="https://host/set")
+
+
+def test_shard_names_that_are_made_here_are_plain():
+    for name in ("16x256x256-000000-0123456789abcdef.tar", "shard-00000.tar", "a/b_c/x=1+2.tar"):
+        assert plain_name(name, where="it") == name
+    with pytest.raises(DataError, match=r"ends in \.tar"):
+        remote._kept_as(ShardRow(name="a.txt", num_bytes=1, num_samples=1, xxh3="0"), where="https://host/set")
+
+
+def test_an_index_made_elsewhere_reads_nothing_of_the_environment(dataset, config, monkeypatch, tmp_path):
+    monkeypatch.setenv("MY_SECRET_KEY", "hunter2")
+    written = list(dataset[1].values())[:5]
+    folder = tmp_path / "theirs"
+    (shard,) = (s for s in read_header(dataset[0]).shards if s.name == written[0].row.shard)
+    rows = [replace(w.row, shard="$MY_SECRET_KEY x.tar") for w in written]
+    folder.mkdir()
+    write_index(folder, rows=rows, shards=[replace(shard, name="$MY_SECRET_KEY x.tar")], spec=SPEC.model_dump(mode="json"))
+    with serving(Store(files={f"set/{path.name}": path.read_bytes() for path in folder.iterdir()})) as store:
+        with pytest.raises(DataError, match="names a file"):
+            _open(f"{store.url}/set", config)
+        assert "hunter2" not in str(store.asked)
+
+
+def test_a_name_is_put_into_the_words_of_a_command_after_variables_and_splitting(monkeypatch):
+    monkeypatch.setenv("PRE", "a {} b")
+    monkeypatch.setenv("PRE_KEY", "hunter2")
+    assert pipe_arguments("pipe:cat $PRE{} 'x y/{}'", name="_KEY") == ["cat", "a {} b_KEY", "x y/_KEY"]
+
+
+COMMANDS = [
+    "pipe:env AWS_SECRET_ACCESS_KEY=abc aws s3 cp s3://b/{} -",
+    "pipe:curl -u user:hunter2 https://h/{}",
+    "pipe:curl --user=user:hunter2 https://h/{}",
+    "pipe:curl -H 'X-Api-Key: abc' https://h/{}",
+    "pipe:curl -H 'Authorization: Basic dXNlcjpwYXNz' https://h/{}",
+    "pipe:curl https://h/{}#sig=abcdef",
+    "https://host/set#sig=abcdef",
+]
+
+
+@pytest.mark.parametrize("url", COMMANDS)
+def test_words_that_announce_a_secret_are_refused_in_commands_and_fragments(url):
+    assert (said := secret_in(url)) is not None
+    assert not any(secret in said for secret in ("hunter2", "abc", "dXNl"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "pipe:env AWS_SECRET_ACCESS_KEY=$KEY aws s3 cp s3://b/{} -",
+        "pipe:curl -u $USER:$PASSWORD https://h/{}",
+        "pipe:curl -H 'Authorization: Bearer $TOKEN' https://h/{}?sig=$SIG",
+        "pipe:aws s3 cp s3://tokens/monkeys/{} -",
+        "data/set#1",
+        "https://host/set#$SIG",
+    ],
+)
+def test_commands_that_name_variables_are_allowed(url):
+    assert secret_in(url) is None
 
 
 def test_what_can_not_be_mended_by_trying_again_is_final():
