@@ -95,7 +95,7 @@ def mixed(videos, tmp_path_factory):
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
     shards = tmp_path_factory.mktemp("shards") / "data"
     cut = ["shots.detector=content", "shots.windows=all", "clip.fps=12"]
-    buckets = "clip.buckets=[[8, 96, 96], [8, 80, 128], [4, 64, 96], [1, 96, 96], [1, 80, 128]]"
+    buckets = "clip.buckets=[[8, 80, 112], [8, 80, 128], [4, 64, 96], [1, 80, 112], [1, 80, 128]]"
     assert main(["data", "prepare", f"input.path={folder}", f"output.path={shards}", *cut, buckets]) == 0
     assert len(Index.open(shards).buckets) == 5
     return shards
