@@ -37,7 +37,7 @@ class IdentityHash:
     def dataset_hash(self, *, spec: dict[str, Any], shards: Sequence[DataclassInstance]) -> str:
         """The identity of the whole."""
         about = {"spec": spec, "shards": [asdict(s) for s in shards], "keys": self._keys.hexdigest(), "hashes": self.hashes_xxh3}
-        return xxhash.xxh3_64_hexdigest(json.dumps(about, sort_keys=True))
+        return xxhash.xxh3_64_hexdigest(json.dumps(about, sort_keys=True).encode())
 
 
 def check_distinct(ids: NDArray[np.uint64], path: Path) -> None:

@@ -153,7 +153,7 @@ class Index:
             sets=tuple(sets),
             set_starts=tuple(starts),
             spec=specs[0] if spec is None else spec,
-            dataset_hash=headers[0].dataset_hash if len(sets) == 1 else xxhash.xxh3_64_hexdigest(identity),
+            dataset_hash=headers[0].dataset_hash if len(sets) == 1 else xxhash.xxh3_64_hexdigest(identity.encode()),
             shards=tuple(shard for h in headers for shard in h.shards),
             shapes=shapes,
             numbers=numbers,
