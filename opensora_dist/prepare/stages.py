@@ -11,10 +11,10 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from opensora_dist.config.codec import CodecConfig, TextConfig
-from opensora_dist.config.prepare import FilterConfig, PrepareConfig
+from opensora_dist.config.prepare import FilterConfig, PrepareConfig, ScoreName
 from opensora_dist.core.types import Thw
 from opensora_dist.prepare.fingerprint import fingerprint
 from opensora_dist.prepare.shards import sample_key
@@ -22,18 +22,7 @@ from opensora_dist.prepare.sources import Source
 from opensora_dist.prepare.store import address
 
 STAGES = ("probe", "shots", "cut", "score", "filter", "duplicates", "safety", "caption", "clean", "match", "encode")
-SCORES = (
-    "brightness",
-    "static",
-    "sharpness",
-    "motion",
-    "text_area",
-    "compression",
-    "camera",
-    "duplicates",
-    "aesthetic",
-    "match",
-)
+SCORES: tuple[str, ...] = get_args(ScoreName)
 _VERSIONS = {  # raise one where the stage's results change for the same input
     "probe": 1,
     "shots": 2,

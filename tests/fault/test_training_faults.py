@@ -210,7 +210,9 @@ def small_disk(tmp_path):
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("a small tmpfs can only be mounted by root with the right to mount")
+        pytest.skip(
+            "a small tmpfs can only be mounted by root with the right to mount: run this file as root, in a container with CAP_SYS_ADMIN"
+        )
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 

@@ -45,7 +45,7 @@ def test_names_of_ustar_with_a_prefix_are_joined(tmp_path):
     assert [m.name for m in _scan(_pack(tmp_path / "a.tar", [name], form=tarfile.USTAR_FORMAT))] == [name]
 
 
-@pytest.mark.skipif(shutil.which("tar") is None, reason="no tar program here")
+@pytest.mark.skipif(shutil.which("tar") is None, reason="no tar program here: install tar")
 @pytest.mark.parametrize("form", ["ustar", "gnu", "posix", "v7"])
 def test_what_the_tar_program_packs_is_read(tmp_path, form):
     (tmp_path / "d" / "e").mkdir(parents=True)
@@ -142,7 +142,7 @@ def test_names_that_point_out_of_the_tar_are_refused(tmp_path, name, form):
         _scan(_pack(tmp_path / "a.tar", [name], form=form, edit=edit))
 
 
-@pytest.mark.skipif(shutil.which("tar") is None, reason="no tar program here")
+@pytest.mark.skipif(shutil.which("tar") is None, reason="no tar program here: install tar")
 @pytest.mark.parametrize("form", ["gnu", "posix"])
 def test_sparse_files_are_refused(tmp_path, form):
     with open(tmp_path / "hole.npy", "wb") as file:
