@@ -88,10 +88,11 @@ def _add_data(actions: Any) -> None:
             "  opensora-dist bench data --python loaders/bin/python   # another environment has the other packages (docs/reading.md)"
         ),
     )
-    data.add_argument("--mib", type=int, default=512, metavar="N", help="size of each data set (default 512)")
+    data.add_argument("--mib", type=int, default=2048, metavar="N", help="size of each data set (default 2048)")
     data.add_argument("--rounds", type=int, default=7, metavar="R", help="passes of each way that count (default 7)")
     data.add_argument("--batch", type=int, default=8, metavar="B", help="samples of a batch (default 8)")
     data.add_argument("--threads", type=int, default=2, metavar="T", help="that read; or worker processes of others (default 2)")
+    data.add_argument("--disk-threads", type=int, default=4, metavar="T", help="that read from the disk (default 4)")
     data.add_argument("--python", metavar="PATH", help="interpreter that has the other packages (default: this one)")
     data.add_argument("--work", type=Path, metavar="DIR", help="folder on the disk to measure (default: the temporary folder)")
     data.add_argument("--out", type=Path, metavar="FILE", help="where to write the measurement, as JSON")
@@ -178,7 +179,13 @@ def _run_network(args: argparse.Namespace) -> int:
 def _run_data(args: argparse.Namespace) -> int:
     from opensora_dist.recipes.bench.data import DataOptions, bench_data
 
-    counts = {"mib": args.mib, "rounds": args.rounds, "batch": args.batch, "threads": args.threads}
+    counts = {
+        "mib": args.mib,
+        "rounds": args.rounds,
+        "batch": args.batch,
+        "threads": args.threads,
+        "disk_threads": args.disk_threads,
+    }
     problems = [f"--{name} must be 1 or more, and is {value}" for name, value in counts.items() if value < 1]
     if args.work is not None and not args.work.is_dir():
         problems.append(f"--work {args.work} is no folder; name one on the disk that is to be measured")
@@ -191,6 +198,7 @@ def _run_data(args: argparse.Namespace) -> int:
         rounds=args.rounds,
         batch=args.batch,
         threads=args.threads,
+        disk_threads=args.disk_threads,
         python=args.python,
         work=args.work,
     )

@@ -8,9 +8,9 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -140,20 +140,27 @@ def our_ways(index: Index, case: DataCase, *, epochs: int) -> Iterator[dict[str,
     for shard in range(len(index.shards)):
         fds.append(index.shard_source.open(shard))
         stack.callback(os.close, fds[-1])
-    memory = Slot(pinned=False).arrays([case.batch * max(size for _, _, size in spans)])[0].numpy().data
+    room = case.batch * max(size for _, _, size in spans)
+    memories = [Slot(pinned=False).arrays([room])[0].numpy().data for _ in range(case.threads)]
     readers = [ShardReader(index) for _ in range(case.threads)]
     for reader in readers:
         stack.callback(reader.close)
 
-    def plain(num: int) -> Way:
-        """Reads into room for ``num`` samples."""
+    def plain(rows: Sequence[int], *, room: int, threads: int = 1) -> Way:
+        """Reads into room for some samples, each thread into its own."""
 
         def once() -> int:
-            for i, (shard, offset, size) in enumerate(spans):
-                start = i % num * size
-                if os.preadv(fds[shard], [memory[start : start + size]], offset) != size:
-                    raise DataError(f"{index.shards[shard].name}: a read came short")
-            return len(spans)
+            coming = iter(range(len(rows)))
+
+            def work(mine: memoryview) -> None:
+                for i in coming:
+                    shard, offset, size = spans[rows[i]]
+                    start = i % room * size
+                    if os.preadv(fds[shard], [mine[start : start + size]], offset) != size:
+                        raise DataError(f"{index.shards[shard].name}: a read came short")
+
+            _together([partial(work, memory) for memory in memories[:threads]])
+            return len(rows)
 
         return lambda: _timed(once)
 
@@ -162,8 +169,9 @@ def our_ways(index: Index, case: DataCase, *, epochs: int) -> Iterator[dict[str,
 
     with stack:
         yield {
-            RAW: plain(1),
-            RAW_BATCH: plain(case.batch),
+            RAW: plain(rows, room=1),
+            RAW_BATCH: plain(rows, room=case.batch),
+            shuffled_name(case.threads): plain(shuffled, room=1, threads=case.threads),
             reader_name(1): ours(rows, threads=1),
             reader_name(case.threads): ours(rows, threads=case.threads),
             f"{reader_name(case.threads)}, shuffled": ours(shuffled, threads=case.threads),
@@ -172,14 +180,23 @@ def our_ways(index: Index, case: DataCase, *, epochs: int) -> Iterator[dict[str,
         }
 
 
+def shuffled_name(threads: int) -> str:
+    """What tables call plain reads of samples in another order than they lie in, as training reads them."""
+    return f"raw, {_threads(threads)}, shuffled"
+
+
 def reader_name(threads: int) -> str:
     """What tables call it."""
-    return f"reader, {threads} thread{'s' if threads > 1 else ''}"
+    return f"reader, {_threads(threads)}"
 
 
 def loader_name(threads: int) -> str:
     """What tables call it."""
-    return f"loader, {threads} thread{'s' if threads > 1 else ''}"
+    return f"loader, {_threads(threads)}"
+
+
+def _threads(num: int) -> str:
+    return f"{num} thread{'s' if num > 1 else ''}"
 
 
 def _span(index: Index, row: int) -> tuple[int, int, int]:
@@ -203,13 +220,15 @@ def _read(readers: Sequence[ShardReader], rows: Sequence[int], *, batch: int) ->
         for start in starts:
             done.append(len(reader.read(rows[start : start + batch])))
 
-    others = [threading.Thread(target=work, args=(reader,)) for reader in readers[1:]]
-    for thread in others:
-        thread.start()
-    work(readers[0])
-    for thread in others:
-        thread.join()
+    _together([partial(work, reader) for reader in readers])
     return sum(done)
+
+
+def _together(works: Sequence[Callable[[], None]]) -> None:
+    """Each in a thread of its own; an error of any is raised."""
+    with ThreadPoolExecutor(max_workers=len(works)) as pool:
+        for done in [pool.submit(work) for work in works]:
+            done.result()
 
 
 def _loaded(index: Index, case: DataCase, *, epochs: int, stored: bool) -> Timed:
