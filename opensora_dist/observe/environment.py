@@ -82,7 +82,7 @@ def describe_environment(*, world: int = 1) -> dict[str, Any]:
     """
     return {
         "opensora_dist": opensora_dist.__version__,
-        "git": _git_state(Path(opensora_dist.__file__).parent),
+        "git": git_state(Path(opensora_dist.__file__).parent),
         "command": redact_command([_program(), *sys.argv[1:]]),
         "python": platform.python_version(),
         "packages": _versions(),
@@ -116,7 +116,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _git_state(folder: Path) -> dict[str, Any] | None:
+def git_state(folder: Path) -> dict[str, Any] | None:
     """Commit of the tree the package is imported from, and whether it has changes; None where it is in no git tree."""
 
     def git(*args: str) -> str:

@@ -64,9 +64,9 @@ def test_the_description_is_json_and_names_what_matters(monkeypatch) -> None:
 
 
 def test_no_git_and_no_tree_are_tolerated(monkeypatch, tmp_path: Path) -> None:
-    assert environment._git_state(tmp_path) is None
+    assert environment.git_state(tmp_path) is None
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert environment._git_state(Path(environment.__file__).parent.parent) is None
+    assert environment.git_state(Path(environment.__file__).parent.parent) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""How a run is handed to a scheduler, and how its restarts are decided on."""

@@ -1,0 +1,41 @@
+"""Fills in the templates of ``launch/``. What goes into shell or YAML goes through a filter that quotes it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+TEMPLATES = Path(__file__).parent / "templates"
+"""A link to ``launch/`` in the source tree; the files themselves where this package is installed."""
+
+
+def fill(name: str, **values: Any) -> str:
+    """A template with values; ``{{ x|sh }}`` is one word of shell, ``{{ x|yaml }}`` a YAML scalar, list or mapping.
+
+    A value that is missing, or an expression that is left bare, is an error of the template.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters |= {"sh": _sh, "yaml": _yaml}
+    return environment.get_template(name).render(**values)
+
+
+def _sh(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(_sh(v) for v in value)
+    return shlex.quote(str(value))
+
+
+def _yaml(value: Any) -> str:
+    """JSON is YAML."""
+    return json.dumps(value, ensure_ascii=False)
