@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+import shlex
+import signal
+import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -28,12 +33,12 @@ class Phase(StrEnum):
     DONE = "done"
     FAILED = "failed"
     CANCELLED = "cancelled"
-    UNKNOWN = "unknown"
+    UNKNOWN = "unknown"  # the scheduler answers, and holds it no more: it is over, and how it ended only the run's own files say
 
     @property
     def over(self) -> bool:
         """Nothing more will come of it by itself."""
-        return self in (Phase.DONE, Phase.FAILED, Phase.CANCELLED)
+        return self not in (Phase.WAITING, Phase.RUNNING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +86,7 @@ class Launcher(Protocol):
         ...
 
     def status(self, job_ids: Sequence[str]) -> list[Status]:
-        """Raises LaunchError where the scheduler can't be asked."""
+        """One of each id, in order; ``UNKNOWN`` of those that the scheduler holds no more. Raises LaunchError where it can't be asked."""
         ...
 
     def logs(self, job: Job, job_ids: Sequence[str], *, follow: bool) -> list[str] | Path:
@@ -93,4 +98,42 @@ class Launcher(Protocol):
         ...
 
 
-Rendered = Mapping[str, str]
+def ask(command: Sequence[str], *, timeout_s: float, unsure: str | None = None, stdin: str | None = None) -> str:
+    """Runs a scheduler's command; returns what it printed.
+
+    Args:
+        unsure: Pattern of what it says where its request may have arrived although it failed: ``Socket timed out``.
+        stdin: What it is given to read.
+    Raises:
+        LaunchError: It isn't installed here, or failed; with all that it said.
+        UnsureError: It was killed, gave no answer in time, or said ``unsure``: what it was asked for may be done.
+    """
+    shown = shlex.join(command)
+    pipe, given = subprocess.PIPE, subprocess.DEVNULL if stdin is None else subprocess.PIPE
+    try:
+        # A session of its own: what it starts ends with it, where it hangs.
+        process = subprocess.Popen(
+            command, stdin=given, stdout=pipe, stderr=pipe, text=True, errors="replace", start_new_session=True
+        )
+    except OSError as error:
+        raise LaunchError(
+            f"`{command[0]}` can't be run here ({error.strerror}); submit from a machine that has it on its PATH"
+        ) from error
+    with process:
+        try:
+            out, err = process.communicate(stdin, timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise UnsureError(
+                f"`{shown}` gave no answer within {timeout_s:g} s; is the scheduler up, and reached from here?"
+            ) from error
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    said = "\n".join(text.strip() for text in (err, out) if text.strip()) or "it said nothing"
+    if process.returncode < 0:
+        raise UnsureError(f"`{shown}` was killed by signal {-process.returncode}: {said}")
+    if process.returncode:
+        kind = UnsureError if unsure is not None and re.search(unsure, said) else LaunchError
+        raise kind(f"`{shown}` failed with {process.returncode}: {said}")
+    return out

@@ -9,7 +9,7 @@ from typing import Literal
 
 from opensora_dist.config.site import SiteConfig
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
 _TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d{2}):(\d{2})")
 Kind = Literal["train", "prepare", "bench"]
 
@@ -29,10 +29,12 @@ class Job:
         time_limit_s: After which the scheduler ends it; None is the site's limit.
         max_requeues: How often it is started again at most, whatever ended it.
         array: Tasks of an array, of ``data prepare`` alone; None is no array.
-        run_dir: Of the run, absolute, on a file system that all nodes share.
-        folder: Of this submission, in the run directory.
-        config: The resolved config, in ``folder``.
+        run_dir: Of the run, absolute, on a file system that all nodes share, as the nodes see it.
+        folder: Of this submission, on the machine that submits: in the run directory, but for ``--records``.
+        config: The resolved config, in ``folder``; None of a benchmark, which has its options alone.
+        config_text: What ``config`` holds, for launchers whose nodes don't see ``folder``.
         site: The cluster.
+        rounds: How often the array runs before the last job: twice where duplicates are known only once all parts are scored.
     """
 
     id: str
@@ -46,9 +48,11 @@ class Job:
     max_requeues: int
     run_dir: Path
     folder: Path
-    config: Path
+    config: Path | None
     site: SiteConfig
+    config_text: str = ""
     array: int | None = None
+    rounds: int = 1
 
     @property
     def world(self) -> int:
@@ -70,7 +74,7 @@ def job_problems(
     problems = []
     if not _NAME.fullmatch(name):
         problems.append(
-            f"--name {name!r} (default: run.name) must be letters, digits, '.', '_' and '-', at most 63: schedulers, file names and labels "
+            f"--name {name!r} (default: run.name) must be letters, digits, '.', '_' and '-', at most 48: schedulers, file names and labels "
             "all have to hold it; pass --name"
         )
     for flag, value, least in (("nodes", nodes, 1), ("gpus-per-node", gpus_per_node, 0), ("max-requeues", max_requeues, 0)):

@@ -6,11 +6,13 @@ an answer, which ``submit`` refuses to go past until the scheduler was asked for
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from opensora_dist.config.site import SiteConfig
+from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.io import read_json, write_json
 from opensora_dist.launch.job import Job
 
@@ -24,7 +26,7 @@ class Record:
     Args:
         backend: Name of the launcher.
         job: What was submitted.
-        job_ids: The scheduler's; None: no answer is known.
+        job_ids: The scheduler's, the newest last; none: it was refused or never arrived; None: no answer is known.
         git: Commit of the tree that submitted, and whether it had changes.
         time: When, in UTC.
     """
@@ -35,11 +37,15 @@ class Record:
     git: dict[str, Any] | None
     time: str
 
+    def answered(self, job_ids: Sequence[str]) -> Record:
+        """The record, once the scheduler has said."""
+        return replace(self, job_ids=tuple(job_ids))
 
-def new_folder(run_dir: Path) -> Path:
+
+def new_folder(records: Path) -> Path:
     """Where the next submission goes; nothing is made."""
-    taken = [int(p.name) for p in (run_dir / LAUNCH_DIR).glob("[0-9][0-9][0-9][0-9]")]
-    return run_dir / LAUNCH_DIR / f"{max(taken, default=0) + 1:04d}"
+    taken = [int(p.name) for p in (records / LAUNCH_DIR).glob("[0-9][0-9][0-9][0-9]")]
+    return records / LAUNCH_DIR / f"{max(taken, default=0) + 1:04d}"
 
 
 def write_record(record: Record) -> None:
@@ -47,22 +53,32 @@ def write_record(record: Record) -> None:
     values = asdict(record)
     job = values["job"]
     for name in ("run_dir", "folder", "config"):
-        job[name] = str(job[name])
+        job[name] = job[name] and str(job[name])
     job["site"] = record.job.site.model_dump(mode="json")
+    del job["config_text"]  # it lies beside
     write_json(record.job.folder / RECORD_NAME, values)
 
 
-def read_records(run_dir: Path) -> list[Record]:
-    """Of a run directory, oldest first."""
-    found = sorted((run_dir / LAUNCH_DIR).glob(f"*/{RECORD_NAME}"))
-    return [_record(read_json(path)) for path in found]
+def read_record(folder: Path) -> Record:
+    """Of one submission.
 
-
-def _record(values: dict[str, Any]) -> Record:
+    Raises:
+        ConfigError: The folder holds none.
+    """
+    path = folder / RECORD_NAME
+    try:
+        values = read_json(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} doesn't exist; name the folder of a submission, as in runs/x/{LAUNCH_DIR}/0001") from error
     job = dict(values["job"])
     for name in ("run_dir", "folder", "config"):
-        job[name] = Path(job[name])
+        job[name] = job[name] and Path(job[name])
     job["argv"] = tuple(job["argv"])
     job["site"] = SiteConfig.model_validate(job["site"])
     ids = values["job_ids"]
     return Record(**{**values, "job": Job(**job), "job_ids": None if ids is None else tuple(ids)})
+
+
+def read_records(records: Path) -> list[Record]:
+    """Of a run directory, oldest first."""
+    return [read_record(path.parent) for path in sorted((records / LAUNCH_DIR).glob(f"*/{RECORD_NAME}"))]
