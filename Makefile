@@ -7,13 +7,15 @@ BIN := $(VENV)/bin
 DEMO_DIR ?= demo
 COLOSSALAI_VENV := .venv-colossalai
 
-.PHONY: demo test test-all test-colossalai lint format clean help
+.PHONY: demo test test-all test-colossalai test-docker test-hosts lint format clean help
 
 help:
 	@echo "make demo      toy videos -> shards -> training -> sampled video and report, on this machine"
 	@echo "make test      the test suite"
 	@echo "make test-all  the test suite with the full grids"
 	@echo "make test-colossalai  Colossal-AI's suite, in an environment of its own"
+	@echo "make test-docker  the image built from a bare Debian, and its entry point run (as root)"
+	@echo "make test-hosts   torchrun over two modelled hosts (as root)"
 	@echo "make lint      style, types, import direction"
 	@echo "make format    rewrite the code in the house style"
 	@echo "make clean     remove what these commands made"
@@ -31,11 +33,20 @@ test-all: $(VENV)/.dev
 test-colossalai: $(COLOSSALAI_VENV)/.installed
 	$(COLOSSALAI_VENV)/bin/python -m pytest tests/colossal_ai
 
+# These need root and programs that they install themselves; elsewhere they skip, and say why.
+test-docker: $(VENV)/.dev
+	$(BIN)/python -m pytest -rsP --timeout 1800 tests/docker
+
+test-hosts: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/hosts
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck launch/*.sh launch/docker/*.sh
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
