@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -34,11 +34,28 @@ class Finding:
     level: Level
     said: str
     remedy: str | None = None
-    values: dict[str, Any] | None = None
+    values: Mapping[str, Any] | None = None
 
     def __str__(self) -> str:
         remedy = "" if self.remedy is None else f"; {self.remedy}"
         return f"{self.subject}, {self.name}: {self.said}{remedy}"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Makes findings of one subject.
+
+    Args:
+        name: ``Finding.subject``.
+    """
+
+    name: str
+
+    def finding(
+        self, name: str, level: Level, said: str, remedy: str | None = None, *, values: Mapping[str, Any] | None = None
+    ) -> Finding:
+        """Arguments as ``Finding`` has them."""
+        return Finding(subject=self.name, name=name, level=level, said=said, remedy=remedy, values=values)
 
 
 def problems_of(findings: Iterable[Finding]) -> tuple[str, ...]:

@@ -1,0 +1,151 @@
+"""A folder's file system: free space, and what it writes and reads past the page cache."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import shutil
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from opensora_dist.machine.finding import Finding, Level, Subject
+
+_SUBJECT: Final = Subject("disk")
+_BLOCK = 4 << 20
+_BLOCKS = 32
+_LIMIT_S = 2.0  # of each direction: a slow disk has been measured by then
+_SLOW_BYTES_PER_S = 50e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskSpeed:
+    """
+    Args:
+        write_bytes_per_s, read_bytes_per_s: One file, 4 MiB at a time.
+        write_way, read_way: How the page cache was kept out of it.
+        num_bytes: How much was written.
+    """
+
+    write_bytes_per_s: float
+    read_bytes_per_s: float
+    write_way: str
+    read_way: str
+    num_bytes: int
+
+
+def measure_disk(folder: Path) -> DiskSpeed:
+    """Writes up to 128 MiB into a file of ``folder`` and reads it again, for at most about 2 s each; nothing is left.
+
+    Raises:
+        OSError: It can't be written or read.
+    """
+    path = folder / f".opensora-disk-{uuid.uuid4().hex}"
+    # Direct I/O wants addresses that are multiples of the device's block: anonymous memory begins at a page.
+    with mmap.mmap(-1, _BLOCK) as block:
+        block.write(os.urandom(4096) * (_BLOCK // 4096))  # so that a file system that compresses zeros away has something to do
+        try:
+            written, write_s, write_way = _write(path, block)
+            read, read_s, read_way = _read(path, block)
+        finally:
+            path.unlink(missing_ok=True)
+    return DiskSpeed(
+        write_bytes_per_s=written / write_s,
+        read_bytes_per_s=read / read_s,
+        write_way=write_way,
+        read_way=read_way,
+        num_bytes=written,
+    )
+
+
+def _open(path: Path, flags: int) -> tuple[int, bool]:
+    """A file, by direct I/O where its file system has it."""
+    direct = getattr(os, "O_DIRECT", 0)
+    if direct:
+        try:
+            return os.open(path, flags | direct, 0o600), True
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # as tmpfs and some network file systems say
+                raise
+    return os.open(path, flags, 0o600), False
+
+
+def _write(path: Path, block: mmap.mmap) -> tuple[int, float, str]:
+    began, written = time.perf_counter(), 0
+    handle, direct = _open(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        for _ in range(_BLOCKS):
+            written += os.write(handle, block)
+            if time.perf_counter() - began > _LIMIT_S:
+                break
+        getattr(os, "fdatasync", os.fsync)(handle)
+    finally:
+        os.close(handle)
+    return written, time.perf_counter() - began, "O_DIRECT and fdatasync" if direct else "fdatasync"
+
+
+def _read(path: Path, block: mmap.mmap) -> tuple[int, float, str]:
+    handle, direct = _open(path, os.O_RDONLY)
+    try:
+        if not direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        began, read = time.perf_counter(), 0
+        while count := os.readv(handle, [block]):
+            read += count
+            if time.perf_counter() - began > _LIMIT_S:
+                break
+    finally:
+        os.close(handle)
+    return read, time.perf_counter() - began, "O_DIRECT" if direct else "after posix_fadvise, which a file system may ignore"
+
+
+def disk_findings(folder: Path) -> list[Finding]:
+    """Speed of a folder: a problem where it can't be written, a warning where it is slow."""
+    try:
+        speed = measure_disk(folder)
+    except OSError as error:
+        said = f"{folder} can't be written and read ({error.strerror or error})"
+        return [
+            _SUBJECT.finding(
+                "speed", Level.PROBLEM, said, "check that it is there, mounted on this machine, and writable for you"
+            )
+        ]
+    write, read = speed.write_bytes_per_s, speed.read_bytes_per_s
+    said = (
+        f"{folder} writes {write / 1e6:.0f} MB/s ({speed.write_way}), reads {read / 1e6:.0f} MB/s ({speed.read_way}), "
+        f"{speed.num_bytes >> 20} MiB each"
+    )
+    slow = min(write, read) < _SLOW_BYTES_PER_S
+    return [
+        _SUBJECT.finding(
+            "speed",
+            Level.WARNING if slow else Level.OK,
+            said,
+            "checkpoints and shards want a faster one: a local disk, or a parallel file system" if slow else None,
+            values={
+                "write_bytes_per_s": write,
+                "read_bytes_per_s": read,
+                "write_way": speed.write_way,
+                "read_way": speed.read_way,
+            },
+        )
+    ]
+
+
+def free_space_finding(folder: Path, *, least_gib: float, level: Level) -> Finding:
+    """Free space of a folder that exists.
+
+    Args:
+        least_gib: What is needed.
+        level: Of less.
+    """
+    usage = shutil.disk_usage(folder)
+    free = usage.free / 2**30
+    said, values = f"{folder} has {free:.1f} GiB free of {usage.total / 2**30:.1f}", {"free_gib": free}
+    if free >= least_gib:
+        return _SUBJECT.finding("free space", Level.OK, said, values=values)
+    way_out = "free some space, or write elsewhere (run.dir)"
+    return _SUBJECT.finding("free space", level, f"{said}, and {least_gib:g} are needed", way_out, values=values)
