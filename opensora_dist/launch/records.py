@@ -48,15 +48,20 @@ def new_folder(records: Path) -> Path:
     return records / LAUNCH_DIR / f"{max(taken, default=0) + 1:04d}"
 
 
-def write_record(record: Record) -> None:
-    """In the folder of its job."""
+def record_values(record: Record) -> dict[str, Any]:
+    """What ``submission.json`` holds."""
     values = asdict(record)
     job = values["job"]
     for name in ("run_dir", "folder", "config"):
         job[name] = job[name] and str(job[name])
     job["site"] = record.job.site.model_dump(mode="json")
     del job["config_text"]  # it lies beside
-    write_json(record.job.folder / RECORD_NAME, values)
+    return values
+
+
+def write_record(record: Record) -> None:
+    """In the folder of its job."""
+    write_json(record.job.folder / RECORD_NAME, record_values(record))
 
 
 def read_record(folder: Path) -> Record:
