@@ -71,7 +71,7 @@ def _clip_model_problems(config: PrepareConfig) -> list[Problem]:
             problems.append(Problem(fields=(f"scores.{name}", "scores.also"), message=message))
     if scores.aesthetic_head is not None and not expand(scores.aesthetic_head).is_file():
         message = f"scores.aesthetic_head={scores.aesthetic_head!r} is not a file; correct the path"
-        problems.append(Problem(fields=("scores.aesthetic_head",), message=message))
+        problems.append(Problem(fields=("scores.aesthetic_head",), message=message, here=True))
     return problems
 
 
@@ -81,7 +81,7 @@ def _safety_problems(config: PrepareConfig) -> list[Problem]:
         message = (
             f"safety.words={safety.words!r} is not a file; give a text file with one word or phrase a line, or drop safety.words"
         )
-        problems.append(Problem(fields=("safety.words",), message=message))
+        problems.append(Problem(fields=("safety.words",), message=message, here=True))
     unused = [
         name
         for name in ("image_classes", "image_threshold", "image_frames")
@@ -94,7 +94,7 @@ def _safety_problems(config: PrepareConfig) -> list[Problem]:
     if safety.images == "nudenet":
         missing = missing_extra("nudenet", extra="safety", wanted_by="safety.images=nudenet")
         if missing is not None:
-            problems.append(Problem(fields=("safety.images",), message=f"{missing}, or use safety.images=none"))
+            problems.append(Problem(fields=("safety.images",), message=f"{missing}, or use safety.images=none", here=True))
     return problems
 
 
@@ -106,8 +106,8 @@ def _model_problems(config: PrepareConfig) -> list[Problem]:
             continue
         missing = missing_extra("transformers", extra="hf", wanted_by=name)
         if missing is not None:
-            problems.append(Problem(fields=(name,), message=missing))
+            problems.append(Problem(fields=(name,), message=missing, here=True))
         if path.startswith(("/", ".", "~", "$")) and not expand(path).is_dir():
             message = f"{name}={path!r} is not a folder; give one that save_pretrained of transformers wrote, or a hub name"
-            problems.append(Problem(fields=(name,), message=message))
+            problems.append(Problem(fields=(name,), message=message, here=True))
     return problems

@@ -82,7 +82,7 @@ def _place_problems(field: str, path: str, data: DataConfig) -> list[Problem]:
     if expand(here).is_dir() or (here.endswith(".tar") and all(expand(name).is_file() for name in expand_braces(here)[:1])):
         return []
     message = f"{shown} is not a folder; make it with `opensora-dist data prepare`, or correct the path"
-    return [Problem(fields=(field,), message=message)]
+    return [Problem(fields=(field,), message=message, here=True)]
 
 
 def _mixture_problems(data: DataConfig) -> list[Problem]:

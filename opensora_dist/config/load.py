@@ -29,10 +29,12 @@ class Problem:
     Args:
         fields: Dotted names of the fields the rule is about.
         message: Field, value, rule and way out, in one sentence.
+        here: It is about this machine (a path, a package, a key), and may be no problem of another.
     """
 
     fields: tuple[str, ...]
     message: str
+    here: bool = False
 
 
 class _WrongKey(Exception):

@@ -13,7 +13,7 @@ def preparing_problems(config: PrepareConfig) -> list[Problem]:
     if shots.detector != "none":
         missing = missing_extra("scenedetect", extra="prepare", wanted_by=f"shots.detector={shots.detector}")
         if missing is not None:
-            problems.append(Problem(fields=("shots.detector",), message=f"{missing}, or use shots.detector=none"))
+            problems.append(Problem(fields=("shots.detector",), message=f"{missing}, or use shots.detector=none", here=True))
     elif shots.threshold is not None:
         message = (
             f"shots.threshold={shots.threshold:g} is of a detector, and shots.detector=none; use content or adaptive, or drop it"
@@ -37,7 +37,7 @@ def preparing_problems(config: PrepareConfig) -> list[Problem]:
     if config.executor == "ray":
         missing = missing_extra("ray", extra="ray", wanted_by="executor=ray")
         if missing is not None:
-            problems.append(Problem(fields=("executor",), message=f"{missing}, or use executor=local"))
+            problems.append(Problem(fields=("executor",), message=f"{missing}, or use executor=local", here=True))
     folders = {"input.path": config.input.path, "output.path": config.output.path, "clip.save": config.clip.save}
     saved = folders.pop("clip.save")
     for name, path in folders.items():

@@ -6,6 +6,7 @@ Rules that need the data set (does the patch divide the latents?) are in ``recip
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from math import gcd, prod
 
 from opensora_dist.config.caption_rules import caption_problems
@@ -26,7 +27,11 @@ def prepare_problems(config: PrepareConfig) -> list[Problem]:
             problems.append(Problem(fields=(name,), message=f"{name} is not set; add it, or pass {name}={example}"))
     if config.input.path is not None and not expand(config.input.path).is_dir():
         problems.append(
-            Problem(fields=("input.path",), message=f"input.path={config.input.path!r} is not a folder; point it at your videos")
+            Problem(
+                fields=("input.path",),
+                message=f"input.path={config.input.path!r} is not a folder; point it at your videos",
+                here=True,
+            )
         )
     for bucket in config.clip.buckets:
         if min(bucket) < 1:
@@ -279,7 +284,7 @@ def _colossalai_problems(config: TrainConfig) -> list[Problem]:
             "parallel.zero.backend=colossalai needs the package colossalai, which isn't installed; it takes an environment of its own "
             "(requirements/colossalai.txt, docs/colossalai.md), or use parallel.zero.backend=native"
         )
-        problems.append(Problem(fields=("parallel.zero.backend",), message=message))
+        problems.append(Problem(fields=("parallel.zero.backend",), message=message, here=True))
     if zero.stage == 0:
         refuse("parallel.zero.stage", because="it shards from stage 1 on", instead="stage 1, 2 or 3")
     if dtype == "float64":
@@ -314,7 +319,8 @@ def _deepspeed_problems(config: TrainConfig) -> list[Problem]:
 
     missing = missing_extra("deepspeed", extra="deepspeed", wanted_by="parallel.zero.backend=deepspeed")
     if missing is not None:
-        problems.append(Problem(fields=("parallel.zero.backend",), message=f"{missing}, or use parallel.zero.backend=native"))
+        said = f"{missing}, or use parallel.zero.backend=native"
+        problems.append(Problem(fields=("parallel.zero.backend",), message=said, here=True))
     if config.run.dtype == "float64":
         refuse("run.dtype", because="the weights it steps are float32", instead="float32 or bfloat16")
     if parallel.dp_replicate > 1:
@@ -329,7 +335,8 @@ def _deepspeed_problems(config: TrainConfig) -> list[Problem]:
         because = "it is parameters that go to files"
         refuse("parallel.zero.nvme_path", "parallel.zero.offload", because=because, instead="offload=all, or no nvme_path")
     if zero.nvme_path is not None and not expand(zero.nvme_path).is_dir():
-        refuse("parallel.zero.nvme_path", because="it is not a folder", instead="a folder on a local disk")
+        problem = _refused(config, "parallel.zero.nvme_path", because="it is not a folder", instead="a folder on a local disk")
+        problems.append(replace(problem, here=True))
     return problems
 
 

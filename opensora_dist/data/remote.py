@@ -68,7 +68,7 @@ def localise(url: str, *, cache: CacheConfig, allow_pipe: bool, layout: str | No
     try:
         if not is_remote(url):
             return _local(expand(url.removeprefix("file://")), shards, layout)
-        if _is_prepared(url, patience):
+        if holds_index(url, patience):
             return _prepared(url, shards, ahead=cache.prefetch_shards)
         return _foreign(url, shards, layout, ahead=cache.prefetch_shards)
     except FetchError as error:
@@ -177,8 +177,12 @@ def _tar_urls(url: str, patience: Patience) -> list[str]:
     raise DataError(f"{redact(url)}: holds neither {INDEX_NAME} nor any .tar; correct data.path")
 
 
-def _is_prepared(url: str, patience: Patience) -> bool:
-    """Whether ``url`` is a folder with an index, or a command with a place for names."""
+def holds_index(url: str, patience: Patience) -> bool:
+    """Whether ``url`` is a folder with an index, or a command with a place for names; not so for tars that others made.
+
+    Raises:
+        FetchError: It can't be asked.
+    """
     if url.startswith(PIPE):
         return "{}" in url
     if url.partition("?")[0].endswith(".tar"):

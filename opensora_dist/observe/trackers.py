@@ -166,10 +166,10 @@ def track_problems(config: TrackConfig) -> list[Problem]:
     ):
         lacking = missing_extra(package, extra="track", wanted_by=wanted_by) if on else None
         if lacking:
-            problems.append(Problem(fields=(field,), message=f"{lacking}, or turn it off"))
+            problems.append(Problem(fields=(field,), message=f"{lacking}, or turn it off", here=True))
     if config.wandb.mode == "online" and not os.environ.get("WANDB_API_KEY"):
         message = f"{wandb} needs WANDB_API_KEY in the environment; set it, or use offline and `wandb sync` later"
-        problems.append(Problem(fields=("track.wandb.mode",), message=message))
+        problems.append(Problem(fields=("track.wandb.mode",), message=message, here=True))
     return problems
 
 
