@@ -99,7 +99,10 @@ class K8sSite(Section):
         None, min_length=1, description="RDMA device, as in rdma/hca_shared_devices_a; adds IPC_LOCK."
     )
     claims: dict[str, str] = Field({}, description="PersistentVolumeClaim: mount path; run directory and data have to be there.")
-    secrets: list[str] = Field([], description="Secrets whose keys become environment variables (WANDB_API_KEY).")
+    secrets: dict[str, str] = Field(
+        {}, description="Environment variable: SECRET/KEY that holds its value, as in WANDB_API_KEY: wandb/api-key."
+    )
+    grace_s: int = Field(300, ge=30, description="Seconds that a pod which is told to stop has for saving, before it is killed.")
     node_selector: dict[str, str] = Field({}, description="Labels that nodes must have.")
 
 
@@ -117,6 +120,9 @@ class SkySite(Section):
     disk_gib: int = Field(512, ge=50, description="Disk of each node.")
     network_tier: Literal["standard", "best"] = Field("best", description="best asks for the fast interconnect between nodes.")
     file_mounts: dict[str, str] = Field({}, description="Path on the nodes: bucket or folder (s3://..., gs://...).")
+    volumes: dict[str, str] = Field(
+        {}, description="Path on the nodes: SkyPilot volume, made by `sky volumes apply`; the run directory goes on one."
+    )
     secrets: list[str] = Field([], description="Names of environment variables that are passed on from where it is submitted.")
 
 
