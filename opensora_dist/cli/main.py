@@ -18,6 +18,7 @@ from typing import NoReturn
 from opensora_dist import __version__
 from opensora_dist.core.errors import ConfigError, OpensoraError
 from opensora_dist.core.logging import setup_logging
+from opensora_dist.resilience.endings import noted
 
 # Verb to the module that adds and runs it. A verb's own imports happen when it runs, so that --help is quick.
 _VERBS = (
@@ -55,22 +56,8 @@ def run() -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="opensora-dist",
-        description="Train video diffusion transformers, from raw video to sampled video.",
-        epilog="`opensora-dist demo` shows everything at once, on this machine.",
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb in _VERBS:
-        importlib.import_module(f"opensora_dist.cli.{verb}").add_parser(verbs)
-    args = parser.parse_args(argv)
-    args.argv = list(sys.argv[1:] if argv is None else argv)  # for verbs that start ranks of themselves
-    setup_logging()
     try:
-        code = args.run(args)
-        assert isinstance(code, int)
-        return code
+        return noted(lambda: _run_verb(argv))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -85,3 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1
+
+
+def _run_verb(argv: Sequence[str] | None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="opensora-dist",
+        description="Train video diffusion transformers, from raw video to sampled video.",
+        epilog="`opensora-dist demo` shows everything at once, on this machine.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in _VERBS:
+        importlib.import_module(f"opensora_dist.cli.{verb}").add_parser(verbs)
+    args = parser.parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)  # for verbs that start ranks of themselves
+    setup_logging()
+    code = args.run(args)
+    assert isinstance(code, int)
+    return code

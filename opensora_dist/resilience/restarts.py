@@ -35,6 +35,11 @@ def note_start(run_dir: Path, *, step: int) -> None:
     write_text(path, "".join(json.dumps(note) + "\n" for note in notes))
 
 
+def num_starts(run_dir: Path) -> int:
+    """How often ranks have begun to train here, or gone on."""
+    return len(_notes(Path(run_dir) / RESTARTS_NAME))
+
+
 class Progress:
     """What the starts of a launch achieve, for the process that starts the ranks."""
 
@@ -49,7 +54,7 @@ class Progress:
         self._steps.append(notes[-1]["step"] if len(notes) > self._seen else None)
         self._seen = len(notes)
         if len(self._steps) > 1 and self._steps[-1] == self._steps[-2]:
-            return _of_no_use(self._path.parent, step=self._steps[-1])
+            return of_no_use(self._path.parent, step=self._steps[-1])
         return None
 
 
@@ -68,7 +73,7 @@ def refuse_without_progress(run_dir: Path) -> None:
     by_torchrun, machines = "TORCHELASTIC_RUN_ID" in os.environ, os.environ.get("GROUP_WORLD_SIZE", "1")
     if not by_torchrun or machines != "1" or restart < 2 or steps.get(restart - 1) != steps.get(restart - 2):
         return
-    said = _of_no_use(run_dir, step=steps.get(restart - 1))
+    said = of_no_use(run_dir, step=steps.get(restart - 1))
     if os.environ.get("LOCAL_RANK") == "0":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent passes it on, before this process has said why
         _log.error("%s; asking torchrun to end", said)
@@ -78,7 +83,7 @@ def refuse_without_progress(run_dir: Path) -> None:
     raise TrainingError(said)
 
 
-def _of_no_use(run_dir: Path, *, step: int | None) -> str:
+def of_no_use(run_dir: Path, *, step: int | None) -> str:
     """What is said of a run that restarts don't help."""
     where = "before training began" if step is None else f"after going on from step {step}"
     return (

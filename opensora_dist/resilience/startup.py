@@ -18,6 +18,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from opensora_dist.core.logging import get_logger
+from opensora_dist.resilience.endings import Ended, Ending, note_ending
 from opensora_dist.resilience.signals import write_marker
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -84,6 +85,9 @@ class StopWhileStarting:
         if asked:
             with contextlib.suppress(OSError):  # a full disk is no reason to stay
                 write_marker(self._run_dir, step=step, signal_name=number.name)
+        ending = Ended(ending=Ending.STOPPED, said=f"before the first step, saved step {step}", signal=number.name)
+        lost = Ended(ending=Ending.LOST, said=f"{number.name} before the first step, as another rank has failed or a user asked")
+        note_ending(ending if asked else lost)
         why = "as asked" if asked else "as asked, or because another rank has failed"
         said = "ended by %s before the first step, %s; nothing is lost: the same command goes on from step %d"
         _log.warning(said, number.name, why, step)

@@ -30,6 +30,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from opensora_dist.core.io import write_json
 from opensora_dist.core.layout import LOGS_DIR
 from opensora_dist.core.logging import get_logger
+from opensora_dist.resilience.endings import Ended, Ending, note_ending
 from opensora_dist.resilience.position import Place, Position, Verdict, Waits, judge, place_of
 
 HANG_NAME: Final = "hang.json"
@@ -149,6 +150,7 @@ class Watchdog:
                 text = self._agree_on_culprit()
             except (RuntimeError, OSError) as error:  # the store is gone, or the disk is full: the run ends all the same
                 text = f"the other ranks can't be asked: {error}"
+            note_ending(Ended(ending=Ending.HANG, said=f"no progress for {clock.age_s:.0f} s: {text}"))
             _log.error("no progress for %.0f s: %s; stacks are in %s", clock.age_s, text, self._logs)
             logging.shutdown()
             sys.stdout.flush()

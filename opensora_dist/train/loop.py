@@ -20,6 +20,7 @@ from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import Mesh
 from opensora_dist.parallel.sequence.base import Shard
 from opensora_dist.parallel.zero.base import ZeroBackend
+from opensora_dist.resilience.endings import Ended, Ending, note_ending, note_error
 from opensora_dist.resilience.signals import StopAgreement, StopFlag, clear_marker, write_marker
 from opensora_dist.train.callbacks import Callback
 from opensora_dist.train.ema import Ema
@@ -116,6 +117,7 @@ class Trainer:
                 if self.state.step == steps:
                     self.save(required=True)
             except Exception as error:
+                note_error(error)  # first: what follows may wait, and others end this process meanwhile
                 self._leave(error)
                 raise
             finally:
@@ -247,6 +249,7 @@ class Trainer:
         self.logbook.event("stopped", step=self.state.step, signal=signal_name)
         if self.mesh.is_main:
             write_marker(self.run_dir, step=self.state.step, signal_name=signal_name)
+        note_ending(Ended(ending=Ending.STOPPED, said=f"saved step {self.state.step}", signal=signal_name))
         _log.warning("stopped on request after step %d; start the same command again to go on", self.state.step)
 
     def _leave(self, error: Exception) -> None:
