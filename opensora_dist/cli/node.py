@@ -41,12 +41,25 @@ def add_parser(verbs: Any) -> None:
     _add_attempt(verdict, task=False)
     verdict.add_argument("nodes", nargs="+", metavar="NODE", help="all nodes of the job, in its order")
 
+    _add_pool(actions)
+
 
 def _add(actions: Any, name: str, run: Any, says: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = actions.add_parser(name, help=says, description=says)
     parser.add_argument("submission", type=Path, metavar="SUBMISSION", help="its folder, as in runs/x/launch/0001")
     parser.set_defaults(run=run)
     return parser
+
+
+def _add_pool(actions: Any) -> None:
+    pool = _add(
+        actions, "pool", _pool, "a pod or a rented machine runs its part of a job: 0 done, 75 start all again, else failed"
+    )
+    pool.add_argument("--rank", type=int, required=True, metavar="N", help="this node's number; 0 decides for all")
+    pool.add_argument("--nodes", type=int, required=True, metavar="N", help="how many")
+    pool.add_argument("--head", required=True, metavar="ADDRESS", help="of node 0")
+    pool.add_argument("--port", type=int, required=True, metavar="P", help="of node 0, and the one after it")
+    pool.add_argument("--grace-s", type=float, required=True, metavar="S", help="for saving, once told to stop by SIGTERM")
 
 
 def _add_attempt(parser: argparse.ArgumentParser, *, task: bool) -> None:
@@ -95,3 +108,10 @@ def _verdict(args: argparse.Namespace) -> int:
     from opensora_dist.recipes.node import judge_nodes
 
     return judge_nodes(args.submission, attempt=args.attempt, nodes=args.nodes)
+
+
+def _pool(args: argparse.Namespace) -> int:
+    from opensora_dist.recipes.pool import PoolNode, run_node
+
+    node = PoolNode(rank=args.rank, nodes=args.nodes, head=args.head, port=args.port, grace_s=args.grace_s)
+    return run_node(args.submission, node=node)
