@@ -16,6 +16,7 @@ CORE = [
     "numpy>=1.26",
     "safetensors>=0.5",
     "pyyaml>=6",
+    "packaging>=24",
     "pydantic>=2.9,<3",
     "rich>=13",
     "xxhash>=3.4",
@@ -37,6 +38,7 @@ EXTRAS = {
     "kernels": ["triton>=3.2,<3.8"],
 }
 DEV = [
+    *EXTRAS["kernels"],
     "pytest>=8",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
@@ -57,7 +59,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["opensora_dist", "opensora_dist.*"]),
+    packages=[*find_packages(include=["opensora_dist", "opensora_dist.*"]), "opensora_kernels"],
+    package_dir={"opensora_kernels": "kernels/opensora_kernels"},  # `kernels` is another package's name
     package_data={"opensora_dist": ["py.typed", "recipes/configs/*.yaml", "launch/templates/**/*"]},
     install_requires=CORE,
     extras_require={**EXTRAS, "all": sorted({r for rs in EXTRAS.values() for r in rs}), "dev": DEV},

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import opensora_dist
 
 REDACTED = "<redacted>"
@@ -80,12 +78,14 @@ def describe_environment(*, world: int = 1) -> dict[str, Any]:
     Args:
         world: Number of ranks of the run.
     """
+    import torch  # here, so that what asks for the commit or for versions alone is quick
+
     return {
         "opensora_dist": opensora_dist.__version__,
         "git": git_state(Path(opensora_dist.__file__).parent),
         "command": redact_command([_program(), *sys.argv[1:]]),
         "python": platform.python_version(),
-        "packages": _versions(),
+        "packages": package_versions(),
         "platform": platform.platform(),
         "host": platform.node(),
         "cpu": _cpu_name(),
@@ -97,7 +97,8 @@ def describe_environment(*, world: int = 1) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Of the packages that matter to a result, as far as they are installed."""
     versions: dict[str, str] = {}
     for name in _PACKAGES:
         try:

@@ -1,0 +1,123 @@
+"""What this machine, this install and this network are fit for: every check of ``machine``, by subject."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import opensora_dist
+from opensora_dist.config.site import PreflightSite
+from opensora_dist.core.io import read_json
+from opensora_dist.machine.children import findings_of_child, run_child
+from opensora_dist.machine.disk import disk_findings, free_space_finding
+from opensora_dist.machine.finding import Finding, Level, Subject, problems_of
+from opensora_dist.machine.gpus import gpu_findings
+from opensora_dist.machine.limits import limit_findings, shared_memory_finding
+from opensora_dist.machine.network import loopback_finding, network_findings
+from opensora_dist.machine.packages import package_findings
+from opensora_dist.observe.environment import git_state
+
+KERNELS_TIMEOUT_S: Final = 120.0  # a cold disk, and several GPUs; it takes seconds
+_COLLECTIVE_TIMEOUT_S = 60.0
+_PACKAGES: Final = Subject("packages")
+_NETWORK: Final = Subject("network")
+_STYLES: Final = {Level.OK: "green", Level.NOTE: "dim", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
+
+
+def doctor(folder: Path, *, expect_gpus: int | None) -> Iterator[Finding]:
+    """Looks at everything; findings come as they are made, in about ten seconds.
+
+    Args:
+        folder: Whose disk is measured; it exists.
+        expect_gpus: How many there must be; None: any number will do.
+    """
+    least = PreflightSite()
+    yield from package_findings()
+    yield source_finding()
+    gpus = gpu_findings(expect=expect_gpus, clock_share=least.clock_share)
+    yield from gpus
+    kernels = kernel_findings(num_gpus=num_gpus(gpus), clock_share=least.clock_share)
+    yield from kernels
+    yield from network_findings()
+    yield loopback_finding()
+    yield collective_finding(num_gpus=max([0, *((f.values or {}).get("gpus", 0) for f in kernels if f.subject == "torch")]))
+    yield free_space_finding(folder, least_gib=least.free_disk_gib, level=Level.WARNING)
+    yield from disk_findings(folder)
+    yield shared_memory_finding(least_gib=least.shared_memory_gib, level=Level.WARNING)
+    yield from limit_findings()
+
+
+def source_finding() -> Finding:
+    """The commit that runs."""
+    state = git_state(Path(opensora_dist.__file__).parent)
+    if state is None:
+        return _PACKAGES.finding("source", Level.OK, f"{opensora_dist.__version__}, in no git tree")
+    said = f"commit {state['commit'][:12]}" + (", with changes" if state["changed"] else "")
+    return _PACKAGES.finding("source", Level.OK, said, values=state)
+
+
+def num_gpus(findings: Sequence[Finding]) -> int:
+    """How many GPUs the driver knows of, by what ``gpu_findings`` found."""
+    return sum(int((f.values or {}).get("count", 0)) for f in findings)
+
+
+def kernel_findings(*, num_gpus: int, clock_share: float) -> list[Finding]:
+    """torch, kernels and backends, tried in a process of their own. Arguments as ``machine.kernels.main`` has them."""
+    return findings_of_child("opensora_dist.machine.kernels", str(num_gpus), str(clock_share), timeout_s=KERNELS_TIMEOUT_S)
+
+
+def collective_finding(*, num_gpus: int) -> Finding:
+    """All-to-alls of ranks on this machine: NCCL where there are two GPUs or more, two ranks of gloo elsewhere."""
+    device, ranks = ("cuda", num_gpus) if num_gpus > 1 else ("cpu", 2)
+    name = f"{'NCCL' if device == 'cuda' else 'gloo'} between {ranks} ranks"
+    options = ["--nproc", str(ranks), "--device", device, "--width", "64", "--timeout", str(_COLLECTIVE_TIMEOUT_S / 2)]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "network.json"
+        command = [sys.executable, "-m", "opensora_dist", "bench", "network", *options, "--out", str(out)]
+        said = run_child(command, timeout_s=_COLLECTIVE_TIMEOUT_S)
+        if said.code != 0:
+            shown = " ".join(command[1:-2])
+            way_out = f"run `python {shown}`, with NCCL_DEBUG=INFO where it is NCCL; a firewall or GLOO_SOCKET_IFNAME may be why"
+            return _NETWORK.finding(name, Level.PROBLEM, f"{said.how}: {' '.join(said.err.split())[-400:]}", way_out)
+        found = read_json(out)
+    rate, latency = found["bytes_per_s"], found["latency_s"]
+    text = f"{rate / 1e9:.2f} GB/s that each sends to others, {1e6 * latency:.0f} us a small message (measured)"
+    return _NETWORK.finding(name, Level.OK, text, values={"bytes_per_s": rate, "latency_s": latency})
+
+
+def show(findings: Sequence[Finding], *, console: Console) -> None:
+    """One table, by subject, then the problems and warnings with their ways out."""
+    table = Table(show_header=False, show_edge=False, pad_edge=False)
+    last = ""
+    for finding in findings:
+        if finding.subject != last and last:
+            table.add_section()
+        subject = finding.subject if finding.subject != last else ""
+        style = _STYLES[finding.level]
+        table.add_row(Text(subject, style="bold"), Text(finding.level, style=style), Text(finding.name), Text(finding.said))
+        last = finding.subject
+    console.print(table)
+    counts = []
+    for level in (Level.PROBLEM, Level.WARNING):
+        these = [finding for finding in findings if finding.level is level]
+        counts.append(f"{len(these)} {level}{'' if len(these) == 1 else 's'}")
+        for finding in these:
+            said = f"{finding.subject}, {finding.name}: {finding.said}"
+            console.print(Text(f"\n{level}: ", style=_STYLES[level]) + Text(said))
+            if finding.remedy is not None:
+                console.print(Text(f"  -> {finding.remedy}"))
+    fit = "training can't run here as it is" if problems_of(findings) else "training can run here"
+    console.print(Text(f"\n{fit}: {', '.join(counts)}", style="bold"))
+
+
+def record(findings: Sequence[Finding]) -> dict[str, Any]:
+    """For ``--json``."""
+    return {"fit": not problems_of(findings), "findings": [asdict(finding) for finding in findings]}
