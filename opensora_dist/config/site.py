@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -140,6 +141,11 @@ class SiteConfig(Section):
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+
+
+def site_path() -> Path | None:
+    """The file that the environment names."""
+    return Path(os.environ[SITE_VARIABLE]) if os.environ.get(SITE_VARIABLE) else None
 
 
 def load_site(path: Path | None) -> SiteConfig:

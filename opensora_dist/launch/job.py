@@ -63,6 +63,7 @@ class Job:
 def job_problems(
     *,
     name: str,
+    run_dir: Path,
     nodes: int,
     gpus_per_node: int,
     ranks_per_node: int | None,
@@ -76,6 +77,10 @@ def job_problems(
         problems.append(
             f"--name {name!r} (default: run.name) must be letters, digits, '.', '_' and '-', at most 48: schedulers, file names and labels "
             "all have to hold it; pass --name"
+        )
+    if any(ord(c) < 32 or ord(c) == 127 for c in str(run_dir)):
+        problems.append(
+            f"the run directory {str(run_dir)!r} holds a line break or another control character, which no scheduler takes; rename it"
         )
     for flag, value, least in (("nodes", nodes, 1), ("gpus-per-node", gpus_per_node, 0), ("max-requeues", max_requeues, 0)):
         if value < least:

@@ -37,10 +37,6 @@ class Record:
     git: dict[str, Any] | None
     time: str
 
-    def answered(self, job_ids: Sequence[str]) -> Record:
-        """The record, once the scheduler has said."""
-        return replace(self, job_ids=tuple(job_ids))
-
 
 def new_folder(records: Path) -> Path:
     """Where the next submission goes; nothing is made."""
@@ -82,6 +78,22 @@ def read_record(folder: Path) -> Record:
     job["site"] = SiteConfig.model_validate(job["site"])
     ids = values["job_ids"]
     return Record(**{**values, "job": Job(**job), "job_ids": None if ids is None else tuple(ids)})
+
+
+def note_answer(folder: Path, job_ids: Sequence[str]) -> Record:
+    """Puts what the scheduler answered into a record, before what a job that started at once has added itself (``add_job_id``)."""
+    record = read_record(folder)
+    record = replace(record, job_ids=tuple(dict.fromkeys((*job_ids, *(record.job_ids or ())))))
+    write_record(record)
+    return record
+
+
+def add_job_id(folder: Path, job_id: str) -> Record:
+    """Notes a job that a job of this submission has submitted in its place."""
+    record = read_record(folder)
+    record = replace(record, job_ids=tuple(dict.fromkeys((*(record.job_ids or ()), job_id))))
+    write_record(record)
+    return record
 
 
 def read_records(records: Path) -> list[Record]:

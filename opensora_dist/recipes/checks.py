@@ -22,7 +22,7 @@ from opensora_dist.core.urls import is_remote, redact
 from opensora_dist.data.index import Index
 from opensora_dist.data.mixture import open_data
 from opensora_dist.data.remote import holds_index
-from opensora_dist.data.transport import Patience
+from opensora_dist.data.transport import FetchError, Patience
 from opensora_dist.diffusion.samplers import check_sampling
 from opensora_dist.models.base import VideoTransformer
 from opensora_dist.observe.trackers import track_problems
@@ -106,7 +106,7 @@ def _unread_problems(data: DataConfig) -> list[Problem]:
         try:
             if holds_index(url, Patience(total_s=data.cache.patience_s)):
                 continue
-        except OpensoraError as error:
+        except (OpensoraError, FetchError) as error:
             said = str(error)
         message = f"{redact(url)}: {said}; whether model and layout fit its samples isn't known before the run starts"
         problems.append(Problem(fields=("data.path", "data.mixture"), message=message, here=True))

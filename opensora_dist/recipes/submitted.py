@@ -1,0 +1,49 @@
+"""What was submitted: looked at, read and cancelled."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from opensora_dist.core.errors import ConfigError
+from opensora_dist.launch.base import Status
+from opensora_dist.launch.records import LAUNCH_DIR, Record, read_records
+from opensora_dist.launch.registry import build_launcher
+from opensora_dist.recipes.submit import settled, statuses
+
+__all__ = ["cancel", "newest", "show_logs", "statuses"]
+
+
+def newest(records: Path) -> Record:
+    """The newest submission of a run; where it was left without an answer, the scheduler is asked for it.
+
+    Raises:
+        ConfigError: None was made.
+        LaunchError: The scheduler can't be asked.
+    """
+    found = read_records(records.absolute())
+    if not found:
+        raise ConfigError(
+            f"{records}/{LAUNCH_DIR} holds no submission; name the run directory of a run that was submitted, or its --records"
+        )
+    return settled(found[-1])
+
+
+def show_logs(records: Path, *, follow: bool) -> int:
+    """Prints the newest log; the exit code of what shows it."""
+    record = newest(records)
+    shown = build_launcher(record.backend, record.job.site).logs(record.job, record.job_ids or (), follow=follow)
+    command = ["tail", "-n", "+1", *(["-F"] if follow else []), str(shown)] if isinstance(shown, Path) else shown
+    try:
+        return subprocess.run(command, check=False).returncode
+    except KeyboardInterrupt:  # the way to end --follow
+        return 0
+
+
+def cancel(records: Path) -> list[str]:
+    """Cancels what is not over; returns its ids."""
+    record = newest(records)
+    going: list[Status] = [s for s in statuses(record) if not s.phase.over]
+    if going:
+        build_launcher(record.backend, record.job.site).cancel([s.job_id for s in going])
+    return [s.job_id for s in going]
