@@ -15,12 +15,66 @@ from opensora_dist.core.errors import ConfigError
 def add_parser(verbs: Any) -> None:
     """Adds the verb and its own verbs."""
     bench = verbs.add_parser(
-        "bench", help="time sequence schemes; measure the network", description="Measure parts of a training."
+        "bench", help="time training steps and sequence schemes; measure the network", description="Measure parts of a training."
     )
     actions = bench.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _add_step(actions)
     _add_sequence(actions)
     _add_network(actions)
     _add_data(actions)
+
+
+def _add_step(actions: Any) -> None:
+    step = actions.add_parser(
+        "step",
+        help="whole training steps of a model",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Time training steps: the training's own forward, backward, clip, optimizer and average, on made-up latents, under a layout of\n"
+            "ranks. Says samples/s, tokens/s per rank, model FLOPs use (MFU), peak memory, the share of communication that nothing hides,\n"
+            "and with a price dollars per million tokens. Starts its own ranks where a launcher has not.\n\n"
+            "  opensora-dist bench step --nproc 2 --depth 4 --width 192 --heads 4 --clip 8x16x16 --sp 2\n"
+            "  torchrun --nproc-per-node 8 -m opensora_dist bench step --size XL --clip 16x64x64 --zero 2 --dtype bfloat16\n"
+            "  opensora-dist bench step --sweep configs/bench/cpu.yaml --out runs/sweep"
+        ),
+    )
+    # What a training has a default for has none here.
+    step.add_argument("--model", choices=["stdit", "dit"], help="default stdit")
+    step.add_argument("--size", choices=["S", "B", "L", "XL"], help="published size, patches of 1x2x2 (default S)")
+    step.add_argument("--depth", type=int, metavar="L", help="blocks, instead of the size's")
+    step.add_argument("--width", type=int, metavar="D", help="instead of the size's")
+    step.add_argument("--heads", type=int, metavar="N", help="instead of the size's")
+    step.add_argument("--clip", metavar="TxHxW", help="latents of a sample (default 16x32x32: 16 frames of 256 x 256 pixels)")
+    step.add_argument("--batch", type=int, metavar="B", help="samples of the ranks that share them (default 1)")
+    step.add_argument("--text-tokens", type=int, metavar="Y", help="default 120")
+    step.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], help="default float32")
+    step.add_argument("--sp", type=int, metavar="P", help="ranks that share a sample (default 1)")
+    step.add_argument("--scheme", metavar="NAME", help="how they do (default dsp)")
+    step.add_argument("--ulysses", type=int, metavar="U", help="inner axis of usp")
+    step.add_argument("--zero", type=int, metavar="STAGE", help="ZeRO stage, 0 to 3 (default 0)")
+    step.add_argument("--dp-replicate", type=int, metavar="R", help="groups of ranks that hold copies (HSDP, default 1)")
+    step.add_argument("--grad-accum", type=int, metavar="A", help="micro-batches of a step (default 1)")
+    step.add_argument("--recompute", choices=["none", "selective", "full"], help="what backward runs again (default none)")
+    step.add_argument("--forms", nargs="+", default=["eager"], metavar="NAME", help="ways of computing the step, side by side")
+    step.add_argument("--rounds", type=int, default=5, metavar="R", help="passes of each form that count (default 5)")
+    step.add_argument("--warmup", type=int, default=2, metavar="R", help="passes before them (default 2)")
+    step.add_argument("--steps", type=int, default=3, metavar="S", help="steps of a pass (default 3)")
+    step.add_argument(
+        "--dollars-per-gpu-hour", type=float, metavar="USD", help="what a GPU costs, for dollars per million tokens"
+    )
+    step.add_argument("--out", type=Path, metavar="DIR", help="folder for step.json; with --sweep, for everything")
+    _add_ranks(step)
+    _add_sweep(step)
+    step.set_defaults(run=_run_step)
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sweep",
+        type=Path,
+        metavar="FILE",
+        help="run every point of this grid instead, on this machine or over the nodes of a Slurm job, and go on where an earlier one stopped",
+    )
 
 
 def _add_sequence(actions: Any) -> None:
@@ -54,6 +108,7 @@ def _add_sequence(actions: Any) -> None:
     sequence.add_argument("--trace", action="store_true", help="write a Chrome trace per rank into --out")
     sequence.add_argument("--out", type=Path, metavar="DIR", help="folder for sequence.json, sequence.svg and traces")
     _add_ranks(sequence)
+    _add_sweep(sequence)
     sequence.set_defaults(run=_run_sequence)
 
 
@@ -120,7 +175,46 @@ def _check_ranks(args: argparse.Namespace, **more: int) -> None:
         raise ConfigError(problems)
 
 
+def _run_step(args: argparse.Namespace) -> int:
+    if args.sweep is not None:
+        return _run_sweep(args)
+    from opensora_dist.recipes.bench.launch import num_ranks, on_ranks
+    from opensora_dist.recipes.bench.step_inputs import CASE_FIELDS, step_inputs
+    from opensora_dist.recipes.bench.step_show import step_rank
+
+    _check_ranks(args)
+    case, options = step_inputs(
+        {name: getattr(args, name) for name in CASE_FIELDS},
+        world=num_ranks(args.nproc, device=args.device),
+        timeout_s=args.timeout,
+        **{name: getattr(args, name) for name in ("forms", "rounds", "warmup", "steps", "dollars_per_gpu_hour")},
+    )
+    return on_ranks(
+        lambda device: step_rank(case, device, options=options, out=args.out),
+        args=args.argv,
+        nproc=args.nproc,
+        device=args.device,
+        pin=args.pin,
+        out=args.out,
+        timeout_s=args.timeout,
+    )
+
+
+def _run_sweep(args: argparse.Namespace) -> int:
+    from opensora_dist.recipes.bench.sweep import run_sweep
+
+    words = [word.partition("=")[0] for word in args.argv if word.startswith("--")]
+    problems = [f"{word} with --sweep, whose file says it all; drop it" for word in words if word not in ("--sweep", "--out")]
+    if args.out is None:
+        problems.append("--sweep writes a file per point into --out, which is not given; add --out DIR")
+    if problems:
+        raise ConfigError(problems)
+    return run_sweep(args.action, args.sweep, out=args.out)
+
+
 def _run_sequence(args: argparse.Namespace) -> int:
+    if args.sweep is not None:
+        return _run_sweep(args)
     from opensora_dist.recipes.bench.launch import num_ranks, on_ranks, sequence_rank
     from opensora_dist.recipes.bench.sequence import sequence_inputs
 

@@ -176,7 +176,7 @@ def test_table_json_picture_and_trace(ranks, tmp_path):
     with open(tmp_path / "table.txt", "w") as file:
         print_table(TINY, results, world=2, console=Console(file=file))
     text = (tmp_path / "table.txt").read_text()
-    made = json.loads(json.dumps(record(TINY, results, options=QUICK, world=2), allow_nan=False))
+    made = json.loads(json.dumps(record(TINY, results, options=QUICK, world=2, peak_flops=1e9), allow_nan=False))
     svg = ET.fromstring(picture(TINY, results, world=2))
     labels = {e.text for e in svg.iter("{http://www.w3.org/2000/svg}text")}
     for r, row in zip(results, made["results"], strict=True):

@@ -17,6 +17,7 @@ from opensora_dist.parallel.tensor.linear import packed_parts, tp_size
 from opensora_dist.parallel.tensor.state import in_order, put_back
 from opensora_dist.parallel.zero.optimizer import adamw, start_moments
 from opensora_dist.parallel.zero.replicated import GradientSums
+from opensora_dist.parallel.zero.silent import SilentGather, SilentScatter
 
 _CPU = torch.device("cpu")
 
@@ -65,6 +66,7 @@ class NativeBackend:
             self._cpu_grads = {name: _to_cpu(t) for name, t in self._held.items()}
         self.model = model
         self._sums = GradientSums(list(model.parameters()), group=dist.group.WORLD) if self._stage == 0 else None
+        self._comms: tuple[SilentGather, SilentScatter] | None = None
         self.optimizer = adamw(self.weights, {name: p.ndim for name, p in self._params.items()}, optim)
         start_moments(self.optimizer, self.weights.values())
 
@@ -86,6 +88,29 @@ class NativeBackend:
                 self.model.set_reshard_after_backward(last_micro)
         with self._autocast():
             yield
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Steps inside send no weights and no gradients, so that what they compute is of no use: for benchmarks, which ask what sending
+        costs. The one number that is the gradients' norm still travels, and so do sums between copies (``dp_replicate``) and ``tp``.
+        """
+        if self._sums is not None:
+            self._sums.silent = True
+        sharded = [module for module in self._module.modules() if isinstance(module, FSDPModule)]
+        if self._comms is None and sharded:
+            self._comms = SilentGather(), SilentScatter()
+            for module in sharded:
+                module.set_custom_all_gather(self._comms[0])
+                module.set_custom_reduce_scatter(self._comms[1])
+        for comm in self._comms or ():
+            comm.silent = True
+        try:
+            yield
+        finally:
+            if self._sums is not None:
+                self._sums.silent = False
+            for comm in self._comms or ():
+                comm.silent = False
 
     @contextmanager
     def inference(self, weights: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:

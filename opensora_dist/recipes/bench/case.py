@@ -14,7 +14,7 @@ from torch import Tensor
 from opensora_dist.config.train import ModelConfig
 from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.types import Axis, Region, Thw
-from opensora_dist.models.base import ModelIo
+from opensora_dist.models.base import ModelIo, VideoTransformer
 from opensora_dist.models.layers import Block
 from opensora_dist.models.registry import build_model
 from opensora_dist.parallel.keys import Keys
@@ -74,9 +74,28 @@ class SequenceCase:
         ]
         return Traffic(forward=sum(s.forward for s in sent), backward=sum(s.backward for s in sent))
 
+    @property
+    def flops(self) -> int:
+        """Forward FLOPs of the block on one sample, by the model's own formula."""
+        return build_block(self).flops(self.grid, text_tokens=self.text_tokens)
+
     def record(self) -> dict[str, Any]:
         """As JSON values."""
         return {**asdict(self), "grid": list(self.grid)}
+
+
+def meta_model(case: SequenceCase) -> VideoTransformer:
+    """A model of that one block, on the meta device."""
+    io = ModelIo(in_channels=4, out_channels=4, text_width=8, max_tokens=max(1, case.text_tokens))
+    with torch.device("meta"):
+        return build_model(ModelConfig(name=case.model, depth=1, width=case.width, heads=case.heads), io)
+
+
+def build_block(case: SequenceCase) -> Block:
+    """The block, on the meta device."""
+    block = meta_model(case).blocks[0]
+    assert isinstance(block, Block)
+    return block
 
 
 class Subject:
@@ -85,12 +104,7 @@ class Subject:
     def __init__(self, case: SequenceCase, *, device: torch.device) -> None:
         self.case, self.device = case, device
         self._keys = Keys(0)
-        io = ModelIo(in_channels=4, out_channels=4, text_width=8, max_tokens=max(1, case.text_tokens))
-        config = ModelConfig(name=case.model, depth=1, width=case.width, heads=case.heads)
-        with torch.device("meta"):
-            block = build_model(config, io).blocks[0]
-        assert isinstance(block, Block)
-        self.block = block.to_empty(device=device).to(DTYPES[case.dtype])
+        self.block = build_block(case).to_empty(device=device).to(DTYPES[case.dtype])
         self.block.recompute = case.recompute
         with torch.no_grad():
             for name, parameter in self.block.named_parameters():

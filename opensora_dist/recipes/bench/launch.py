@@ -17,6 +17,7 @@ from opensora_dist.observe.progress import Bar
 from opensora_dist.parallel.failures import lost_contact_said
 from opensora_dist.parallel.mesh import launched_world, process_group, resolve_device
 from opensora_dist.parallel.spawn import run_ranks
+from opensora_dist.plan.hardware import peak_flops
 from opensora_dist.recipes.bench.case import SequenceCase
 from opensora_dist.recipes.bench.sequence import Options, bench_sequence
 from opensora_dist.recipes.bench.show import picture, print_table, record
@@ -101,7 +102,10 @@ def sequence_rank(case: SequenceCase, device: torch.device, *, options: Options,
     if rank == 0:
         print_table(case, results, world=world)
         if out is not None:
-            write_json(out / "sequence.json", record(case, results, options=options, world=world))
+            write_json(
+                out / "sequence.json",
+                record(case, results, options=options, world=world, peak_flops=peak_flops(device, dtype=case.dtype)),
+            )
             write_text(out / "sequence.svg", picture(case, results, world=world))
             print(f"{out / 'sequence.json'}, {out / 'sequence.svg'}")
         if wrong:

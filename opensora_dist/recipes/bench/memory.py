@@ -25,11 +25,13 @@ class Peak:
     Args:
         now: Bytes alive, beyond what was there before the block.
         restart: Begins anew: the peak is from here on.
+        most: The peak so far, beyond what was there before the block.
         bytes: The peak; filled in when the block ends.
     """
 
     now: Callable[[], int]
     restart: Callable[[], None]
+    most: Callable[[], int]
     bytes: int = 0
 
 
@@ -49,14 +51,15 @@ def peak_memory(device: torch.device, *, parked: Callable[[], int] = lambda: 0) 
         peak = Peak(
             now=lambda: torch.cuda.memory_allocated(device) - before,
             restart=lambda: torch.cuda.reset_peak_memory_stats(device),
+            most=lambda: torch.cuda.max_memory_allocated(device) - before,
         )
         yield peak
-        peak.bytes = torch.cuda.max_memory_allocated(device) - before
+        peak.bytes = peak.most()
         return
     with LiveTensors(parked=parked) as live:
-        peak = Peak(now=lambda: live.now - parked(), restart=live.restart)
+        peak = Peak(now=lambda: live.now - parked(), restart=live.restart, most=lambda: live.peak)
         yield peak
-    peak.bytes = live.peak
+    peak.bytes = peak.most()
 
 
 class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch's, which has no types

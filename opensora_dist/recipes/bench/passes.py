@@ -4,18 +4,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from opensora_dist.parallel.sequence.base import Shard, Traffic
 from opensora_dist.parallel.sequence.network import synchronise
 from opensora_dist.recipes.bench.case import Subject
+from opensora_dist.recipes.bench.rounds import timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +90,22 @@ def timed_pass(
     seconds: list[float] = []
     waits: list[float] = []
     out: Tensor | None = None
-    for name in ("forward", "backward"):
-        dist.barrier()
-        synchronise(subject.device)
-        waited, began = _waited(shard), time.perf_counter()
-        with span(name):
-            if out is None:
-                out = subject.forward(x, shard)
-            else:
-                torch.autograd.backward(out, dy)
+
+    def forward() -> None:
+        nonlocal out
+        with span("forward"):
+            out = subject.forward(x, shard)
             synchronise(subject.device)
-        seconds.append(time.perf_counter() - began)
+
+    def backward() -> None:
+        assert out is not None
+        with span("backward"):
+            torch.autograd.backward(out, dy)
+            synchronise(subject.device)
+
+    for direction in (forward, backward):
+        waited = _waited(shard)
+        seconds.append(timed(direction, device=subject.device))
         waits.append(_waited(shard) - waited)
     subject.forget(x)
     return [*seconds, *waits]

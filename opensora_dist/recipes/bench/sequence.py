@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from opensora_dist.recipes.bench.case import SequenceCase, Subject
 from opensora_dist.recipes.bench.forms import PACKAGES, package_missing, silent
 from opensora_dist.recipes.bench.memory import peak_memory
 from opensora_dist.recipes.bench.passes import Form, Pass, SequenceResult, timed_pass
+from opensora_dist.recipes.bench.rounds import of_all_ranks, take_turns
 from opensora_dist.recipes.bench.trace import write_trace
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float64": 1e-10}
@@ -274,23 +275,8 @@ def _rounds(
     region = forms[0].shard.region if forms else Region.whole(subject.case.grid)
     x, dy = subject.tokens("x", region).requires_grad_(), subject.tokens("dy", region)
     shards = [s for form in forms for s in (form.shard, form.silent) if s is not None]
-    table: list[list[list[float]]] = []
-    collecting = gc.isenabled()
-    gc.disable()  # a collection in one form's pass would be that form's cost
-    try:
-        for round_ in range(options.warmup + options.rounds):
-            rows: list[list[float]] = [[] for _ in shards]
-            for i in range(len(shards)):
-                at = (i + round_) % len(shards)  # so that no form always follows the same one
-                rows[at] = timed_pass(subject, shards[at], x, dy)
-            gc.collect()
-            if round_ >= options.warmup:
-                table.append(rows)
-            if on_round is not None:
-                on_round(round_ + 1)
-    finally:
-        if collecting:
-            gc.enable()
+    turns = [partial(timed_pass, subject, shard, x, dy) for shard in shards]
+    table = take_turns(turns, rounds=options.rounds, warmup=options.warmup, on_round=on_round)
     passes = iter(_over_ranks(table, device=subject.device))
     return [(next(passes), next(passes) if form.silent is not None else []) for form in forms]
 
@@ -299,10 +285,6 @@ def _over_ranks(table: list[list[list[float]]], *, device: torch.device) -> list
     """[round][form][4] of each rank to a list of passes per form: the slowest rank's seconds, the mean of the waits. Collective."""
     if not table or not table[0]:
         return []
-    here = torch.tensor(table, dtype=torch.float64, device=device)
-    most, total = here.clone(), here.clone()
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    dist.all_reduce(total)
-    waits = total / dist.get_world_size()
-    both = torch.cat([most[..., :2], waits[..., 2:]], dim=-1).transpose(0, 1).tolist()
+    most, mean = of_all_ranks(table, device=device)
+    both = torch.cat([most[..., :2], mean[..., 2:]], dim=-1).tolist()
     return [[Pass(forward_s=f, backward_s=b, forward_wait_s=wf, backward_wait_s=wb) for f, b, wf, wb in its] for its in both]

@@ -18,20 +18,21 @@ from opensora_dist.recipes.bench.case import SequenceCase
 from opensora_dist.recipes.bench.figures import Figures, Spread, baseline_of, figures
 from opensora_dist.recipes.bench.passes import SequenceResult
 from opensora_dist.recipes.bench.sequence import Options
+from opensora_dist.recipes.bench.speed import Speed, Work, speed
 
-_WIDE = 220  # columns of a table that goes to a file
-_DASH = "-"
+WIDE = 220  # columns of a table that goes to a file
+DASH = "-"
 
 
 def print_table(case: SequenceCase, results: Sequence[SequenceResult], *, world: int, console: Console | None = None) -> None:
     """To the standard output; rows that were not timed follow with their reasons."""
     console = console or Console()
     if not console.is_terminal:
-        console = Console(width=_WIDE, file=console.file)
+        console = Console(width=WIDE, file=console.file)
     baseline = baseline_of(results)
     table = Table(title=title(case, world=world), caption=_CAPTION, caption_justify="left")
     table.add_column("scheme", no_wrap=True)
-    against = baseline.scheme if baseline is not None else _DASH
+    against = baseline.scheme if baseline is not None else DASH
     times = ("forward ms", "backward ms", "both ms", f"x {against}", "exposed f + b ms", "wait ms", "hidden wall, wait")
     for column in (*times, "MB sent f + b", "= formula", "peak MB"):
         table.add_column(column, justify="right", no_wrap=not console.is_terminal)
@@ -62,58 +63,82 @@ def title(case: SequenceCase, *, world: int) -> str:
 
 def _cells(result: SequenceResult, found: Figures) -> list[str]:
     hidden = found.hidden["both"] if found.hidden is not None else None
-    exposed = _DASH
+    exposed = DASH
     if found.exposed_forward_ms is not None and found.exposed_backward_ms is not None:
-        exposed = f"{_three(found.exposed_forward_ms.median)} + {_three(found.exposed_backward_ms.median)}"
+        exposed = f"{three(found.exposed_forward_ms.median)} + {three(found.exposed_backward_ms.median)}"
     sent = result.sent or Traffic(forward=0, backward=0)
     return [
-        _ms(found.forward_ms),
-        _ms(found.backward_ms),
-        _ms(found.both_ms),
-        f"{found.ratio.median:.3f} [{found.ratio.low:.3f}, {found.ratio.high:.3f}]" if found.ratio is not None else _DASH,
+        ms(found.forward_ms),
+        ms(found.backward_ms),
+        ms(found.both_ms),
+        f"{found.ratio.median:.3f} [{found.ratio.low:.3f}, {found.ratio.high:.3f}]" if found.ratio is not None else DASH,
         exposed,
-        _three(found.wait_ms) if result.silent else _DASH,
-        f"{_percent(hidden.wall)}, {_percent(hidden.wait)}" if hidden is not None else _DASH,
+        three(found.wait_ms) if result.silent else DASH,
+        f"{percent(hidden.wall)}, {percent(hidden.wait)}" if hidden is not None else DASH,
         f"{sent.forward / 1e6:.3f} + {sent.backward / 1e6:.3f}",
         "yes" if result.bytes_match else "NO",
         f"{(result.memory_bytes or 0) / 1e6:.1f}",
     ]
 
 
-def _ms(spread: Spread) -> str:
-    return f"{_three(spread.median)} [{_three(spread.low)}, {_three(spread.high)}]"
+def ms(spread: Spread) -> str:
+    return f"{three(spread.median)} [{three(spread.low)}, {three(spread.high)}]"
 
 
-def _three(value: float) -> str:
+def three(value: float) -> str:
     """Three digits, without an exponent."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _percent(share: float | None) -> str:
-    return _DASH if share is None else f"{100 * share:.0f}%"
+def percent(share: float | None) -> str:
+    return DASH if share is None else f"{100 * share:.0f}%"
 
 
-def record(case: SequenceCase, results: Sequence[SequenceResult], *, options: Options, world: int) -> dict[str, Any]:
-    """Everything as JSON values: the case, the environment, raw times, and the figures that follow from them."""
+def record(
+    case: SequenceCase, results: Sequence[SequenceResult], *, options: Options, world: int, peak_flops: float | None
+) -> dict[str, Any]:
+    """Everything as JSON values: the case, the environment, raw times, and the figures that follow from them.
+
+    Args:
+        peak_flops: Of a rank's device, FLOP/s; None where it isn't known.
+    """
+    work = Work(samples=case.batch, tokens=case.grid.volume, flops=case.flops, world=world, peak_flops=peak_flops)
     return {
         "format": 1,
+        "kind": "sequence",
         "case": case.record(),
         "world": world,
+        "work": asdict(work),
         "options": {
             "rounds": options.rounds,
             "warmup": options.warmup,
             "sp": options.sp.model_dump(mode="json", include={"chunks", "ulysses", "fastseq_dw"}),
         },
-        "environment": describe_environment(world=world),
-        "link": os.environ.get("OPENSORA_LINK"),
-        "load": list(os.getloadavg()),
-        "results": [_result(r, results) for r in results],
+        **about(world),
+        "results": [_result(r, results, work=work) for r in results],
     }
 
 
-def _result(result: SequenceResult, others: Sequence[SequenceResult]) -> dict[str, Any]:
+def about(world: int) -> dict[str, Any]:
+    """Of every record: where it was measured, over what link where that is modelled, and what else the machine was doing."""
+    return {
+        "environment": describe_environment(world=world),
+        "link": os.environ.get("OPENSORA_LINK"),
+        "load": list(os.getloadavg()),
+    }
+
+
+def _result(result: SequenceResult, others: Sequence[SequenceResult], *, work: Work) -> dict[str, Any]:
     found = figures(result, others)
-    return {"name": result.name, **asdict(result), "figures": None if found is None else asdict(found)}
+    figures_ = None if found is None else {**asdict(found), "speed": asdict(_speed(found, work))}
+    return {"name": result.name, **asdict(result), "figures": figures_}
+
+
+def _speed(found: Figures, work: Work) -> Speed:
+    exposed = None
+    if found.exposed_forward_ms is not None and found.exposed_backward_ms is not None:
+        exposed = (found.exposed_forward_ms.median + found.exposed_backward_ms.median) / 1e3
+    return speed(found.both_ms.median / 1e3, work=work, exposed_s=exposed)
 
 
 _LEFT, _RIGHT, _BAR, _ROW, _TOP, _WIDTH = 168, 24, 13, 40, 64, 860

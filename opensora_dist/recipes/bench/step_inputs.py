@@ -1,0 +1,138 @@
+"""A step to be timed, from what a command line or a point of a sweep has: everything that is wrong with it at once."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from opensora_dist.config.load import Problem, load_config
+from opensora_dist.config.rules import train_problems
+from opensora_dist.config.train import TrainConfig
+from opensora_dist.core.errors import ConfigError
+from opensora_dist.core.types import Thw
+from opensora_dist.plan.memory import MemoryCase
+from opensora_dist.recipes.bench.step import FORMS, StepOptions, meta_model
+from opensora_dist.recipes.shards import share_problems
+
+_KEYS = {
+    "model": "model.name",
+    "size": "model.size",
+    "depth": "model.depth",
+    "width": "model.width",
+    "heads": "model.heads",
+    "dtype": "run.dtype",
+    "sp": "parallel.sp.degree",
+    "scheme": "parallel.sp.scheme",
+    "ulysses": "parallel.sp.ulysses",
+    "zero": "parallel.zero.stage",
+    "dp_replicate": "parallel.dp_replicate",
+    "grad_accum": "parallel.grad_accum",
+    "recompute": "parallel.recompute",
+}
+CASE_FIELDS = (*_KEYS, "clip", "batch", "text_tokens")
+"""What a case is made of: options of ``bench step`` and keys of a sweep's grid."""
+_CLIP, _BATCH, _TEXT_TOKENS = "16x32x32", 1, 120
+
+
+def step_inputs(given: Mapping[str, Any], *, world: int, timeout_s: float, **measuring: Any) -> tuple[MemoryCase, StepOptions]:
+    """``step_case`` and ``step_options``.
+
+    Raises:
+        ConfigError: What either finds.
+    """
+    problems: list[str] = []
+    try:
+        options = step_options(**measuring)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        case = step_case(given, world=world, timeout_s=timeout_s)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return case, options
+
+
+def step_case(given: Mapping[str, Any], *, world: int, timeout_s: float) -> MemoryCase:
+    """
+    Args:
+        given: By ``CASE_FIELDS``; what is missing or None is as a training has it.
+        world: Ranks that will run.
+        timeout_s: Of a collective.
+    Raises:
+        ConfigError: Every rule that keeps it from running, by the names of flags.
+    """
+    problems: list[str] = []
+    latent = _latent(given.get("clip") or _CLIP, problems)
+    sizes = {name: _or(given.get(name), default) for name, default in (("batch", _BATCH), ("text_tokens", _TEXT_TOKENS))}
+    problems += [f"--{_flag(name)} must be 1 or more, and is {value}" for name, value in sizes.items() if value < 1]
+    if given.get("scheme") == "auto":
+        problems.append("--scheme auto chooses by what is measured when a training starts; name a scheme")
+    overrides = [f"{key}={value}" for name, key in _KEYS.items() if (value := given.get(name)) is not None]
+    try:
+        config = load_config(TrainConfig, None, overrides=overrides, rules=lambda config: _rules(config, world=world))
+    except ConfigError as error:
+        raise ConfigError([*problems, *map(_with_flags, error.problems)]) from None
+    if problems:
+        raise ConfigError(problems)
+    case = MemoryCase(
+        model=config.model,
+        parallel=config.parallel.model_copy(update={"timeout_s": timeout_s}),
+        world=world,
+        latent=latent,
+        dtype=config.run.dtype,
+        micro_batch=sizes["batch"],
+        text_tokens=sizes["text_tokens"],
+        max_tokens=sizes["text_tokens"],
+    )
+    shared = share_problems(case.parallel.sp, case.model, {f"latents of {latent}": meta_model(case).token_grid(latent)})
+    if shared:
+        raise ConfigError([_with_flags(problem.message) for problem in shared])
+    return case
+
+
+def step_options(*, forms: list[str], rounds: int, warmup: int, steps: int, dollars_per_gpu_hour: float | None) -> StepOptions:
+    """
+    Raises:
+        ConfigError: Everything that is out of range, by the names of flags.
+    """
+    problems = [f"--forms {name}: not known; use some of {', '.join(FORMS)}" for name in forms if name not in FORMS]
+    for flag, value, least in (("rounds", rounds, 1), ("warmup", warmup, 0), ("steps", steps, 1)):
+        if value < least:
+            problems.append(f"--{flag} must be {least} or more, and is {value}")
+    if dollars_per_gpu_hour is not None and not 0 < dollars_per_gpu_hour < math.inf:
+        problems.append(f"--dollars-per-gpu-hour must be a price above 0, and is {dollars_per_gpu_hour:g}")
+    if problems:
+        raise ConfigError(problems)
+    return StepOptions(forms=tuple(forms), rounds=rounds, warmup=warmup, steps=steps, dollars_per_gpu_hour=dollars_per_gpu_hour)
+
+
+def _latent(clip: str, problems: list[str]) -> Thw:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", clip)
+    if match is None:
+        problems.append(f"--clip {clip!r} is not FRAMESxROWSxCOLUMNS of latents, each 1 or more; write e.g. {_CLIP}")
+        return Thw(1, 1, 1)
+    return Thw(*map(int, match.groups()))
+
+
+def _or(value: Any, default: int) -> int:
+    return default if value is None else int(value)
+
+
+def _rules(config: TrainConfig, *, world: int) -> list[Problem]:
+    """Those of a training, but for its data: what is made up has no path, and is as large as the ranks take."""
+    return [p for p in train_problems(config, world=world) if not any(field.startswith("data.") for field in p.fields)]
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _with_flags(problem: str) -> str:
+    """A message of a config's rule, in the words of the command line."""
+    for name, key in _KEYS.items():
+        problem = re.sub(rf"\b{re.escape(key)}\b", f"--{_flag(name)}", problem)
+    return problem
