@@ -1,0 +1,153 @@
+"""Compiles every kernel ahead of time, without a GPU: does it build for each architecture, and what does it need there?
+
+    python -m opensora_kernels.compile --arch 80 90 100 [--page docs/kernels.md]
+
+A kernel that spills registers is not refused, but shown: what a thread can't hold goes through memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from opensora_kernels import adamw_ema, bias_gelu, gated_norm, norm_modulate, short_attention, varlen_attention
+from opensora_kernels.products import head_parts
+from opensora_kernels.rows import ROWS_PER_PROGRAM, block_of, warps_of
+
+ARCHITECTURES = {80: "A100", 90: "H100, H800, H200", 100: "B200"}
+_BEGIN, _END = "<!-- table of kernels: made by opensora_kernels.compile -->", "<!-- end of the table -->"
+_WIDTH, _HEAD_DIM = 1152, 72  # of XL/2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A kernel with types and sizes, as training at XL/2 in bfloat16 calls it."""
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, int]
+    warps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a compiled kernel takes of a multiprocessor.
+
+    Args:
+        registers: Of a thread.
+        spilled_bytes: Of a thread, that go through memory.
+        shared_bytes: Of a program.
+    """
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def cases() -> Iterator[Case]:
+    """All kernels, those of attention in several sizes."""
+    rows = {"BLOCK": block_of(_WIDTH)}
+    sums = {**rows, "ROWS": ROWS_PER_PROGRAM}
+    for module in (norm_modulate, gated_norm):
+        name = module.__name__.rpartition(".")[2]
+        yield _case(f"{name}, forward", module._forward, rows, warps_of(_WIDTH))
+        yield _case(f"{name}, backward", module._backward, sums, warps_of(_WIDTH), float32=("dgate", "dshift", "dscale"))
+    tile = {"COLUMNS": bias_gelu._COLUMNS, "ROWS": bias_gelu._ROWS}
+    yield _case("bias_gelu, forward", bias_gelu._forward, tile, bias_gelu._WARPS)
+    yield _case("bias_gelu, backward", bias_gelu._backward, tile, bias_gelu._WARPS, float32=("sums",))
+    for frames in (16, 64):
+        tile = dict(zip(("ROWS", "LO", "HI"), short_attention._tile(frames, _HEAD_DIM)))
+        for way in ("forward", "backward"):
+            kernel = getattr(short_attention, f"_{way}")
+            yield _case(f"short_attention, {frames} frames, {way}", kernel, tile, short_attention._warps(frames))
+    tile = {
+        "ROWS": varlen_attention._ROWS,
+        "COLUMNS": varlen_attention._COLUMNS,
+        **dict(zip(("LO", "HI"), head_parts(_HEAD_DIM))),
+    }
+    for way in ("forward", "backward_q", "backward_k"):
+        yield _case(
+            f"varlen_attention, {way}",
+            getattr(varlen_attention, f"_{way}"),
+            tile,
+            varlen_attention._WARPS,
+            float32=("lse", "weight"),
+        )
+    every = ("weight", "mean", "square", "average", "scale")
+    yield _case("adamw_ema", adamw_ema._step, {"BLOCK": adamw_ema._BLOCK}, 4, float32=every)
+
+
+_WHOLE = {"L", "D", "R", "H", "S", "T", "N", "K", "Q", "M", "numbers"}
+_REAL = {"eps", "lr", "beta1", "beta2", "weight_decay", "ema_decay", "unbiased1", "unbiased2"}
+_MULTIPLES = {"L", "D", "H", "S", "N", "numbers"}
+"""Multiples of 16 in XL/2 at the published shapes."""
+_INTEGERS = {"of_q", "of_k", "q_ends", "k_ends"}
+
+
+def _case(name: str, kernel: Any, constants: Mapping[str, int], warps: int, *, float32: tuple[str, ...] = ()) -> Case:
+    types = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            types[argument] = "constexpr"
+        elif argument in _WHOLE:
+            types[argument] = "i32"
+        elif argument in _REAL or (argument == "scale" and "attention" in name):
+            types[argument] = "fp32"
+        else:
+            types[argument] = "*i32" if argument in _INTEGERS else "*fp32" if argument in float32 else "*bf16"
+    return Case(name=name, kernel=kernel, types=types, constants=constants, warps=warps)
+
+
+def compiled(case: Case, architecture: int) -> Needs:
+    """Builds a kernel for ``sm_<architecture>``, down to machine code."""
+    aligned = [n for n, (name, type_) in enumerate(case.types.items()) if type_.startswith("*") or name in _MULTIPLES]
+    hints = {(n,): [["tt.divisibility", 16]] for n in aligned}  # what the compiler is told at run time, too
+    source = ASTSource(case.kernel, signature=dict(case.types), constexprs=dict(case.constants), attrs=hints)
+    kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": case.warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
+    return Needs(registers=found["REG"], spilled_bytes=found["STACK"] + found["LOCAL"], shared_bytes=int(kernel.metadata.shared))
+
+
+def table(architectures: list[int]) -> str:
+    """Markdown: a row per kernel, what it needs on each architecture."""
+    heads = [f"sm_{a} ({ARCHITECTURES.get(a, '?')})" for a in architectures]
+    lines = ["| kernel, warps | " + " | ".join(heads) + " |", "| --- " * (1 + len(heads)) + "|"]
+    for case in cases():
+        needs = [compiled(case, a) for a in architectures]
+        cells = [f"{n.registers}, {n.spilled_bytes}, {n.shared_bytes / 1024:.1f}" for n in needs]
+        lines.append(f"| {case.name}, {case.warps} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHITECTURES), metavar="SM")
+    parser.add_argument("--page", type=Path, help="Markdown page whose table is replaced")
+    args = parser.parse_args()
+    made = table(args.arch)
+    print(made)
+    if args.page is not None:
+        text = args.page.read_text()
+        before, after = text[: text.index(_BEGIN)], text[text.index(_END) :]
+        args.page.write_text(f"{before}{_BEGIN}\n\n{made}\n\n{after}")
+
+
+if __name__ == "__main__":
+    main()
