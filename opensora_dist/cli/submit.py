@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from opensora_dist.cli import bench, data, train
 from opensora_dist.cli.arguments import config_of, overrides_of
-from opensora_dist.config.site import site_path
+from opensora_dist.config.describe import describe
+from opensora_dist.config.site import SiteConfig, site_path
 from opensora_dist.core.errors import ConfigError
 
 if TYPE_CHECKING:  # at run time it is imported when the verb runs, so that --help is quick
@@ -33,6 +34,7 @@ def add_parser(verbs: Any) -> None:
             "  opensora-dist submit ... --dry-run -- train CONFIG     # shows exactly what would be submitted, and asks nobody\n"
             "  opensora-dist status RUN_DIR; opensora-dist logs RUN_DIR -f; opensora-dist cancel RUN_DIR"
         ),
+        epilog="Keys of --site, with their defaults:\n\n" + describe(SiteConfig).replace("%", "%%"),
     )
     parser.add_argument("--backend", choices=_BACKENDS, required=True, help="what runs jobs there")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")

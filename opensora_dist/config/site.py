@@ -140,7 +140,8 @@ class SiteConfig(Section):
 
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+_SECRET = re.compile(r"\w*(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?", re.IGNORECASE)
+_ASSIGNED = re.compile(r"(\w+)=(?![\"']?[$/~])[\"']?[^\s\"']")  # NAME=value, but not NAME=$OTHER, nor the path of a file
 
 
 def site_path() -> Path | None:
@@ -160,24 +161,65 @@ def load_site(path: Path | None) -> SiteConfig:
 
 def site_problems(site: SiteConfig) -> list[Problem]:
     """The rules between fields, and of what shell and YAML can't hold."""
+    return [*_text_problems(site), *_variable_problems(site), *_slurm_problems(site.slurm), *_container_problems(site.container)]
+
+
+def _text_problems(section: Section, *, at: str = "") -> list[Problem]:
+    """No shell holds a NUL."""
     problems = []
-    for name in site.node.variables:
+    for name in type(section).model_fields:
+        field, value = f"{at}{name}", getattr(section, name)
+        if isinstance(value, Section):
+            problems += _text_problems(value, at=f"{field}.")
+        elif any("\0" in text for text in _texts(value)):
+            said = f"{field}={value!r} holds a NUL, which no shell can; take it out"
+            problems.append(Problem(fields=(field,), message=said))
+    return problems
+
+
+def _texts(value: object) -> list[str]:
+    """Of a field: itself, or what is in it."""
+    if isinstance(value, dict):
+        return [str(text) for pair in value.items() for text in pair]
+    return [str(text) for text in value] if isinstance(value, list) else [str(value)]
+
+
+def _variable_problems(site: SiteConfig) -> list[Problem]:
+    problems, remedy = [], "scripts are kept in the run directory; export it where you submit, and leave it out"
+    for name, value in site.node.variables.items():
         field = f"node.variables.{name}"
         if not _NAME.fullmatch(name):
-            problems.append(
-                Problem(fields=(field,), message=f"{field}: {name!r} is no name of a variable; use letters, digits and _")
-            )
-        elif _SECRET.search(name):
-            said = f"{field} looks like a secret, and scripts are kept in the run directory; export it where you submit, and leave it out"
+            said = f"{field}: {name!r} is no name of a variable; use letters, digits and _"
             problems.append(Problem(fields=(field,), message=said))
-    if site.container.runtime != "none" and site.container.image is None:
-        said = f"container.runtime={site.container.runtime} needs container.image; name an image, or set container.runtime=none"
-        problems.append(Problem(fields=("container.image",), message=said))
-    for option in site.slurm.options:
+        elif _SECRET.fullmatch(name) and not value.startswith(("$", "/", "~")):
+            problems.append(Problem(fields=(field,), message=f"{field} looks like a secret, and {remedy}"))
+    for field, lines in (("node.setup", site.node.setup), ("slurm.options", site.slurm.options)):
+        for name in (match[1] for line in lines for match in _ASSIGNED.finditer(line) if _SECRET.fullmatch(match[1])):
+            problems.append(Problem(fields=(field,), message=f"{field} sets {name}, which looks like a secret, and {remedy}"))
+    return problems
+
+
+def _slurm_problems(slurm: SlurmSite) -> list[Problem]:
+    """``#SBATCH`` lines end at a space or a line break, and a quote has no meaning there that could be relied on."""
+    problems = []
+    for name in ("partition", "account", "qos", "constraint", "gpu_type", "memory"):
+        value = getattr(slurm, name)
+        if value is not None and re.search(r"[\s'\"\\\\#]", value):
+            said = f"slurm.{name}={value!r} holds a space, a quote, a backslash or a #, which an #SBATCH line can't; no name in Slurm has one"
+            problems.append(Problem(fields=(f"slurm.{name}",), message=said))
+    for option in slurm.options:
         if not re.fullmatch(r"--?[A-Za-z][^\n]*", option):
             said = f"slurm.options: {option!r} is no option of sbatch on one line; write e.g. --reservation=video"
             problems.append(Problem(fields=("slurm.options",), message=said))
-    for mount in site.container.mounts:
+    return problems
+
+
+def _container_problems(container: ContainerSite) -> list[Problem]:
+    problems = []
+    if container.runtime != "none" and container.image is None:
+        said = f"container.runtime={container.runtime} needs container.image; name an image, or set container.runtime=none"
+        problems.append(Problem(fields=("container.image",), message=said))
+    for mount in container.mounts:
         if not re.fullmatch(r"/[^:,\s]*:/[^:,\s]*(:r[ow])?", mount):
             said = f"container.mounts: {mount!r} is not /host/path:/container/path or that with :ro; paths with spaces, commas or colons can't be mounted"
             problems.append(Problem(fields=("container.mounts",), message=said))

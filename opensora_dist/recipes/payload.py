@@ -16,6 +16,7 @@ from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.layout import CONFIG_NAME
 from opensora_dist.core.urls import is_remote
 from opensora_dist.launch.job import Kind
+from opensora_dist.launch.records import LAUNCH_DIR
 from opensora_dist.recipes.checks import submitted_problems
 
 S = TypeVar("S", bound=Section)
@@ -135,20 +136,21 @@ def _preparation(command: Command, machines: Machines, more: Callable[[Payload],
                 "--nodes 1 --gpus-per-node 1, and --array N to prepare N parts at once"
             )
             found.append(Problem(fields=(), message=message))
-        if command.part is not None:
-            message = f"--part {command.part}: a job takes all parts; leave it out, and use --array N for N of them"
+        if command.part is not None and machines.array is not None:
+            message = f"--part {command.part} with --array {machines.array}, whose jobs take a part each; leave out one of them"
             found.append(Problem(fields=(), message=message))
         return found
 
     def payload(config: PrepareConfig, warnings: Sequence[str]) -> Payload:
-        output = _absolute(config.output.path or "")
+        output, part = _absolute(config.output.path or ""), command.part
         resolved = _with_absolute_paths(config)
         resolved = resolved.model_copy(update={"output": resolved.output.model_copy(update={"path": str(output)})})
         several = machines.array is not None and config.filter.duplicates is not None
         return Payload(
             name="prepare",
-            run_dir=output,
-            words=("data", "prepare"),
+            # Parts that are submitted one by one are runs of their own.
+            run_dir=output if part is None else output / LAUNCH_DIR / f"part-{part.replace('/', '-of-')}",
+            words=("data", "prepare", *([] if part is None else ["--part", part])),
             config_text=dump_yaml(resolved),
             rounds=2 if several else 1,
             warnings=tuple(warnings),

@@ -15,11 +15,13 @@ import torch
 
 from opensora_dist.cli.arguments import config_of, overrides_of
 from opensora_dist.cli.main import _VERBS
+from opensora_dist.cli.submit import parse_command
 from opensora_dist.codecs.registry import build_codec
 from opensora_dist.config.codec import DctCodecConfig
 from opensora_dist.config.load import load_config
 from opensora_dist.config.prepare import PrepareConfig
 from opensora_dist.config.rules import prepare_problems, train_problems
+from opensora_dist.config.site import load_site
 from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.index import COLUMNS
 from opensora_dist.core.types import Thw
@@ -32,6 +34,7 @@ from opensora_dist.parallel.sequence.layout import scheme_problems
 ROOT = Path(__file__).parents[2]
 PREPARE = sorted(ROOT.glob("configs/prepare/*.yaml"))
 TRAIN = sorted(ROOT.glob("configs/train/*.yaml"))
+SITE = sorted(ROOT.glob("configs/site/*.yaml"))
 DOCS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 LONG = "open_sora_1_0_64x512x512.yaml"
 PUBLISHED = ("open_sora_1_0_stage2_16x256x256.yaml", "open_sora_1_0_stage3_16x512x512.yaml")
@@ -42,11 +45,11 @@ def _name(path: Path) -> str:
 
 
 def test_every_recipe_is_of_a_known_kind():
-    assert {*PREPARE, *TRAIN} == set(ROOT.glob("configs/**/*.yaml"))
-    assert len(PREPARE) > 3 and len(TRAIN) > 2
+    assert {*PREPARE, *TRAIN, *SITE} == set(ROOT.glob("configs/**/*.yaml")) - set(ROOT.glob("configs/bench/*.yaml"))
+    assert len(PREPARE) > 3 and len(TRAIN) > 2 and len(SITE) > 3
 
 
-@pytest.mark.parametrize("path", [*PREPARE, *TRAIN], ids=_name)
+@pytest.mark.parametrize("path", [*PREPARE, *TRAIN, *SITE], ids=_name)
 def test_a_recipe_starts_by_saying_what_it_is_for(path):
     assert path.read_text().startswith("# ")
 
@@ -121,11 +124,13 @@ def _commands(path: Path) -> list[str]:
     return [match[1] for match in found if match]
 
 
-COMMANDS = [(_name(path), command) for path in (*DOCS, *PREPARE, *TRAIN) for command in _commands(path)]
+COMMANDS = [(_name(path), command) for path in (*DOCS, *PREPARE, *TRAIN, *SITE) for command in _commands(path)]
 
 
 def test_commands_are_found_in_every_place_that_should_have_some():
-    assert {"README.md", "docs/toy.md", "docs/parallel.md", *map(_name, (*PREPARE, *TRAIN))} <= {page for page, _ in COMMANDS}
+    assert {"README.md", "docs/toy.md", "docs/parallel.md", *map(_name, (*PREPARE, *TRAIN, *SITE))} <= {
+        page for page, _ in COMMANDS
+    }
 
 
 @pytest.mark.parametrize("page, command", COMMANDS, ids=lambda value: value[:60])
@@ -134,6 +139,11 @@ def test_a_command_in_the_docs_parses_and_its_files_and_keys_exist(page, command
     if {"--help", "--version"} & set(words):
         return
     args = _parser().parse_args(words)
+    if args.verb == "submit":
+        load_site(ROOT / args.site if args.site else None)
+        words = args.command[args.command[0] == "--" :]
+        assert parse_command(words).words == tuple(words)
+        args = _parser().parse_args(words)
     if not hasattr(args, "config") or "run.nmae=x" in words:  # the page on mistakes makes some
         return
     schema = PrepareConfig if args.verb == "data" else TrainConfig
