@@ -6,14 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DIR ?= demo
 COLOSSALAI_VENV := .venv-colossalai
+POOLS_VENV := .venv-pools
 
-.PHONY: demo test test-all test-colossalai test-docker test-hosts lint format clean help
+.PHONY: demo test test-all test-colossalai test-pools test-docker test-hosts lint format clean help
 
 help:
 	@echo "make demo      toy videos -> shards -> training -> sampled video and report, on this machine"
 	@echo "make test      the test suite"
 	@echo "make test-all  the test suite with the full grids"
 	@echo "make test-colossalai  Colossal-AI's suite, in an environment of its own"
+	@echo "make test-pools  manifests for Kubernetes and SkyPilot, held to their real schemas, in an environment of its own"
 	@echo "make test-docker  the image built from a bare Debian, and its entry point run (as root)"
 	@echo "make test-hosts   torchrun over two modelled hosts (as root)"
 	@echo "make lint      style, types, import direction"
@@ -32,6 +34,10 @@ test-all: $(VENV)/.dev
 # Outside this environment the suite isn't collected; here, without the package, pytest finds no test and fails.
 test-colossalai: $(COLOSSALAI_VENV)/.installed
 	$(COLOSSALAI_VENV)/bin/python -m pytest tests/colossal_ai
+
+# Reads golden files alone, so it installs neither this project nor torch, and leaves out the conftest of all other tests.
+test-pools: $(POOLS_VENV)/.installed
+	$(POOLS_VENV)/bin/python -m pytest -c tests/pools/pytest.ini --confcutdir tests/pools tests/pools
 
 # These need root and programs that they install themselves; elsewhere they skip, and say why.
 test-docker: $(VENV)/.dev
@@ -53,7 +59,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(COLOSSALAI_VENV) $(DEMO_DIR) build *.egg-info
+	rm -rf $(VENV) $(COLOSSALAI_VENV) $(POOLS_VENV) $(DEMO_DIR) build *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.11")'
@@ -74,4 +80,9 @@ $(COLOSSALAI_VENV)/.installed: setup.py requirements/colossalai.txt
 	$(PYTHON) -m venv $(COLOSSALAI_VENV)
 	$(COLOSSALAI_VENV)/bin/python -m pip install $(PIP_ARGS) --quiet -e '.[dev]' -r requirements/colossalai.txt
 	$(COLOSSALAI_VENV)/bin/python -m pip install $(PIP_ARGS) --quiet --no-deps --no-build-isolation colossalai==0.5.0
+	touch $@
+
+$(POOLS_VENV)/.installed: requirements/pools.txt
+	$(PYTHON) -m venv $(POOLS_VENV)
+	$(POOLS_VENV)/bin/python -m pip install $(PIP_ARGS) --quiet -r requirements/pools.txt
 	touch $@

@@ -21,7 +21,7 @@ from opensora_dist.launch.templates import fill
 MANIFEST_NAME: Final = "trainjob.yaml"
 _TIMEOUT_S: Final = 60.0
 # What the API server, or who stands before it, says when a request may have been done all the same.
-_UNSURE: Final = r"(?i)timeout|timed out|EOF|connection reset|broken pipe|context deadline|lost connection|InternalError|ServiceUnavailable|TooManyRequests"
+_UNSURE: Final = r"(?i)timeout(?!=)|timed out|EOF|connection reset|broken pipe|context deadline|lost connection|InternalError|ServiceUnavailable|TooManyRequests"
 
 
 class KubernetesLauncher:

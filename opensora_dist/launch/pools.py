@@ -31,8 +31,9 @@ def as_nodes_see(job: Job) -> Job:
 def packed(job: Job, *, backend: str) -> str:
     """Value of ``SUBMISSION_VARIABLE``; pure, so it holds no time."""
     seen = as_nodes_see(job)
-    record = Record(backend=backend, job=seen, job_ids=None, git=None, time="")
-    files = {RECORD_NAME: json.dumps(record_values(record))}
+    record = record_values(Record(backend=backend, job=seen, job_ids=None, git=None, time=""))
+    record["job"]["site"] = job.site.model_dump(mode="json", exclude_defaults=True)
+    files = {RECORD_NAME: json.dumps(record)}
     if seen.config is not None:
         files[seen.config.name] = job.config_text
     return json.dumps(files)

@@ -107,9 +107,8 @@ def _lead(submission: Path, node: PoolNode, program: Sequence[str], stop: thread
         _unpack(submission)
         job = read_record(submission).job
         attempt = f"{job.id}.{_num_attempts(submission)}"
+        endings_folder(submission, attempt).mkdir(parents=True)  # first: so no two attempts have one name
         code = subprocess.run([*program, "node", "begin", str(submission), "--attempt", attempt], check=False).returncode
-        if code == GO_ON:
-            endings_folder(submission, attempt).mkdir(parents=True)
         answer: str | int = attempt if code == GO_ON else 0 if code == NOTHING_TO_DO else _FAILED
         for connection in others.values():
             with contextlib.suppress(OSError):  # it is gone: its ranks will be missed
