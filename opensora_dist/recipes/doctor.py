@@ -69,9 +69,9 @@ def num_gpus(findings: Sequence[Finding]) -> int:
     return sum(int((f.values or {}).get("count", 0)) for f in findings)
 
 
-def kernel_findings(*, num_gpus: int, clock_share: float) -> list[Finding]:
+def kernel_findings(*, num_gpus: int, clock_share: float, timeout_s: float = KERNELS_TIMEOUT_S) -> list[Finding]:
     """torch, kernels and backends, tried in a process of their own. Arguments as ``machine.kernels.main`` has them."""
-    return findings_of_child("opensora_dist.machine.kernels", str(num_gpus), str(clock_share), timeout_s=KERNELS_TIMEOUT_S)
+    return findings_of_child("opensora_dist.machine.kernels", str(num_gpus), str(clock_share), timeout_s=timeout_s)
 
 
 def collective_finding(*, num_gpus: int) -> Finding:

@@ -18,7 +18,8 @@ from opensora_dist.core.layout import CHECKPOINTS_DIR
 from opensora_dist.core.logging import get_logger
 from opensora_dist.launch.job import Job
 from opensora_dist.launch.records import read_record, write_record
-from opensora_dist.recipes.preflight import links, preflight, verdict
+from opensora_dist.recipes.preflight import links, preflight
+from opensora_dist.recipes.verdict import verdict
 from opensora_dist.resilience.attempts import (
     ATTEMPTS_NAME,
     Attempt,

@@ -1,15 +1,33 @@
-"""Whether the nodes of a job are fit to train on, before it starts: each looks at itself, then all try their links, then one judges."""
+"""Whether the nodes of a job are fit to train on, before it starts: each looks at itself, then all try their links, then one judges.
+
+What is found lies in a folder that all nodes share: ``<node>.json`` of each, ``links.json`` of all, and ``links/rank-N.json``, which
+says how far each rank came: a rank that is gone can't say so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import opensora_dist
 from opensora_dist.config.site import SiteConfig
+from opensora_dist.core.io import write_json
+from opensora_dist.core.logging import get_logger
+from opensora_dist.machine.disk import disk_findings, free_space_finding
+from opensora_dist.machine.finding import Finding, Level, problems_of
+from opensora_dist.machine.gpus import gpu_findings
+from opensora_dist.machine.limits import limit_findings, shared_memory_finding
+from opensora_dist.machine.network import interface_finding
+from opensora_dist.observe.environment import git_state, package_versions
+from opensora_dist.recipes.doctor import kernel_findings, num_gpus
 
-LINKS_NAME = "links.json"
+LINKS_NAME: Final = "links.json"
+RANKS_DIR: Final = "links"
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,38 +51,38 @@ class NodeReport:
     findings: tuple[Mapping[str, Any], ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """Which nodes are unfit.
-
-    Args:
-        unfit: Reasons by node, each with its way out.
-        shared: Problems for which no node is to blame.
-        blamed: Whether leaving the unfit out, and asking for others, can help.
-    """
-
-    unfit: Mapping[str, tuple[str, ...]]
-    shared: tuple[str, ...]
-    blamed: bool
-
-    @property
-    def code(self) -> int:
-        """Exit code of ``node verdict``: 0 all fit, 30 the unfit are to be left out, 31 no node can be blamed."""
-        if not self.unfit and not self.shared:
-            return 0
-        return 30 if self.blamed else 31
-
-
 def preflight(site: SiteConfig, *, node: str, run_dir: Path, gpus: int, folder: Path) -> NodeReport:
     """Looks at this node, and writes ``folder/<node>.json``.
 
     Args:
         node: Its name, as the scheduler has it.
         run_dir: Where the run will write.
-        gpus: How many there must be.
+        gpus: How many there must be; with 0, GPUs and kernels aren't looked at.
         folder: ``<submission>/preflight/<attempt>``.
     """
-    raise NotImplementedError
+    least, found, shared = site.preflight, list[Finding](), list[Finding]()
+    if gpus:
+        found += gpu_findings(expect=gpus, clock_share=least.clock_share)
+        found += kernel_findings(num_gpus=num_gpus(found), clock_share=least.clock_share, timeout_s=least.timeout_s / 2)
+    if site.network.interface is not None:
+        found.append(interface_finding(site.network.interface))
+    speed = disk_findings(run_dir)
+    found += speed
+    if not problems_of(speed):  # else it isn't there
+        shared.append(free_space_finding(run_dir, least_gib=least.free_disk_gib, level=Level.PROBLEM))
+    found.append(shared_memory_finding(least_gib=least.shared_memory_gib, level=Level.PROBLEM))
+    found += limit_findings()
+    state = git_state(Path(opensora_dist.__file__).parent)
+    report = NodeReport(
+        node=node,
+        commit=None if state is None else state["commit"] + "+" * state["changed"],
+        packages=package_versions(),
+        problems=problems_of(found),
+        shared=problems_of(shared),
+        findings=tuple(asdict(finding) for finding in (*found, *shared)),
+    )
+    write_json(folder / f"{node}.json", asdict(report))
+    return report
 
 
 def links(site: SiteConfig, *, node: str, folder: Path, device: str) -> int:
@@ -81,15 +99,81 @@ def links(site: SiteConfig, *, node: str, folder: Path, device: str) -> int:
     Returns:
         0; 1 where a floor isn't met, a node can't be reached or contact was lost. What it means, ``verdict`` says.
     """
-    raise NotImplementedError
+    from opensora_dist.machine.meeting import NoHeadError, start_of
+    from opensora_dist.parallel.failures import is_lost_contact
+
+    start = start_of()
+    mine = folder / RANKS_DIR / f"rank-{start.rank}.json"
+    write_json(mine, {"node": node, "ended": None, "said": ""})
+    try:
+        fit = _links(site, node=node, folder=folder, device=device)
+    except Exception as error:  # noqa: BLE001 - a rank that says how it failed, in a file that others read
+        ended = "no head" if isinstance(error, NoHeadError) else "lost contact" if is_lost_contact(error) else "error"
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        write_json(mine, {"node": node, "ended": ended, "said": said})
+        _log.error("links: %s", said)
+        return 1
+    write_json(mine, {"node": node, "ended": "done", "said": ""})
+    return 0 if fit else 1
 
 
-def verdict(folder: Path, nodes: Sequence[str], *, commit: str | None) -> Verdict:
-    """What the reports of ``preflight`` and ``links`` say of the nodes of a job. Reads files alone.
+def _links(site: SiteConfig, *, node: str, folder: Path, device: str) -> bool:
+    """Whether all came, reach each other, and are fast enough. Collective."""
+    import torch.distributed as dist
 
-    Args:
-        folder: ``<submission>/preflight/<attempt>``.
-        nodes: All of the job, in its order.
-        commit: Of the submission (``NodeReport.commit`` has its form): where nodes differ and neither side is the larger, it is right.
-    """
-    raise NotImplementedError
+    from opensora_dist.machine.links import Rates, measure_links
+    from opensora_dist.machine.meeting import call_roll, leave, meet, start_of
+    from opensora_dist.parallel.mesh import resolve_device
+    from opensora_dist.parallel.sequence.exchange import Exchange
+
+    start, timeout_s = start_of(), site.preflight.timeout_s / 3
+    os.environ["LOCAL_RANK"] = str(start.local_rank)  # which GPU is this rank's
+    os.environ.setdefault(
+        "TORCH_NCCL_BLOCKING_WAIT", "1"
+    )  # a lost rank is an error that is said, and not the end of this process
+    store = meet(start, timeout_s=timeout_s)
+    roll = call_roll(store, start, node=node, timeout_s=timeout_s)
+    rates: Rates | None = None
+    if roll.whole and start.world > 1:
+        chosen = resolve_device(device)
+        if chosen.type == "cuda":
+            import torch
+
+            torch.cuda.set_device(chosen)
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        group_store = dist.PrefixStore("group", store)  # type: ignore[attr-defined]  # not in torch's __all__
+        timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, store=group_store, rank=start.rank, world_size=start.world, timeout=timeout)
+        assert dist.group.WORLD is not None
+        rates = measure_links(Exchange(dist.group.WORLD), device=chosen, nodes=roll.nodes)
+    problems = [] if rates is None else floor_problems(site, rates)
+    if start.rank == 0:
+        values = {
+            "world": start.world,
+            "nodes": {name: len(ranks) for name, ranks in roll.nodes.items()},
+            "unreachable": [list(pair) for pair in roll.unreachable],
+            "hidden": roll.hidden,
+            "silent": list(roll.silent),
+            "all_reduce_bytes_per_s": None if rates is None else rates.all_reduce_bytes_per_s,
+            "all_to_all_bytes_per_s": None if rates is None else rates.all_to_all_bytes_per_s,
+            "pairs": [] if rates is None else [[*pair, rate] for pair, rate in rates.pairs.items()],
+            "problems": problems,
+        }
+        write_json(folder / LINKS_NAME, values)
+    leave(store, start, timeout_s=timeout_s if roll.whole else 1.0)
+    if rates is not None:
+        dist.destroy_process_group()
+    return roll.whole and not problems
+
+
+def floor_problems(site: SiteConfig, rates: Any) -> list[str]:
+    """Floors of the site that ``machine.links.Rates`` don't meet."""
+    found = []
+    for name in ("all_reduce", "all_to_all"):
+        floor, rate = getattr(site.preflight, f"{name}_gb_per_s"), getattr(rates, f"{name}_bytes_per_s") / 1e9
+        if rate < floor:
+            found.append(
+                f"{name.replace('_', '-')}: {rate:.3g} GB/s, and preflight.{name}_gb_per_s={floor:g}; look at cables, ports and "
+                "network.hcas, or lower the floor"
+            )
+    return found
