@@ -27,6 +27,7 @@ def add_parser(verbs: Any) -> None:
     _add_attempt(end, task=True)
     end.add_argument("--code", type=int, required=True, metavar="RC", help="of what started the ranks, or of the preflight")
     resubmitted = _add(actions, "resubmitted", _resubmitted, "another job goes on, without nodes that are unfit")
+    _add_attempt(resubmitted, task=False)
     resubmitted.add_argument("job_id", metavar="JOBID", help="the scheduler's")
     preflight = _add(actions, "preflight", _preflight, "this node looks at itself")
     _add_attempt(preflight, task=False)
@@ -63,9 +64,12 @@ def _add_pool(actions: Any) -> None:
 
 
 def _add_attempt(parser: argparse.ArgumentParser, *, task: bool) -> None:
-    parser.add_argument("--attempt", required=True, metavar="JOB.RESTART", help="the scheduler's job, and its restarts so far")
+    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    name = f"{job}.{restarts}" if job else None
+    says = "the scheduler's job, and its restarts so far (default: Slurm's)"
+    parser.add_argument("--attempt", default=name, required=name is None, metavar="JOB.RESTART", help=says)
     if task:
-        parser.add_argument("--task", type=int, metavar="K", help="of an array")
+        parser.add_argument("--task", metavar="NAME", help="of several with attempts of their own: of an array")
 
 
 def _add_node(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +92,7 @@ def _end(args: argparse.Namespace) -> int:
 def _resubmitted(args: argparse.Namespace) -> int:
     from opensora_dist.recipes.node import resubmitted
 
-    resubmitted(args.submission, job_id=args.job_id)
+    resubmitted(args.submission, attempt=args.attempt, job_id=args.job_id)
     return 0
 
 

@@ -25,6 +25,10 @@ class ConfigError(OpensoraError):
         super().__init__("\n".join([heading, *(f"  {i}. {p}" for i, p in enumerate(self.problems, 1))]))
 
 
+class DeviceError(ConfigError):
+    """A config asks for a device that isn't there: a mistake where a run is tried, a failed driver where it had passed its checks."""
+
+
 class DataError(OpensoraError):
     """Input data (a video, a caption table, a shard, an index) can't be used as it is."""
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from opensora_dist.config.train import SpConfig
-from opensora_dist.core.errors import ConfigError
+from opensora_dist.core.errors import DeviceError
 from opensora_dist.parallel.places import AxisName, Places
 from opensora_dist.parallel.sequence.base import Links
 from opensora_dist.parallel.sequence.exchange import Exchange
@@ -121,10 +121,10 @@ def resolve_device(name: str) -> torch.device:
     """``run.device`` to a torch device of this rank.
 
     Raises:
-        ConfigError: CUDA was asked for and is not there.
+        DeviceError: CUDA was asked for and is not there.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("run.device=cuda, but torch sees no CUDA device here; use run.device=cpu or auto, or check the driver")
+        raise DeviceError("run.device=cuda, but torch sees no CUDA device here; use run.device=cpu or auto, or check the driver")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -34,6 +34,7 @@ from opensora_dist.resilience.attempts import (
     ended_with,
     read_lines,
     refused,
+    restarts_of,
 )
 from opensora_dist.resilience.endings import ENDINGS_VARIABLE, Ended, Ending, read_endings
 from opensora_dist.resilience.restarts import num_starts
@@ -51,7 +52,7 @@ def endings_folder(submission: Path, attempt: str) -> Path:
     return submission / "endings" / attempt
 
 
-def begin(submission: Path, *, attempt: str, task: int | None = None) -> int:
+def begin(submission: Path, *, attempt: str, task: str | None = None) -> int:
     """Notes that an attempt begins; says on stdout, and returns as exit code, whether it is to go on.
 
     Slurm starts a job again by itself when a node fails or another job takes its place, and asks nobody. So what ``end`` would have said
@@ -59,7 +60,7 @@ def begin(submission: Path, *, attempt: str, task: int | None = None) -> int:
 
     Args:
         attempt: The scheduler's job, and how often it was started again: ``1234.0``.
-        task: Of an array.
+        task: Of several that a submission has, each with attempts of its own: of an array.
     Returns:
         0 go on; 20 nothing is left to do; 21 another attempt is of no use, or one too many.
     """
@@ -73,10 +74,12 @@ def begin(submission: Path, *, attempt: str, task: int | None = None) -> int:
         print(f"attempt {attempts[-1].name} of {submission.name} ended: {last.next}, {last.why}")
         if last.next is Next.DONE:
             return NOTHING_TO_DO
-        why = last.why if last.next is Next.FAILED else refused(attempts, max_requeues=job.max_requeues, run_dir=_trained_in(job))
-        if why is not None:
-            print(f"not started again: {why}")
+        if last.next is Next.FAILED:
             return REFUSED
+    started = max(len(attempts), restarts_of(attempt))
+    if (why := refused(attempts, started=started, max_requeues=job.max_requeues, run_dir=_trained_in(job))) is not None:
+        print(f"not started again: {why}")
+        return REFUSED
     began = Attempt(name=attempt, began=_saved_step(job), starts_before=num_starts(job.run_dir))
     if job.kind == "train":
         with contextlib.suppress(OSError):
@@ -86,7 +89,7 @@ def begin(submission: Path, *, attempt: str, task: int | None = None) -> int:
     return GO_ON
 
 
-def end(submission: Path, *, attempt: str, code: int, task: int | None = None) -> int:
+def end(submission: Path, *, attempt: str, code: int, task: str | None = None) -> int:
     """Notes how an attempt ended; says on stdout, and returns as exit code, what follows (``Next.code``).
 
     Args:
@@ -104,25 +107,19 @@ def end(submission: Path, *, attempt: str, code: int, task: int | None = None) -
     return outcome.next.code
 
 
-def resubmitted(submission: Path, *, job_id: str) -> None:
-    """Notes that another job goes on with a submission, since nodes of this one were unfit: ends the open attempt."""
+def resubmitted(submission: Path, *, attempt: str, job_id: str) -> None:
+    """Notes that another job goes on with a submission, since nodes of this attempt's were unfit; this attempt is over."""
+    job = read_record(submission).job
+    mine = [a for a in _attempts(job, task=None) if a.name == attempt]
+    step = mine[-1].began if mine else _saved_step(job)
+    outcome = Outcome(next=Next.AGAIN, why=f"nodes were unfit; job {job_id} goes on without them")
+    ended = Attempt(name=attempt, began=step, ended=step, outcome=outcome, preflight=True)
+    _note(job, end_line(ended, submission=submission.name, task=None))
     with _record_lock(submission):
         record = read_record(submission)
         ids = record.job_ids or ()
         if job_id not in ids:
             write_record(replace(record, job_ids=(*ids, job_id)))
-    attempts = _attempts(record.job, task=None)
-    if attempts and attempts[-1].outcome is None:
-        step = attempts[-1].began
-        outcome = Outcome(next=Next.AGAIN, why=f"nodes were unfit; job {job_id} goes on without them")
-        _note(
-            record.job,
-            end_line(
-                replace(attempts[-1], ended=step, outcome=outcome, preflight=True),
-                submission=submission.name,
-                task=None,
-            ),
-        )
 
 
 def look_at_node(submission: Path, *, attempt: str, node: str) -> int:
@@ -162,13 +159,14 @@ def _preflight_folder(submission: Path, attempt: str) -> Path:
     return submission / "preflight" / attempt
 
 
-def _close(job: Job, attempts: Sequence[Attempt], *, code: int | None, task: int | None) -> Attempt:
+def _close(job: Job, attempts: Sequence[Attempt], *, code: int | None, task: str | None) -> Attempt:
     """The last of ``attempts``, ended and noted."""
     last = attempts[-1]
     outcome = decide(_ends(job, last.name, code=code), code=code)
     ended = replace(last, ended=_saved_step(job), starts=num_starts(job.run_dir) - last.starts_before, outcome=outcome)
     whole = [*attempts[:-1], ended]
-    outcome = bounded(outcome, whole, max_requeues=job.max_requeues, run_dir=_trained_in(job))
+    started = max(len(whole), restarts_of(last.name) + 1)
+    outcome = bounded(outcome, whole, started=started, max_requeues=job.max_requeues, run_dir=_trained_in(job))
     ended = replace(ended, outcome=outcome)
     _note(job, end_line(ended, submission=job.folder.name, task=task))
     return ended
@@ -208,7 +206,7 @@ def _saved_step(job: Job) -> int:
         return 0
 
 
-def _attempts(job: Job, *, task: int | None) -> list[Attempt]:
+def _attempts(job: Job, *, task: str | None) -> list[Attempt]:
     return attempts_of(read_lines(job.folder.parent / ATTEMPTS_NAME), submission=job.folder.name, task=task)
 
 

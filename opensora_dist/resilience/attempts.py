@@ -25,6 +25,7 @@ ATTEMPTS_NAME: Final = "attempts.jsonl"
 PREFLIGHT_CODES: Final = (30, 31)
 """Exit codes of ``node verdict`` that name a problem: no rank was started."""
 
+_MOST_NAMED: Final = 8
 _log = get_logger(__name__)
 
 
@@ -109,15 +110,24 @@ def decide(ends: Mapping[int, Ended], *, code: int | None) -> Outcome:
     raise AssertionError(ends)
 
 
-def refused(attempts: Sequence[Attempt], *, max_requeues: int, run_dir: Path | None) -> str | None:
+def bounded(outcome: Outcome, attempts: Sequence[Attempt], *, started: int, max_requeues: int, run_dir: Path | None) -> Outcome:
+    """The outcome, once the number and the progress of attempts are looked at; arguments as of ``refused``."""
+    why = refused(attempts, started=started, max_requeues=max_requeues, run_dir=run_dir)
+    if outcome.next is not Next.AGAIN or why is None:
+        return outcome
+    return Outcome(next=Next.FAILED, why=f"{outcome.why}; not started again: {why}")
+
+
+def refused(attempts: Sequence[Attempt], *, started: int, max_requeues: int, run_dir: Path | None) -> str | None:
     """Why there is no other attempt after these, or None.
 
     Args:
         attempts: All of a submission, each ended.
+        started: How many there were, which may be more than could be noted.
         run_dir: Of a training, which has to get further; None: no progress is asked for.
     """
-    if len(attempts) > max_requeues:
-        return f"it was started {len(attempts)} times, and --max-requeues={max_requeues}; submit it again to go on"
+    if started > max_requeues:
+        return f"it was started {started} times, and --max-requeues={max_requeues}; submit it again to go on"
     trained = [a for a in attempts if not a.preflight]
     if run_dir is None or len(trained) < 2 or any(a.progressed for a in trained[-2:]) or trained[-2].ended != trained[-1].began:
         return None
@@ -125,21 +135,15 @@ def refused(attempts: Sequence[Attempt], *, max_requeues: int, run_dir: Path | N
     return of_no_use(run_dir, step=trained[-1].began if began else None)
 
 
-def bounded(outcome: Outcome, attempts: Sequence[Attempt], *, max_requeues: int, run_dir: Path | None) -> Outcome:
-    """The outcome of the last of ``attempts``, once their number and their progress are looked at; arguments as of ``refused``."""
-    if outcome.next is not Next.AGAIN or (why := refused(attempts, max_requeues=max_requeues, run_dir=run_dir)) is None:
-        return outcome
-    return Outcome(next=Next.FAILED, why=f"{outcome.why}; not started again: {why}")
-
-
 def ended_with(code: int | None) -> Ended:
     """What the exit code of a single process says, which is no rank and notes no ending; None: it isn't known."""
     if code is None:
         return Ended(ending=Ending.KILLED)
-    if code > 128 and code - 128 in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        name = signal.Signals(code - 128).name
+    number = -code if code < 0 else code - 128  # as Python says it, and as a shell
+    if number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        name = signal.Signals(number).name
         return Ended(ending=Ending.STOPPED, said=f"ended by {name}", signal=name)
-    ending = {0: Ending.DONE, 2: Ending.CONFIG}.get(code, Ending.KILLED if code > 128 or code < 0 else Ending.ERROR)
+    ending = {0: Ending.DONE, 2: Ending.CONFIG}.get(code, Ending.KILLED if number > 0 else Ending.ERROR)
     return Ended(ending=ending, said=f"exit code {code}")
 
 
@@ -172,7 +176,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def begin_line(attempt: Attempt, *, submission: str, task: int | None) -> dict[str, Any]:
+def begin_line(attempt: Attempt, *, submission: str, task: str | None) -> dict[str, Any]:
     """Of an attempt that begins."""
     return {
         **{"event": "begin", "submission": submission, "task": task, "attempt": attempt.name, "step": attempt.began},
@@ -180,7 +184,7 @@ def begin_line(attempt: Attempt, *, submission: str, task: int | None) -> dict[s
     }
 
 
-def end_line(attempt: Attempt, *, submission: str, task: int | None) -> dict[str, Any]:
+def end_line(attempt: Attempt, *, submission: str, task: str | None) -> dict[str, Any]:
     """Of an attempt that has ended."""
     assert attempt.outcome is not None
     return {
@@ -189,25 +193,34 @@ def end_line(attempt: Attempt, *, submission: str, task: int | None) -> dict[str
     }
 
 
-def attempts_of(lines: Sequence[Mapping[str, Any]], *, submission: str, task: int | None) -> list[Attempt]:
+def attempts_of(lines: Sequence[Mapping[str, Any]], *, submission: str, task: str | None) -> list[Attempt]:
     """Of one submission, and one task of an array, oldest first."""
     attempts: list[Attempt] = []
     for line in (x for x in lines if x.get("submission") == submission and x.get("task") == task):
         if line["event"] == "begin":
             attempts.append(Attempt(name=line["attempt"], began=line["step"], starts_before=line["starts_before"]))
             continue
-        for index in reversed(range(len(attempts))):
-            if attempts[index].name == line["attempt"]:
-                outcome = Outcome(next=Next(line["next"]), why=line["why"])
-                more = {"starts": line["starts"], "preflight": line["preflight"]}
-                attempts[index] = replace(attempts[index], ended=line["step"], outcome=outcome, **more)
-                break
+        index = max((i for i, a in enumerate(attempts) if a.name == line["attempt"]), default=len(attempts))
+        if index == len(attempts):  # its begin could not be written
+            attempts.append(Attempt(name=line["attempt"], began=line["step"]))
+        outcome = Outcome(next=Next(line["next"]), why=line["why"])
+        more = {"starts": line["starts"], "preflight": line["preflight"]}
+        attempts[index] = replace(attempts[index], ended=line["step"], outcome=outcome, **more)
     return attempts
 
 
+def restarts_of(name: str) -> int:
+    """How often the scheduler had started a job again, by the name of its attempt: 3 of ``1234.3``."""
+    number = name.rpartition(".")[2]
+    return int(number) if number.isdecimal() else 0
+
+
 def _who(ends: Mapping[int, Ended], ranks: Sequence[int]) -> str:
-    """What the first of them said, and how many said the same."""
+    """The ranks, and what the first of them said."""
     ended = ends[ranks[0]]
-    others = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
+    listed = ", ".join(map(str, ranks[:_MOST_NAMED])) + (
+        f" and {len(ranks) - _MOST_NAMED} more" if len(ranks) > _MOST_NAMED else ""
+    )
+    where = f" on {ended.host}" if ended.host else ""
     said = f" ({' '.join(ended.said.split())})" if ended.said else ""
-    return f"rank {ranks[0]}{others}: {ended.ending}{said}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed}{where}: {ended.ending}{said}"

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import platform
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from opensora_dist.core.errors import ConfigError, OpensoraError
+from opensora_dist.core.errors import ConfigError, DeviceError, OpensoraError
 
 ENDINGS_VARIABLE: Final = "OPENSORA_ENDINGS"
 """Names the folder; where it isn't set, nothing is noted."""
@@ -77,11 +78,13 @@ class Ended:
         ending: Why.
         said: In words.
         signal: That this rank was stopped by; None where another one was asked.
+        host: Where this rank ran, as far as it is known.
     """
 
     ending: Ending
     said: str = ""
     signal: str | None = None
+    host: str | None = None
 
 
 def note_ending(ended: Ended) -> None:
@@ -89,7 +92,7 @@ def note_ending(ended: Ended) -> None:
     path = _own_file()
     if path is None:
         return
-    record = {"ending": ended.ending, "said": ended.said[:_MOST_SAID], "signal": ended.signal}
+    record = {"ending": ended.ending, "said": ended.said[:_MOST_SAID], "signal": ended.signal, "host": platform.node()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
@@ -139,8 +142,10 @@ def _ending_of(error: BaseException) -> Ending:
     chain = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
-    if any(isinstance(e, ConfigError) for e in chain):
+    if any(isinstance(e, ConfigError) and not isinstance(e, DeviceError) for e in chain):
         return Ending.CONFIG
+    if isinstance(error, DeviceError):  # who submits a run asks for a device that the machines have
+        return Ending.DEVICE
     raw = [e for e in chain if isinstance(e, RuntimeError)]
     said = " ".join(str(e).lower() for e in raw)
     if any(phrase in said for phrase in _MEMORY):
@@ -184,6 +189,6 @@ def _write_new(path: Path, data: bytes) -> None:
 def _read(path: Path) -> Ended:
     try:
         record = json.loads(path.read_text())
-        return Ended(ending=Ending(record["ending"]), said=record["said"], signal=record["signal"])
+        return Ended(**{**record, "ending": Ending(record["ending"])})
     except (OSError, ValueError, KeyError, TypeError):
         return Ended(ending=Ending.KILLED)
