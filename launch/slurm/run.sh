@@ -1,6 +1,9 @@
 # The rest of the batch script: plain shell, which reads the values above it.
 set -uo pipefail
-attempt="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+# The number of an array's last task is that of the whole array.
+own=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+own=${own:-$SLURM_JOB_ID}
+attempt="$own.${SLURM_RESTART_COUNT:-0}"
 task=()
 if [ "$parts" -gt 0 ]; then
   # Each round of an array has tasks of its own.
@@ -8,6 +11,7 @@ if [ "$parts" -gt 0 ]; then
   program+=(--part "$SLURM_ARRAY_TASK_ID/$parts")
 fi
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+num_nodes=$SLURM_JOB_NUM_NODES
 export OPENSORA_LOGS="$run_dir/logs/$attempt"
 mkdir -p "$OPENSORA_LOGS"
 
@@ -19,26 +23,31 @@ passing=
 pass_on() {
   local signal=$1 passed_s=0
   while [ "$passed_s" -lt "$save_s" ]; do
-    if [ -n "$alone" ]; then kill -s "$signal" "$alone"; else scancel --signal="$signal" "$SLURM_JOB_ID"; fi
+    if [ -n "$alone" ]; then kill -s "$signal" "$alone"; else scancel --signal="$signal" "$own"; fi
     sleep 15
     passed_s=$((passed_s + 15))
   done
   echo "asked to stop ${save_s} s ago by $signal, and still running: killed" >&2
-  scancel --signal=KILL "$SLURM_JOB_ID"
+  scancel --signal=KILL "$own"
 }
 stop() {
   interrupted=yes
-  if [ -z "$asked" ]; then
-    asked=$1
-    echo "asked to stop, by $1"
-    pass_on "$1" &
-    passing=$!
-  fi
+  [ -z "$asked" ] || return 0
+  asked=$1
+  echo "asked to stop, by $1"
+  pass_on "$1" &
+  passing=$!
+}
+on_usr1() { stop USR1; }
+on_term() {
+  ended_by_slurm=yes
+  stop TERM
 }
 alone=
 ended_by_slurm=
-trap 'stop USR1' USR1
-trap 'ended_by_slurm=yes; stop TERM' TERM
+trap on_usr1 USR1
+trap on_term TERM
+trap '[ -z "$passing" ] || kill "$passing" 2> /dev/null' EXIT
 
 # Waits for a process to end, through signals; its exit code.
 finished() {
@@ -59,47 +68,59 @@ step() {
   finished $!
 }
 
-# opensora-dist on this node. Not a child that the shell waits for in the foreground: signals are to be heard at once.
+# opensora-dist on one node. In the background, since a shell hears no signal while it waits for a command.
 opensora() {
-  if [ "${#step_options[@]}" -gt 0 ]; then
-    srun --cpu-bind=none --overlap --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" "${step_options[@]}" "$python" -m opensora_dist "$@" &
-  else
-    "${container[@]}" "$python" -m opensora_dist "$@" &
-  fi
+  "${head[@]}" "$python" -m opensora_dist "$@" &
   finished $!
 }
 
 # Jobs of this submission that wait for this one.
 waiting() {
-  squeue --noheader --user="$(id -u)" --states=PENDING --format='%A %k' | awk -v name="$job_name" -v own="$SLURM_JOB_ID" '$2 == name && $1 != own { print $1 }'
+  squeue --noheader --user="$(id -u)" --states=PENDING --format='%A %k' | awk -v name="$job_name" '$2 == name { print $1 }'
 }
 
-# Nothing goes on after this job: the rest of a chain, each of which would start where the one before has not come to an end, is taken back.
+# Nothing goes on after this job: the rest of a chain, which would start where this job fails, is taken back.
 last() {
   local ids
   [ "$restarts" = chain ] && mapfile -t ids < <(waiting) && [ -n "${ids[*]}" ] && scancel "${ids[@]}"
   exit "$1"
 }
 
+# What Slurm says of this job.
+known() {
+  scontrol --oneliner show job "$own" | grep -o "\b$1=[^ ]*" | head -n 1 | cut -d= -f2
+}
+
+# Slurm ends this job, and not for its time, its nodes or another job.
+cancelled() {
+  [ -n "$ended_by_slurm" ] && [ "$(known Reason)" = None ] && case $(known PreemptTime) in "" | None) true ;; *) false ;; esac
+}
+
 # Ends with what the end of an attempt means.
 end() {
+  local next
   opensora node end "$submission" --attempt "$attempt" "${task[@]}" --code "$1"
-  local next=$?
-  [ -z "$passing" ] || kill "$passing" 2> /dev/null
+  next=$?
+  if cancelled; then
+    [ "$next" -eq 12 ] && last 0
+    last 1
+  fi
+  # A TERM that was not for this script comes from who knows the job's steps, so it is meant; one of Slurm's comes to the ranks, too.
+  [ "$next" -ne 12 ] || [ -n "$ended_by_slurm" ] || last 0
   case $next in
-    0 | 12) last 0 ;;
-    10) again ;;
+    0) last 0 ;;
+    10 | 12) again ;;
   esac
   last 1
 }
 
 again() {
   [ "$restarts" = requeue ] || exit 10
-  # Where Slurm ends the job itself, it starts a preempted one again, and a cancelled one never; but not one whose time is up.
-  if [ -z "$ended_by_slurm" ] || scontrol show job "$SLURM_JOB_ID" | grep -q 'Reason=TimeLimit'; then
-    trap '' TERM
-    if scontrol requeue "$SLURM_JOB_ID"; then
-      sleep 60 # until it is taken down
+  # Slurm itself starts a job again that it preempts, or whose nodes fail; one whose time is up it doesn't.
+  if [ -z "$ended_by_slurm" ] || [ "$(known Reason)" = TimeLimit ]; then
+    trap - TERM USR1
+    if scontrol requeue "$own"; then
+      sleep 60 # until Slurm takes it down
     else
       echo "error: the job can't be requeued; where the site forbids it, set slurm.requeue=chain and submit again" >&2
     fi
@@ -109,17 +130,22 @@ again() {
 
 # Goes on without nodes that are unfit, in another job.
 without() {
-  local excluded next
-  excluded=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
-  [ "$excluded" != "(null)" ] && [ -n "$excluded" ] && set -- "$excluded,$1"
-  echo "goes on without $1"
+  local excluded next=
+  excluded=$(known ExcNodeList)
+  case $excluded in "" | "(null)") excluded=$1 ;; *) excluded="$excluded,$1" ;; esac
+  echo "goes on without $excluded"
   if [ "$restarts" = chain ]; then
-    next=
     while read -r id; do
-      scontrol update JobId="$id" ExcNodeList="$1" && next=${next:-$id}
+      scontrol update JobId="$id" ExcNodeList="$excluded" && next=${next:-$id}
     done < <(waiting)
   else
-    next=$(sbatch --parsable --chdir="$submission" --exclude="$1" "$submission/job.sbatch")
+    # Of this job's environment, what Slurm has put there is not for the next.
+    next=$(
+      config=${SLURM_CONF:-}
+      unset "${!SLURM_@}"
+      [ -z "$config" ] || export SLURM_CONF="$config"
+      sbatch --parsable --chdir="$submission" --exclude="$excluded" "$submission/job.sbatch"
+    )
   fi
   [ -n "$next" ] || end 30
   opensora node resubmitted "$submission" "${next%%;*}"
@@ -128,14 +154,14 @@ without() {
 
 check_nodes() {
   local unfit code
-  step --nodes="${#nodes[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 --time="$(((preflight_s + 119) / 60))" \
+  step --nodes="$num_nodes" --ntasks="$num_nodes" --kill-on-bad-exit=0 --time="$(((preflight_s + 119) / 60))" \
     "${container[@]}" "$python" -m opensora_dist node preflight "$submission" --attempt "$attempt"
-  MASTER_ADDR=$address MASTER_PORT=$((port + 1)) step --nodes="${#nodes[@]}" --ntasks-per-node="$links_per_node" --overcommit \
-    --kill-on-bad-exit=0 --time="$(((preflight_s + 119) / 60))" \
+  MASTER_ADDR=$address MASTER_PORT=$((port + 1)) step --nodes="$num_nodes" --ntasks="$((num_nodes * links_per_node))" \
+    --ntasks-per-node="$links_per_node" --overcommit --kill-on-bad-exit=0 --time="$(((preflight_s + 119) / 60))" \
     "${container[@]}" "$python" -m opensora_dist node links "$submission" --attempt "$attempt"
-  [ -z "$asked" ] || end 1
   unfit=$(opensora node verdict "$submission" --attempt "$attempt" "${nodes[@]}")
   code=$?
+  [ -z "$asked" ] || end 1
   case $code in
     0) ;;
     30) without "$unfit" ;;
@@ -144,7 +170,9 @@ check_nodes() {
 }
 
 opensora node begin "$submission" --attempt "$attempt" "${task[@]}"
-case $? in
+code=$?
+[ -z "$asked" ] || end 1
+case $code in
   0) ;;
   20) last 0 ;;
   *) last 1 ;;
@@ -152,7 +180,7 @@ esac
 
 # An address of the first node that the others can reach. A node alone is its own.
 address=127.0.0.1
-if [ "${#nodes[@]}" -gt 1 ]; then
+if [ "$num_nodes" -gt 1 ]; then
   address=$(getent ahostsv4 "${nodes[0]}" | awk 'NR == 1 { print $1 }')
   case "$address" in
     "" | 127.*)
@@ -164,15 +192,13 @@ fi
 port=$((first_port + SLURM_JOB_ID % 1000))
 
 [ "$preflight_s" -eq 0 ] || check_nodes
-[ -z "$asked" ] || end 1
-
 case $start in
   torchrun)
     # torchrun dies by USR1, and gives its ranks half a minute when it is sent TERM: both are for the ranks alone (node.sh).
     export OPENSORA_ENDINGS="$submission/endings/$attempt"
     mkdir -p "$OPENSORA_ENDINGS"
-    step --nodes="${#nodes[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait="$save_s" --label bash "$submission/node.sh" \
-      "${container[@]}" "$python" -m torch.distributed.run --nnodes="${#nodes[@]}" --nproc-per-node="$ranks_per_node" \
+    step --nodes="$num_nodes" --ntasks="$num_nodes" --kill-on-bad-exit=0 --wait="$save_s" --label bash "$submission/node.sh" \
+      "${container[@]}" "$python" -m torch.distributed.run --nnodes="$num_nodes" --nproc-per-node="$ranks_per_node" \
       --master-addr="$address" --master-port="$port" --signals-to-handle=SIGINT --no-python \
       bash "$submission/rank.sh" "$python" -m opensora_dist "${program[@]}"
     ;;

@@ -33,7 +33,9 @@ def fill(name: str, **values: Any) -> str:
 def _sh(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(_sh(v) for v in value)
-    return shlex.quote(str(value))
+    word = shlex.quote(str(value))
+    # A comma between words of an array is most often a mistake, and shellcheck takes it for one.
+    return f"'{word}'" if "," in word and word == str(value) else word
 
 
 def _yaml(value: Any) -> str:
