@@ -118,7 +118,10 @@ def _cpu_name() -> str:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the tree the package is imported from, and whether it has changes; None where it is in no git tree."""
+    """Commit of the tree the package is imported from, and whether it has changes; None where it is in no git tree.
+
+    An image holds no tree, and says in OPENSORA_COMMIT which it was made from.
+    """
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(folder), *args]
@@ -128,4 +131,5 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         git("ls-files", "--error-unmatch", "__init__.py")  # an installed copy may lie inside somebody else's tree
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--", "."))}
     except (OSError, subprocess.SubprocessError):
-        return None
+        commit = os.environ.get("OPENSORA_COMMIT")
+        return {"commit": commit, "changed": False} if commit else None
