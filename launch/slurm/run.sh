@@ -28,7 +28,8 @@ pass_on() {
     passed_s=$((passed_s + 15))
   done
   echo "asked to stop ${save_s} s ago by $signal, and still running: killed" >&2
-  scancel --signal=KILL "$own"
+  # Step by step: KILL to the job as a whole would end this script, too.
+  squeue --noheader --steps --jobs="$own" --format=%i | grep '[.][0-9]*$' | xargs -r scancel
 }
 stop() {
   interrupted=yes
@@ -79,11 +80,10 @@ waiting() {
   squeue --noheader --user="$(id -u)" --states=PENDING --format='%A %k' | awk -v name="$job_name" '$2 == name { print $1 }'
 }
 
-# Nothing goes on after this job: the rest of a chain, which would start where this job fails, is taken back.
-last() {
+# Nothing goes on after this job: the rest of a chain, which would start when this job has failed, is taken back.
+end_chain() {
   local ids
-  [ "$restarts" = chain ] && mapfile -t ids < <(waiting) && [ -n "${ids[*]}" ] && scancel "${ids[@]}"
-  exit "$1"
+  if [ "$restarts" = chain ] && mapfile -t ids < <(waiting) && [ -n "${ids[*]}" ]; then scancel "${ids[@]}"; fi
 }
 
 # What Slurm says of this job.
@@ -96,36 +96,31 @@ cancelled() {
   [ -n "$ended_by_slurm" ] && [ "$(known Reason)" = None ] && case $(known PreemptTime) in "" | None) true ;; *) false ;; esac
 }
 
-# Ends with what the end of an attempt means.
+# Does what the end of an attempt means; the exit code of this job.
 end() {
   local next
   opensora node end "$submission" --attempt "$attempt" "${task[@]}" --code "$1"
   next=$?
-  if cancelled; then
-    [ "$next" -eq 12 ] && last 0
-    last 1
+  # The ranks don't know who sent a TERM: a user, who means it, or Slurm, which then starts the job again or should be asked to.
+  if [ "$next" -eq 12 ] && [ -n "$ended_by_slurm" ] && ! cancelled; then next=10; fi
+  if [ "$next" -eq 10 ] && ! cancelled; then
+    again
+    return 10
   fi
-  # A TERM that was not for this script comes from who knows the job's steps, so it is meant; one of Slurm's comes to the ranks, too.
-  [ "$next" -ne 12 ] || [ -n "$ended_by_slurm" ] || last 0
-  case $next in
-    0) last 0 ;;
-    10 | 12) again ;;
-  esac
-  last 1
+  end_chain
+  case $next in 0 | 12) return 0 ;; *) return 1 ;; esac
 }
 
 again() {
-  [ "$restarts" = requeue ] || exit 10
+  [ "$restarts" = requeue ] || return
   # Slurm itself starts a job again that it preempts, or whose nodes fail; one whose time is up it doesn't.
-  if [ -z "$ended_by_slurm" ] || [ "$(known Reason)" = TimeLimit ]; then
-    trap - TERM USR1
-    if scontrol requeue "$own"; then
-      sleep 60 # until Slurm takes it down
-    else
-      echo "error: the job can't be requeued; where the site forbids it, set slurm.requeue=chain and submit again" >&2
-    fi
+  [ -z "$ended_by_slurm" ] || [ "$(known Reason)" = TimeLimit ] || return
+  trap - TERM USR1
+  if scontrol requeue "$own"; then
+    sleep 60 # until Slurm takes it down
+  else
+    echo "error: the job can't be requeued; where the site forbids it, set slurm.requeue=chain and submit again" >&2
   fi
-  exit 1
 }
 
 # Goes on without nodes that are unfit, in another job.
@@ -147,9 +142,7 @@ without() {
       sbatch --parsable --chdir="$submission" --exclude="$excluded" "$submission/job.sbatch"
     )
   fi
-  [ -n "$next" ] || end 30
-  opensora node resubmitted "$submission" "${next%%;*}"
-  exit 1
+  if [ -n "$next" ]; then opensora node resubmitted "$submission" "${next%%;*}"; else end 30; fi
 }
 
 check_nodes() {
@@ -158,25 +151,30 @@ check_nodes() {
     "${container[@]}" "$python" -m opensora_dist node preflight "$submission" --attempt "$attempt"
   MASTER_ADDR=$address MASTER_PORT=$((port + 1)) step --nodes="$num_nodes" --ntasks="$((num_nodes * links_per_node))" \
     --ntasks-per-node="$links_per_node" --overcommit --kill-on-bad-exit=0 --time="$(((preflight_s + 119) / 60))" \
-    "${container[@]}" "$python" -m opensora_dist node links "$submission" --attempt "$attempt"
+    "${container[@]}" "$python" -m opensora_dist node links "$submission" --attempt "$attempt" --device "$device"
   unfit=$(opensora node verdict "$submission" --attempt "$attempt" "${nodes[@]}")
   code=$?
-  [ -z "$asked" ] || end 1
-  case $code in
-    0) ;;
-    30) without "$unfit" ;;
-    *) end "$code" ;;
-  esac
+  if [ -n "$asked" ]; then
+    end 1
+    false
+  elif [ "$code" -eq 30 ]; then
+    without "$unfit"
+    false
+  elif [ "$code" -ne 0 ]; then
+    end "$code"
+    false
+  fi
 }
 
 opensora node begin "$submission" --attempt "$attempt" "${task[@]}"
 code=$?
-[ -z "$asked" ] || end 1
-case $code in
-  0) ;;
-  20) last 0 ;;
-  *) last 1 ;;
-esac
+if [ -n "$asked" ]; then
+  end 1
+  exit
+elif [ "$code" -ne 0 ]; then
+  end_chain
+  exit $((code != 20))
+fi
 
 # An address of the first node that the others can reach. A node alone is its own.
 address=127.0.0.1
@@ -186,12 +184,13 @@ if [ "$num_nodes" -gt 1 ]; then
     "" | 127.*)
       echo "error: ${nodes[0]} is '${address:-unknown}' to itself, where no other node finds it; mend its name in /etc/hosts or DNS" >&2
       end 2
+      exit
       ;;
   esac
 fi
 port=$((first_port + SLURM_JOB_ID % 1000))
 
-[ "$preflight_s" -eq 0 ] || check_nodes
+[ "$preflight_s" -eq 0 ] || check_nodes || exit
 case $start in
   torchrun)
     # torchrun dies by USR1, and gives its ranks half a minute when it is sent TERM: both are for the ranks alone (node.sh).

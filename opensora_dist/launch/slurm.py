@@ -256,6 +256,7 @@ def _script(job: Job, *, array: int | None) -> str:
         start=start,
         parts=array or 0,
         links_per_node=max(job.gpus_per_node, 1),
+        device="cuda" if job.gpus_per_node else "cpu",
         preflight_s=round(site.preflight.timeout_s) if checked else 0,
         variables=variables(site),
         **_container(job),
