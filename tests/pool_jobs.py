@@ -13,7 +13,9 @@ SMALL_SITE = SiteConfig(
     sky=SkySite(volumes={"/runs": "runs"}),
 )
 FULL_SITE = SiteConfig(
-    node=NodeSite(setup=["source /opt/venv/bin/activate", "ulimit -l unlimited"], variables={"OMP_NUM_THREADS": "8"}, python="python"),
+    node=NodeSite(
+        setup=["source /opt/venv/bin/activate", "ulimit -l unlimited"], variables={"OMP_NUM_THREADS": "8"}, python="python"
+    ),
     network=NetworkSite(interface="eth0", hcas="mlx5_0,mlx5_1", port=29600),
     k8s=K8sSite(
         namespace="video",

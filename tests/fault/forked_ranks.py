@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,6 +26,7 @@ from opensora_dist.checkpoint.commit import SAVE_PHASES, step_name
 from opensora_dist.cli.main import main
 from opensora_dist.models.layers import Block
 from opensora_dist.parallel.zero.native import NativeBackend
+from opensora_dist.resilience.endings import ENDINGS_VARIABLE, Ending, read_endings
 from opensora_dist.train import loop, saving
 
 
@@ -45,11 +46,12 @@ class Fault:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a rank ended. ``code`` is None for one that had not after the time given, which was killed then."""
+    """How a rank ended. ``code`` is None for one that had not after the time given, which was killed then; ``noted`` is its own word."""
 
     code: int | None
     said: str
     after_s: float
+    noted: Ending = Ending.KILLED
 
 
 def run(args: Sequence[str], fault: Fault, *, world: int, logs: Path, limit_s: float) -> dict[int, Ended]:
@@ -71,7 +73,12 @@ def run(args: Sequence[str], fault: Fault, *, world: int, logs: Path, limit_s: f
             process.kill()
             process.join()
     gone = {r: Ended(code=p.exitcode, said=(logs / f"{r}.log").read_text(), after_s=0.0) for r, p in enumerate(ranks)}
-    return gone | ended
+    noted = read_endings(_endings(logs), world=world)
+    return {rank: replace(e, noted=noted[rank].ending) for rank, e in (gone | ended).items()}
+
+
+def _endings(logs: Path) -> Path:
+    return logs.with_name(f"{logs.name}-endings")
 
 
 def _wait(ranks: Sequence[Any], *, fault: Fault, logs: Path, limit_s: float) -> dict[int, Ended]:
@@ -100,6 +107,7 @@ def _rank(rank: int, world: int, port: int, log: str, args: list[str], fault: Fa
     os.dup2(handle, 2)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({k: str(v) for k, v in names.items()}, TORCHELASTIC_USE_AGENT_STORE="True", GLOO_SOCKET_IFNAME="lo")
+    os.environ[ENDINGS_VARIABLE] = str(_endings(Path(log).parent))
     torch.set_num_threads(1)
 
     def strike() -> None:

@@ -18,6 +18,8 @@ from dataset_factory import write_dataset
 from forked_ranks import Fault, run
 from training import SAMPLES, events, metrics, overrides
 
+from opensora_dist.resilience.endings import ENDINGS_VARIABLE, Ending, read_endings
+
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0")
 LIMIT_S = 280.0
 
@@ -45,9 +47,10 @@ def _since(run_dir: Path, fault: str) -> float:
     return time.time() - (run_dir / "faults" / f"{fault}.json").stat().st_mtime
 
 
-def test_under_torchrun_a_run_goes_on_after_a_kill_and_after_a_hang(data, tmp_path, promise):
+def test_under_torchrun_a_run_goes_on_after_a_kill_and_after_a_hang(data, tmp_path, promise, monkeypatch):
     """One launch, three starts: rank 0 is killed in step 18, and rank 1 hangs in step 27."""
     run_dir, every = tmp_path / "run", 5
+    monkeypatch.setenv(ENDINGS_VARIABLE, str(tmp_path / "endings"))
     args = overrides(data, run_dir, "run.steps=30", "run.log_every=1", f"checkpoint.every_steps={every}")
     args.append("checkpoint.asynchronous=false")
     args += ["resilience.watchdog_s=5", "fault.kill_rank=0@step18", "fault.hang_rank=1@step27"]
@@ -60,6 +63,7 @@ def test_under_torchrun_a_run_goes_on_after_a_kill_and_after_a_hang(data, tmp_pa
         hung_s = _since(run_dir, "hang_rank-rank-1")
         ended = command.end(limit_s=LIMIT_S)
     assert ended.code == 0, ended.err
+    assert {e.ending for e in read_endings(tmp_path / "endings", world=2).values()} == {Ending.DONE}, "the last start counts"
     assert _starts(run_dir) == [0, 15, 25], "at most one interval is done again"
     assert [m["step"] for m in metrics(run_dir)] == list(range(1, 31))
     assert killed_s < 180
@@ -86,7 +90,7 @@ def test_a_rank_that_is_stopped_is_named_by_the_other_in_the_collective_that_it_
         data, tmp_path / "run", "run.steps=50", "run.log_every=1", "parallel.zero.stage=3", "resilience.watchdog_s=4"
     )
     ended = run(args, fault, world=2, logs=tmp_path / "logs", limit_s=90)[1]
-    assert ended.code == 1, ended.said
+    assert ended.code == 1 and ended.noted is Ending.HANG, ended.said
     assert "rank 0 does not answer: stopped, or its machine is gone, while rank 1 waits in all_reduce for " in ended.said
     hang = json.loads((tmp_path / "run" / "logs" / "hang.json").read_text())
     assert hang["ranks"] == [0] and [p["what"] for p in hang["positions"]] == ["all_reduce"]
@@ -97,8 +101,9 @@ def test_a_rank_that_is_stopped_is_named_by_the_other_in_the_collective_that_it_
     )
 
 
-def test_two_signals_to_one_rank_save_and_stop_all_with_code_0(data, tmp_path, promise):
+def test_two_signals_to_one_rank_save_and_stop_all_with_code_0(data, tmp_path, promise, monkeypatch):
     run_dir = tmp_path / "run"
+    monkeypatch.setenv(ENDINGS_VARIABLE, str(tmp_path / "endings"))
     args = overrides(data, run_dir, "run.steps=4000", "run.log_every=1", "parallel.nproc=2", "parallel.max_restarts=1")
     with running("train", *args) as command:
         command.wait_for(lambda: len(metrics(run_dir)) >= 3 if (run_dir / "metrics.jsonl").exists() else False)
@@ -111,6 +116,8 @@ def test_two_signals_to_one_rank_save_and_stop_all_with_code_0(data, tmp_path, p
     step = json.loads((run_dir / "STOPPED").read_text())["step"]
     assert metrics(run_dir)[-1]["step"] == step and (run_dir / "checkpoints" / f"step-{step:08d}").is_dir()
     assert _starts(run_dir) == [0], "a stop on request is no failure"
+    noted = read_endings(tmp_path / "endings", world=2)
+    assert [e.ending for e in noted.values()] == [Ending.STOPPED] * 2 and [e.signal for e in noted.values()] == [None, "SIGUSR1"]
     promise(promises.SIGNAL).measured(f"SIGUSR1, then SIGTERM to rank 1: saved, marker, code 0 after {seconds:.1f} s")
 
 
@@ -129,7 +136,9 @@ with StopWhileStarting(Path(sys.argv[1]), saved_step=lambda: 7, launched=True):
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_while_a_rank_waits_for_others_to_start_ends_it_with_what_is_true(tmp_path, promise, signum):
     """A launcher sends SIGTERM where another rank has failed, too."""
-    with subprocess.Popen([sys.executable, "-c", _STARTING, str(tmp_path)], stderr=subprocess.PIPE, text=True) as process:
+    noting = {**os.environ, ENDINGS_VARIABLE: str(tmp_path / "endings"), "RANK": "0"}
+    command = [sys.executable, "-c", _STARTING, str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=noting) as process:
         try:
             while not (tmp_path / "ready").exists():
                 assert process.poll() is None
@@ -141,6 +150,8 @@ def test_a_signal_while_a_rank_waits_for_others_to_start_ends_it_with_what_is_tr
     assert f"ended by {signum.name} before the first step" in said and "goes on from step 7" in said
     assert process.returncode == (0 if signum == signal.SIGUSR1 else 1), said
     assert (tmp_path / "STOPPED").exists() == (signum == signal.SIGUSR1)
+    noted = read_endings(tmp_path / "endings", world=1)[0]
+    assert noted.ending is (Ending.STOPPED if signum == signal.SIGUSR1 else Ending.LOST), "torchrun sends SIGTERM of itself"
     if signum == signal.SIGUSR1:
         assert json.loads((tmp_path / "STOPPED").read_text()) == {"signal": "SIGUSR1", "step": 7}
         promise(promises.SIGNAL).measured(

@@ -29,6 +29,7 @@ from opensora_dist.parallel.places import AxisName
 from opensora_dist.parallel.sequence.agree import Agreement, Intent
 from opensora_dist.parallel.sequence.exchange import Exchange
 from opensora_dist.parallel.sequence.layout import SequenceParallel
+from opensora_dist.resilience.endings import Ending
 
 SP2 = ["parallel.sp.degree=2", "run.steps=50", "run.log_every=1"]
 WITHIN_S = 20.0
@@ -50,6 +51,8 @@ def _say_what_happened(ended, fault, *, within_s):
         assert "Traceback" not in e.said, e.said
         assert "parallel.timeout_s" in e.said, e.said
         assert e.after_s < within_s
+        assert e.noted is Ending.LOST, "the scheduler starts the run again"
+    assert ended[fault.rank].noted is Ending.KILLED
 
 
 def _slow(*case):

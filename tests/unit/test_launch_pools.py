@@ -179,7 +179,9 @@ def fake(tmp_path, monkeypatch):
         (tmp_path / "out").write_text(out)
         (tmp_path / "err").write_text(err)
         program = tmp_path / name
-        program.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\ncat {tmp_path}/out\ncat {tmp_path}/err >&2\nexit {code}\n')
+        program.write_text(
+            f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\ncat {tmp_path}/out\ncat {tmp_path}/err >&2\nexit {code}\n'
+        )
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
         return lambda: (tmp_path / "asked").read_text().splitlines()
