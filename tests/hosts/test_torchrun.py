@@ -49,6 +49,7 @@ class Launched:
     def __init__(self, command: list[str], said: Path) -> None:
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
+        env["RES_OPTIONS"] = "timeout:1 attempts:1"  # torch asks for the names of addresses, and no name server is in reach
         self._said = said
         with open(said, "w") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=env)
