@@ -1,4 +1,4 @@
-"""torch, kernels and backends of this install, by calling them: what imports may still crash, or give something else.
+"""torch, ranks, kernels and backends of this install, by calling them: what imports may still crash, or give something else.
 
 Run as ``python -m opensora_dist.machine.kernels NUM_GPUS CLOCK_SHARE``, in a process of its own (``children``).
 """
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opensora_dist.machine.children import Teller
+from opensora_dist.machine.collective import collective_finding
 from opensora_dist.machine.finding import Finding, Level, Subject
 from opensora_dist.machine.gpus import SmiError, clock_finding, query_gpus
 from opensora_dist.ops.attention import attention, attention_backward, attention_with_lse
@@ -53,8 +54,9 @@ def main(*, num_gpus: int, clock_share: float) -> None:
         num_gpus: That the driver knows of, whatever torch does.
         clock_share: As ``under_load`` has it.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tell = Teller().check
+    tell("network", "ranks of this machine", collective_finding)  # first, as it forks
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tell("torch", "build", lambda: torch_finding(num_gpus=num_gpus))
     for name, backend in _SDPA.items():
         tell("kernels", name, lambda name=name, backend=backend: _sdpa(name, backend, device))  # type: ignore[misc]
@@ -107,7 +109,7 @@ def _error(call: Callable[[Tensor, Tensor, Tensor], Tensor], device: torch.devic
     weights = torch.cos(wanted.detach())
     found = (out, *torch.autograd.grad(out, mine, weights.to(out)))
     right = (wanted, *torch.autograd.grad(wanted, (q, k, v), weights))
-    return max(float((a.double().cpu() - b).abs().max()) for a, b in zip(found, right)), dtype
+    return max(float((a.double().cpu() - b).abs().max().detach()) for a, b in zip(found, right)), dtype
 
 
 def _compared(name: str, call: Callable[[Tensor, Tensor, Tensor], Tensor], device: torch.device, *, level: Level) -> Finding:

@@ -16,7 +16,8 @@ from typing import Final
 
 from opensora_dist.machine.finding import Finding, Level, Subject
 
-_SUBJECT: Final = Subject("network")
+NETWORK: Final = "network"
+_SUBJECT: Final = Subject(NETWORK)
 _SYS: Final = Path("/sys/class")
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 _SIOCGIFFLAGS = 0x8913

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,20 +13,17 @@ from rich.text import Text
 
 import opensora_dist
 from opensora_dist.config.site import PreflightSite
-from opensora_dist.core.io import read_json
-from opensora_dist.machine.children import findings_of_child, run_child
+from opensora_dist.machine.children import findings_of_child
 from opensora_dist.machine.disk import disk_findings, free_space_finding
 from opensora_dist.machine.finding import Finding, Level, Subject, problems_of
 from opensora_dist.machine.gpus import gpu_findings
 from opensora_dist.machine.limits import limit_findings, shared_memory_finding
-from opensora_dist.machine.network import loopback_finding, network_findings
+from opensora_dist.machine.network import NETWORK, loopback_finding, network_findings
 from opensora_dist.machine.packages import package_findings
 from opensora_dist.observe.environment import git_state
 
 KERNELS_TIMEOUT_S: Final = 120.0  # a cold disk, and several GPUs; it takes seconds
-_COLLECTIVE_TIMEOUT_S = 60.0
 _PACKAGES: Final = Subject("packages")
-_NETWORK: Final = Subject("network")
 _STYLES: Final = {Level.OK: "green", Level.NOTE: "dim", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
 
 
@@ -44,11 +39,11 @@ def doctor(folder: Path, *, expect_gpus: int | None) -> Iterator[Finding]:
     yield source_finding()
     gpus = gpu_findings(expect=expect_gpus, clock_share=least.clock_share)
     yield from gpus
-    kernels = kernel_findings(num_gpus=num_gpus(gpus), clock_share=least.clock_share)
-    yield from kernels
+    tried = kernel_findings(num_gpus=num_gpus(gpus), clock_share=least.clock_share)
+    yield from (f for f in tried if f.subject != NETWORK)
     yield from network_findings()
     yield loopback_finding()
-    yield collective_finding(num_gpus=max([0, *((f.values or {}).get("gpus", 0) for f in kernels if f.subject == "torch")]))
+    yield from (f for f in tried if f.subject == NETWORK)
     yield free_space_finding(folder, least_gib=least.free_disk_gib, level=Level.WARNING)
     yield from disk_findings(folder)
     yield shared_memory_finding(least_gib=least.shared_memory_gib, level=Level.WARNING)
@@ -70,27 +65,8 @@ def num_gpus(findings: Sequence[Finding]) -> int:
 
 
 def kernel_findings(*, num_gpus: int, clock_share: float, timeout_s: float = KERNELS_TIMEOUT_S) -> list[Finding]:
-    """torch, kernels and backends, tried in a process of their own. Arguments as ``machine.kernels.main`` has them."""
+    """torch, ranks, kernels and backends, tried in a process of their own. Arguments as ``machine.kernels.main`` has them."""
     return findings_of_child("opensora_dist.machine.kernels", str(num_gpus), str(clock_share), timeout_s=timeout_s)
-
-
-def collective_finding(*, num_gpus: int) -> Finding:
-    """All-to-alls of ranks on this machine: NCCL where there are two GPUs or more, two ranks of gloo elsewhere."""
-    device, ranks = ("cuda", num_gpus) if num_gpus > 1 else ("cpu", 2)
-    name = f"{'NCCL' if device == 'cuda' else 'gloo'} between {ranks} ranks"
-    options = ["--nproc", str(ranks), "--device", device, "--width", "64", "--timeout", str(_COLLECTIVE_TIMEOUT_S / 2)]
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "network.json"
-        command = [sys.executable, "-m", "opensora_dist", "bench", "network", *options, "--out", str(out)]
-        said = run_child(command, timeout_s=_COLLECTIVE_TIMEOUT_S)
-        if said.code != 0:
-            shown = " ".join(command[1:-2])
-            way_out = f"run `python {shown}`, with NCCL_DEBUG=INFO where it is NCCL; a firewall or GLOO_SOCKET_IFNAME may be why"
-            return _NETWORK.finding(name, Level.PROBLEM, f"{said.how}: {' '.join(said.err.split())[-400:]}", way_out)
-        found = read_json(out)
-    rate, latency = found["bytes_per_s"], found["latency_s"]
-    text = f"{rate / 1e9:.2f} GB/s that each sends to others, {1e6 * latency:.0f} us a small message (measured)"
-    return _NETWORK.finding(name, Level.OK, text, values={"bytes_per_s": rate, "latency_s": latency})
 
 
 def show(findings: Sequence[Finding], *, console: Console) -> None:

@@ -1,0 +1,386 @@
+"""``doctor``: each check on machines that are well and on such as are not, and all of them together on this one."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import fake_smi
+import pytest
+import torch
+from rich.console import Console
+
+from opensora_dist.cli.main import main
+from opensora_dist.machine import children, disk, gpus, kernels, limits, network, packages
+from opensora_dist.machine.finding import Finding, Level, problems_of
+from opensora_dist.recipes import doctor
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def smi(tmp_path, monkeypatch):
+    """A folder in front of PATH."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(gpus, "KERNEL_LOG", tmp_path / "no-log")
+    return tmp_path
+
+
+def _look(*, expect=None):
+    return gpus.gpu_findings(expect=expect, clock_share=0.5)
+
+
+def _said(findings, level=Level.PROBLEM):
+    return " | ".join(str(f) for f in findings if f.level is level)
+
+
+# --- GPUs
+
+
+def test_gpus_that_are_well_have_no_problem_and_no_warning(smi):
+    fake_smi.put_smi(smi, *[fake_smi.GOOD] * 8)
+    found = _look(expect=8)
+    assert not _said(found) and not _said(found, Level.WARNING)
+    assert found[0].said == "8 x NVIDIA H100 80GB HBM3"
+    assert "81559 MiB, SM clock up to 1980 MHz, ECC on, no uncorrected error" in _said(found, Level.OK)
+
+
+def test_an_older_driver_and_a_gpu_without_ecc_are_read_by_the_fields_they_have(smi):
+    fake_smi.put_smi(smi, fake_smi.OLD)
+    (gpu,) = gpus.query_gpus()
+    assert (gpu.slowed, gpu.ecc, gpu.uncorrected, gpu.limit_sm_mhz, gpu.rows_failed) == (0, None, None, None, False)
+    assert not _said(_look()) and "nvidia-persistenced" in _said(_look(), Level.WARNING)
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        ({"ecc.errors.uncorrected.volatile.total": "3"}, "3 memory errors that could not be corrected; reset it"),
+        ({"remapped_rows.pending": "1"}, "waits for a reset"),
+        ({"remapped_rows.pending": "Yes"}, "waits for a reset"),
+        ({"retired_pages.pending": "Yes"}, "waits for a reset"),
+        ({"remapped_rows.failure": "1"}, "no spare rows are left; take the node out of service"),
+        ({"clocks_event_reasons.active": "0x0000000000000048"}, "slowed down by hardware slowdown and heat (hardware)"),
+        ({"clocks_event_reasons.active": "0x0000000000000080"}, "slowed down by power brake"),
+        ({"clocks.applications.graphics": "705"}, "SM clock 705 of 1980 MHz, less than preflight.clock_share=0.5"),
+        (fake_smi.LOST, "the driver can't reach it; restart the machine"),
+    ],
+)
+def test_a_gpu_that_is_ill_is_named_with_the_way_out(smi, bad, words):
+    fake_smi.put_smi(smi, fake_smi.GOOD, {**fake_smi.GOOD, **bad}, fake_smi.GOOD)
+    said = _said(_look(expect=3))
+    assert said.startswith("gpus, GPU 1: ") and words in said
+
+
+def test_a_gpu_that_is_held_down_by_its_power_limit_alone_is_well(smi):
+    fake_smi.put_smi(smi, {**fake_smi.GOOD, "clocks_event_reasons.active": "0x0000000000000004"})
+    assert not _said(_look())
+
+
+def test_a_missing_gpu_is_a_problem_and_one_too_many_a_warning(smi):
+    fake_smi.put_smi(smi, *[fake_smi.GOOD] * 7)
+    assert "7 x NVIDIA H100 80GB HBM3, and 8 are expected; look for Xid 79" in _said(_look(expect=8))
+    assert not _said(_look(expect=6)) and "CUDA_VISIBLE_DEVICES" in _said(_look(expect=6), Level.WARNING)
+
+
+def test_an_nvidia_smi_that_fails_or_hangs_is_a_problem_and_not_an_error(smi, monkeypatch):
+    fake_smi.put_script(
+        smi, "#!/bin/sh\necho 'Unable to determine the device handle for GPU0000:18:00.0: Unknown Error'\nexit 255\n"
+    )
+    assert "exit code 255: Unable to determine the device handle" in _said(_look())
+    monkeypatch.setattr(gpus, "_TIMEOUT_S", 0.2)
+    fake_smi.put_script(smi, "#!/bin/sh\nexec sleep 30\n")
+    assert "gave no answer within 0.2 s" in _said(_look())
+
+
+def _log(*records):
+    return [f"4,1,{int(1e6 * at_s)},-;{text}" for at_s, text in records]
+
+
+def test_an_error_of_the_device_in_the_kernels_log_is_told_for_a_day_and_one_of_an_application_never():
+    fell, app = "NVRM: Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off the bus.", "NVRM: Xid (PCI:0000:3b:00): 31, pid=1"
+    now = 200_000.0
+    found = gpus.xid_finding(_log((now - 60, fell), (now - 50, fell), (now - 40, app)), uptime_s=now)
+    assert found.level is Level.PROBLEM and found.said == "Xid 79 of 0000:3b:00 (the GPU has fallen off the bus)"
+    assert gpus.xid_finding(_log((now - 90_000, fell), (now - 40, app)), uptime_s=now).level is Level.OK
+    assert gpus.xid_finding(None, uptime_s=now).level is Level.NOTE
+
+
+def test_the_kernels_log_is_read_to_its_end(tmp_path):
+    log = tmp_path / "kmsg"
+    log.write_text("4,1,5,-;a\n4,2,6,-;b\n")
+    assert gpus.read_kernel_log(log) == ["4,1,5,-;a", "4,2,6,-;b"]
+    assert gpus.read_kernel_log(tmp_path / "none") is None
+
+
+def test_a_gpu_that_computes_something_else_than_most_is_named():
+    assert kernels.differing([1.0, 1.0, 1.0]) == []
+    (found,) = kernels.differing([1.0, 1.5, 1.0])
+    assert found.name == "GPU 1 (of torch)" and found.level is Level.PROBLEM
+
+
+# --- torch and kernels
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA")
+def test_a_torch_without_cuda_beside_gpus_is_a_problem():
+    assert "there are 2 GPUs; install a CUDA build" in str(kernels.torch_finding(num_gpus=2))
+    assert kernels.torch_finding(num_gpus=0).level is Level.OK
+
+
+def test_attention_that_is_wrong_is_a_problem_and_one_that_does_not_run_is_what_it_is_said_to_be():
+    def wrong(q, k, v):
+        return torch.softmax(q @ k.mT, dim=-1) @ v
+
+    def absent(q, k, v):
+        raise RuntimeError("No kernel. Whatever")
+
+    cpu = torch.device("cpu")
+    assert "differs from attention in float64" in kernels._compared("x", wrong, cpu, level=Level.NOTE).said
+    assert kernels._compared("x", wrong, cpu, level=Level.NOTE).level is Level.PROBLEM
+    found = kernels._compared("x", absent, cpu, level=Level.NOTE)
+    assert (found.level, found.said) == (Level.NOTE, "does not run on cpu: No kernel")
+
+
+def test_a_package_that_is_here_and_broken_is_a_warning(tmp_path, monkeypatch):
+    (tmp_path / "broken_kernels").mkdir()
+    (tmp_path / "broken_kernels/__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = kernels._optional("broken", "broken_kernels", lambda: __import__("broken_kernels"))
+    assert found.level is Level.WARNING and "ImportError: undefined symbol: _ZN3c10" in found.said
+    assert kernels._optional("none", "no_such_module", lambda: 1 / 0).level is Level.NOTE
+
+
+# --- checks in a process of their own
+
+
+def _child(tmp_path, body, **options):
+    (tmp_path / "some_checks.py").write_text(
+        "import os, time\nfrom opensora_dist.machine.children import Teller\nfrom opensora_dist.machine.finding import *\n"
+        "good = Finding(subject='kernels', name='first', level=Level.OK, said='fine')\n"
+        f"tell = Teller().check\ntell('kernels', 'first', lambda: good)\nprint('noise')\n{body}\n"
+    )
+    path = f"{tmp_path}:{ROOT}"
+    return children.findings_of_child("some_checks", timeout_s=options.get("timeout_s", 30.0), variables={"PYTHONPATH": path})
+
+
+def test_what_a_check_that_crashes_found_before_is_kept_and_it_is_named(tmp_path):
+    first, second = _child(tmp_path, "tell('kernels', 'second', lambda: os.abort())")
+    assert first.said == "fine"
+    assert (second.name, second.level) == ("second", Level.PROBLEM) and "was ended by SIGABRT" in second.said
+
+
+def test_an_exception_of_a_check_is_told(tmp_path):
+    _, second = _child(tmp_path, "tell('kernels', 'second', lambda: 1 / 0)")
+    assert "ended with exit code 1" in second.said and "ZeroDivisionError" in second.said
+    assert "python -m some_checks" in second.remedy
+
+
+def test_a_check_that_hangs_is_ended_with_all_that_it_started(tmp_path):
+    body = (
+        "import subprocess\nother = subprocess.Popen(['sleep', '60'])\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(other.pid))\ntell('kernels', 'second', lambda: time.sleep(60))"
+    )
+    _, second = _child(tmp_path, body, timeout_s=3.0)
+    assert "its check took too long" in second.said
+    assert not _runs(int((tmp_path / "pid").read_text()))
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# --- packages
+
+
+def test_every_extra_says_what_it_is_for():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    (extras,) = (n.value for n in ast.walk(tree) if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "EXTRAS")
+    assert {packages.CORE, *ast.literal_eval(extras)} == set(packages.PURPOSES)
+
+
+def test_a_missing_package_is_a_problem_of_the_core_and_a_note_of_an_extra(monkeypatch):
+    real = packages.importlib.metadata.version
+
+    def version(name):
+        if name in ("einops", "wandb"):
+            raise packages.importlib.metadata.PackageNotFoundError(name)
+        return "0.1" if name == "av" else real(name)
+
+    requires = ["einops>=1", 'wandb>=1; extra == "track"', 'pytest; extra == "track"', 'pytest>=8; extra == "dev"', "av>=14"]
+    monkeypatch.setattr(packages.importlib.metadata, "version", version)
+    monkeypatch.setattr(packages.importlib.metadata, "requires", lambda name: requires)
+    found = {f.name: f for f in packages.package_findings()}
+    core, track = found["core"], found["track"]
+    assert core.level is Level.PROBLEM and core.values["missing"] == ["einops"] and core.values["other"] == ["av 0.1 is not >=14"]
+    assert core.remedy == "pip install 'opensora-dist'"
+    assert track.level is Level.NOTE and track.values["missing"] == ["wandb"] and track.values["here"][0].startswith("pytest ")
+    assert track.remedy == "pip install 'opensora-dist[track]'"
+    assert found["kernels"].level is Level.OK
+
+
+def test_a_tree_that_is_not_installed_is_said_to_be_so(monkeypatch):
+    def requires(name):
+        raise packages.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(packages.importlib.metadata, "requires", requires)
+    assert "pip install -e ." in _said(packages.package_findings(), Level.WARNING)
+
+
+# --- network
+
+
+def _named(monkeypatch, address):
+    def getaddrinfo(*_):
+        if address is None:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+@pytest.mark.parametrize("address", ["127.0.1.1", None])
+def test_a_host_name_that_others_would_not_find_is_warned_of(monkeypatch, address):
+    _named(monkeypatch, address)
+    (found,) = (f for f in network.network_findings({}) if f.name == "ranks use")
+    assert found.level is Level.WARNING and "no other machine finds" in found.said and "GLOO_SOCKET_IFNAME=" in found.remedy
+
+
+def test_the_interface_that_is_named_goes_before_the_host_name(monkeypatch):
+    _named(monkeypatch, "127.0.1.1")
+    eth = network.Interface(name="eth7", address="10.1.2.3", up=True, loopback=False, mbit_per_s=100_000, mtu=9000)
+    assert network.rank_address({}, known=[eth]).loopback
+    assert network.rank_address({"GLOO_SOCKET_IFNAME": "eth7,eth8"}, known=[eth]).address == "10.1.2.3"
+    assert network.rank_address({"GLOO_SOCKET_IFNAME": "eth9"}, known=[eth]).address is None
+    assert network._of_interface(eth).said == "100 Gbit/s, MTU 9000, up, 10.1.2.3"
+
+
+def test_this_machine_has_a_loopback_with_an_address():
+    (lo,) = (i for i in network.interfaces() if i.loopback)
+    assert (lo.address, lo.up) == ("127.0.0.1", True)
+    assert network.interface_finding(lo.name).level is Level.OK
+    assert "there is no interface nope9" in str(network.interface_finding("nope9"))
+
+
+@pytest.mark.parametrize(
+    "value, level", [("lo", Level.OK), ("=lo", Level.OK), ("nope", Level.PROBLEM), ("=l", Level.PROBLEM), ("^docker", Level.OK)]
+)
+def test_interfaces_that_nccl_is_told_of_are_looked_for_by_its_rules(value, level):
+    lo = [i for i in network.interfaces() if i.name == "lo"]
+    assert network._of_nccl({"NCCL_SOCKET_IFNAME": value}, lo).level is level
+
+
+def test_the_loopback_carries_something(monkeypatch):
+    monkeypatch.setattr(network, "_LOOPBACK_S", 0.05)
+    assert network.loopback_bytes_per_s() > 1e7
+
+
+# --- disk and limits
+
+
+def test_a_disk_is_measured_past_the_page_cache_or_it_is_said_how_and_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_BLOCKS", 2)
+    speed = disk.measure_disk(tmp_path)
+    assert speed.num_bytes == 8 << 20 and min(speed.write_bytes_per_s, speed.read_bytes_per_s) > 0
+    assert "fdatasync" in speed.write_way and not list(tmp_path.iterdir())
+    real = os.open
+
+    def refuses(path, flags, mode=0o777):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refuses)
+    assert disk.measure_disk(tmp_path).write_way == "fdatasync" and "fadvise" in disk.measure_disk(tmp_path).read_way
+
+
+def test_a_folder_that_is_not_there_a_slow_disk_and_a_full_one_are_told(tmp_path, monkeypatch):
+    assert "can't be written and read (No such file or directory)" in _said(disk.disk_findings(tmp_path / "none"))
+    slow = disk.DiskSpeed(
+        write_bytes_per_s=2e6, read_bytes_per_s=9e9, write_way="fdatasync", read_way="O_DIRECT", num_bytes=1 << 20
+    )
+    monkeypatch.setattr(disk, "measure_disk", lambda folder: slow)
+    assert "writes 2 MB/s (fdatasync)" in _said(disk.disk_findings(tmp_path), Level.WARNING)
+    full = disk.free_space_finding(tmp_path, least_gib=1e9, level=Level.PROBLEM)
+    assert full.level is Level.PROBLEM and "1e+09 are needed" in full.said
+
+
+def test_little_shared_memory_is_told_with_the_flag_that_helps(tmp_path):
+    found = limits.shared_memory_finding(least_gib=1e9, level=Level.WARNING, path=tmp_path)
+    assert found.level is Level.WARNING and "--shm-size" in found.remedy
+    assert limits.shared_memory_finding(least_gib=0, level=Level.WARNING, path=tmp_path).level is Level.OK
+
+
+def test_few_open_files_are_warned_of(monkeypatch):
+    monkeypatch.setattr(limits.resource, "getrlimit", lambda which: (1024, 4096))
+    assert "1024 (at most 4096), and large runs need 4096" in _said(limits.limit_findings(), Level.WARNING)
+
+
+# --- all of it
+
+
+def test_all_of_it_runs_here_as_json(tmp_path, capsys):
+    began = time.monotonic()
+    code = main(["doctor", "--json", "--dir", str(tmp_path)])
+    said = json.loads(capsys.readouterr().out)
+    problems = [f for f in said["findings"] if f["level"] == "problem"]
+    assert not problems and said["fit"] is True and code == 0
+    subjects = {f["subject"] for f in said["findings"]}
+    assert {"packages", "torch", "gpus", "kernels", "zero backends", "network", "disk", "limits"} <= subjects
+    by_name = {f["name"]: f for f in said["findings"]}
+    assert by_name["attention with log-sum-exp"]["level"] == by_name["native"]["level"] == "ok"
+    assert by_name["gloo between 2 ranks"]["values"]["bytes_per_s"] > 1e6 or torch.cuda.device_count() > 1
+    assert time.monotonic() - began < 100 and not list(tmp_path.iterdir())
+
+
+def _fixed(monkeypatch, *findings):
+    monkeypatch.setattr(doctor, "doctor", lambda folder, *, expect_gpus: iter(findings))
+
+
+def test_a_problem_is_shown_with_its_way_out_and_a_warning_does_not_fail(tmp_path, monkeypatch, capsys):
+    bad = Finding(subject="gpus", name="GPU 3", level=Level.PROBLEM, said="3 memory errors", remedy="reset [it]")
+    odd = Finding(subject="limits", name="open files", level=Level.WARNING, said="1024", remedy="ulimit -n 65536")
+    _fixed(monkeypatch, odd)
+    assert main(["doctor", "--dir", str(tmp_path)]) == 0
+    assert "training can run here: 0 problems, 1 warning\n" in capsys.readouterr().out
+    _fixed(monkeypatch, bad, odd)
+    assert main(["doctor", "--dir", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "problem: gpus, GPU 3: 3 memory errors\n  -> reset [it]\n" in out
+    assert "training can't run here as it is: 1 problem, 1 warning\n" in out
+    assert problems_of([bad, odd]) == ("gpus, GPU 3: 3 memory errors; reset [it]",)
+
+
+def test_a_folder_or_a_number_that_cannot_be_is_bad_usage(tmp_path, capsys):
+    assert main(["doctor", "--dir", str(tmp_path / "none"), "--expect-gpus", "-1"]) == 2
+    said = capsys.readouterr().err
+    assert "is no folder" in said and "--expect-gpus must be 0 or more" in said
+
+
+def test_ranks_that_do_not_find_each_other_are_a_problem_with_what_they_said(tmp_path):
+    code = (
+        "import json; from dataclasses import asdict; from opensora_dist.machine.collective import collective_finding; "
+        "print(json.dumps(asdict(collective_finding())))"
+    )
+    said = children.run_child(
+        [sys.executable, "-c", code], timeout_s=60, variables={"GLOO_SOCKET_IFNAME": "nope9", "PYTHONPATH": str(ROOT)}
+    )
+    found = json.loads(said.out)
+    assert found["level"] == "problem" and "rank 0 failed: " in found["said"] and "nope9" in found["said"]
+    assert "bench network --nproc 2" in found["remedy"]
+
+
+def test_a_table_fits_a_narrow_terminal():
+    found = [Finding(subject="network", name="eth0", level=Level.OK, said="x" * 200)]
+    with Console(width=60, record=True, file=open(os.devnull, "w")) as console:
+        doctor.show(found, console=console)
+    assert all(len(line) <= 60 for line in console.export_text().splitlines())
