@@ -148,7 +148,7 @@ def _run_prepare(args: argparse.Namespace) -> int:
     from opensora_dist.recipes.prepare import prepare_dataset, prepare_dataset_part
 
     if args.part is not None:
-        part = prepare_dataset_part(config_of(args), part=_part(args.part), overrides=overrides_of(args))
+        part = prepare_dataset_part(config_of(args), part=parse_part(args.part), overrides=overrides_of(args))
         rest = (
             "the same parts again, once all are scored: duplicates are known then"
             if part.waits
@@ -177,9 +177,14 @@ def _run_prepare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _part(text: str) -> tuple[int, int]:
+def parse_part(text: str) -> tuple[int, int]:
+    """``3/16`` to (3, 16).
+
+    Raises:
+        ConfigError: It is no part of anything.
+    """
     match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match:
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise ConfigError(f"--part {text!r} is not K/N; write e.g. 3/16, K from 1 to N")
     return int(match[1]), int(match[2])
 

@@ -125,11 +125,14 @@ def parse_command(words: Sequence[str]) -> Command:
     if args.verb == "bench":
         paths = tuple(str(value) for value in vars(args).values() if isinstance(value, Path))
         return Command(kind="bench", words=tuple(words), out=args.out, paths=paths)
+    part = getattr(args, "part", None)
+    if part is not None:
+        data.parse_part(part)
     config = config_of(args)
     return Command(
         kind="train" if args.verb == "train" else "prepare",
         words=tuple(words),
         config=config,
         overrides=tuple(overrides_of(args)),
-        part=getattr(args, "part", None),
+        part=part,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,14 @@ LAST_SCRIPT: Final = "last.sbatch"
 SUBMIT_SCRIPT: Final = "submit.sh"
 _COPIED: Final = ("node.sh", "rank.sh")
 _UNSURE: Final = r"timed out|Connection reset|Zero Bytes"
+# What sbatch refuses, and where that is said.
+_REMEDIES: Final[Mapping[str, str]] = {
+    "partition": "name a partition by slurm.partition",
+    "account": "name an account by slurm.account, and a partition that takes it by slurm.partition",
+    "qos": "name a qos by slurm.qos",
+    "node configuration is not available": "ask for what nodes have: --nodes, --gpus-per-node, and slurm.gpus, gpu_type, memory, cpus_per_task and constraint",
+    "time limit": "ask for less --time, or name a partition that gives more by slurm.partition",
+}
 _GONE: Final = "Invalid job id"
 
 # What job.sbatch sets itself, and what of a site's profile does; by every name that sbatch has for it.
@@ -122,7 +131,13 @@ class SlurmLauncher:
     def submit(self, job: Job) -> list[str]:
         # submit.sh calls sbatch once per job, and scontrol.
         timeout_s = self._site.slurm.command_timeout_s * (len(_steps(job)) + 1)
-        ids = [line.split(";")[0] for line in ask(self.command(job), timeout_s=timeout_s, unsure=_UNSURE).split()]
+        try:
+            answer = ask(self.command(job), timeout_s=timeout_s, unsure=_UNSURE)
+        except UnsureError:
+            raise
+        except LaunchError as error:
+            raise LaunchError("\n".join([str(error), *self._remedies(str(error))])) from error
+        ids = [line.split(";")[0] for line in answer.split()]
         if not ids or not all(i.isdecimal() for i in ids):
             raise UnsureError(f"sbatch printed no job id, but {ids}")
         return ids
@@ -178,6 +193,17 @@ class SlurmLauncher:
         if running := [i for i, phase in left.items() if phase is Phase.RUNNING]:
             # To the script alone, which gives its ranks slurm.signal_s to save; all at once have KillWait of slurm.conf, half a minute.
             self._call(["scancel", "--batch", "--signal=TERM", *running])
+
+    def _remedies(self, said: str) -> list[str]:
+        """Ways out of a refusal, by the words of it."""
+        found = [f"{text} in the site file (--site)" for word, text in _REMEDIES.items() if re.search(word, said, re.IGNORECASE)]
+        if re.search("partition", said, re.IGNORECASE):
+            with suppress(LaunchError):
+                known = sorted(
+                    {name for line in self._call(["sinfo", "--noheader", "--format=%R"]).splitlines() if (name := line.strip())}
+                )
+                found.append(f"partitions here are: {', '.join(known)}")
+        return found
 
     def _accounted(self, job_ids: Sequence[str]) -> list[list[str]]:
         """Id and state of what has left the queue; nothing where no accounts are kept."""
