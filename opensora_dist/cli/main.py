@@ -22,7 +22,7 @@ from opensora_dist.resilience.endings import noted
 
 # Verb to the module that adds and runs it. A verb's own imports happen when it runs, so that --help is quick.
 _VERBS = (
-    *("demo", "data", "train", "sample", "evaluate", "ckpt", "bench", "report"),
+    *("demo", "data", "train", "sample", "evaluate", "plan", "ckpt", "bench", "report"),
     *("submit", "status", "logs", "cancel", "node", "doctor"),
 )
 

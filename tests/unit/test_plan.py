@@ -1,0 +1,188 @@
+"""The planner: what it predicts follows from its formulas, it says what doesn't fit and why, and it is quick for large machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from opensora_dist.cli.main import main
+from opensora_dist.config.load import load_config
+from opensora_dist.config.train import TrainConfig
+from opensora_dist.core.types import Thw
+from opensora_dist.models.base import ModelIo
+from opensora_dist.models.registry import build_model
+from opensora_dist.plan.hardware import gpu_names, gpu_of
+from opensora_dist.plan.layouts import Run, instead, judged, layouts, limit_bytes
+from opensora_dist.plan.memory import MemoryCase, estimate
+from opensora_dist.plan.sora import SoraAssumptions
+from opensora_dist.plan.time import Machine, step_time
+from opensora_dist.recipes.auto import sample_cost
+
+RECIPE = Path("configs/train/open_sora_1_0_64x512x512.yaml")
+LATENT = Thw(64, 64, 64)
+
+
+def run_of(*overrides: str, latent: Thw = LATENT) -> Run:
+    config = load_config(TrainConfig, RECIPE, overrides=overrides)
+    with torch.device("meta"):
+        model = build_model(config.model, ModelIo(in_channels=4, out_channels=8, text_width=4096, max_tokens=120))
+    return Run(
+        model=config.model,
+        parallel=config.parallel,
+        global_batch=config.data.global_batch,
+        latent=latent,
+        dtype=config.run.dtype,
+        cost=sample_cost(model, model.token_grid(latent), text_tokens=120),
+        channels=4,
+        text_width=4096,
+        text_tokens=120,
+    )
+
+
+def machine_of(gpus: int, gpu: str = "h800", **changes) -> Machine:
+    return dataclasses.replace(Machine(gpu=gpu_of(gpu), gpus=gpus), **changes)
+
+
+def test_the_published_ends_of_the_estimate_for_sora():
+    """Factorial Funds: 4,211 to 10,527 H100 months; 5 minutes of video an hour; as much drawn as trained after 15.3 to 38.2 M minutes."""
+    little, much = SoraAssumptions(data=4), SoraAssumptions(data=10)
+    assert [round(a.train_gpu_months) for a in (little, much)] == [4211, 10527]
+    assert little.minutes_per_gpu_hour == pytest.approx(5.04, abs=0.005)
+    assert [round(a.break_even_minutes / 1e6, 1) for a in (little, much)] == [15.3, 38.2]
+    assert SoraAssumptions(use=0.4).train_gpu_months == pytest.approx(2.5 * little.train_gpu_months)
+
+
+def test_gpus_are_known_by_name_and_each_has_a_source():
+    for name in gpu_names():
+        gpu = gpu_of(name.upper())
+        assert gpu.source and gpu.flops_per_s > 1e14 and gpu.memory_bytes > 20e9 and gpu.link_bytes_per_s < gpu.memory_bytes_per_s
+    assert gpu_of("h800").flops_per_s == gpu_of("h100").flops_per_s
+    assert gpu_of("h800").link_bytes_per_s < gpu_of("h100").link_bytes_per_s / 2
+
+
+def test_a_step_without_traffic_takes_its_flops():
+    run, machine = run_of("parallel.sp.degree=1", "parallel.recompute=none", "parallel.zero.stage=0"), machine_of(1, use=0.5)
+    case = MemoryCase(model=run.model, parallel=run.parallel, world=1, latent=LATENT, dtype="bfloat16")
+    took = step_time(case, run.cost, machine)
+    assert took.compute_s == pytest.approx(3 * run.cost.flops / (0.5 * 989.5e12))
+    assert took.tokens_s == took.weights_s == took.offload_s == 0
+    assert took.total_s == took.compute_s + took.optimizer_s
+
+
+@pytest.mark.parametrize("change, slower", [({"recompute": "full"}, 4 / 3), ({"tile_tokens": 4096}, 1.05)])
+def test_what_is_computed_again_takes_its_time(change, slower):
+    run, machine = run_of("parallel.sp.degree=1", "parallel.recompute=none"), machine_of(8)
+    times = [
+        step_time(
+            MemoryCase(model=run.model, parallel=run.parallel.model_copy(update=c), world=8, latent=LATENT, dtype="bfloat16"),
+            run.cost,
+            machine,
+        ).compute_s
+        for c in ({}, change)
+    ]
+    assert times[1] / times[0] >= slower * 0.999 and times[1] / times[0] < 1.4
+
+
+def test_weights_cost_more_between_nodes_than_within_one_and_each_stage_what_it_sends():
+    run = run_of("parallel.sp.degree=1", "parallel.recompute=none")
+
+    def weights(stage: int, gpus: int, **more) -> float:
+        zero = run.parallel.zero.model_copy(update={"stage": stage})
+        parallel = run.parallel.model_copy(update={"zero": zero, **more})
+        case = MemoryCase(model=run.model, parallel=parallel, world=gpus, latent=Thw(1, 8, 8), dtype="bfloat16")
+        return step_time(
+            case, dataclasses.replace(run.cost, flops=1, replicated_flops=0, scores_flops=0, then_flops=0), machine_of(gpus)
+        ).weights_s
+
+    assert weights(2, 16) > weights(2, 8) > 0
+    assert weights(3, 8) > weights(2, 8)
+    assert weights(2, 8, grad_accum=4) > weights(1, 8, grad_accum=4)
+    numbers = 759_620_768 - 120 * 4096
+    one_gather_one_sum = (2 + 4) * numbers * 7 / 8 / 200e9
+    assert weights(2, 8) == pytest.approx(one_gather_one_sum * (1 + 1 / 28), rel=0.01)
+
+
+def test_what_does_not_fit_says_what_it_needs_and_what_each_lever_would_make_of_it():
+    run, machine = run_of("parallel.sp.degree=1", "parallel.recompute=none", "data.global_batch=8"), machine_of(8)
+    asked = judged(run, run.parallel, machine)
+    assert asked.problem is not None and "GiB of 72" in asked.problem and asked.memory is not None
+    levers = dict(instead(run, asked, machine))
+    assert set(levers) >= {"sp 2", "sp 4", "sp 8", "recompute full", "zero 3", "offloaded activations"}
+    for name in ("sp 4", "recompute full", "offloaded activations"):
+        assert levers[name].problem is None and levers[name].memory.total < limit_bytes(machine) < asked.memory.total
+
+
+def test_every_layout_that_is_said_to_run_fits_by_the_one_formula_and_the_fastest_is_first():
+    run, machine = run_of(), machine_of(16)
+    found = layouts(run, machine)
+    good = [layout for layout in found if layout.problem is None]
+    assert good and [g.step.total_s for g in good] == sorted(g.step.total_s for g in good)
+    for layout in good[:: max(1, len(good) // 20)]:
+        case = MemoryCase(
+            model=run.model, parallel=layout.parallel, world=16, latent=LATENT, dtype="bfloat16", micro_batch=layout.micro_batch
+        )
+        assert estimate(case).total == layout.memory.total <= limit_bytes(machine)
+        p = layout.parallel
+        assert layout.micro_batch * p.grad_accum * (16 // p.sp.degree) == run.global_batch
+    assert all(layout.problem for layout in found[len(good) :])
+
+
+def test_what_is_printed_for_a_layout_is_a_config_that_holds():
+    run, machine = run_of(), machine_of(16)
+    for layout in layouts(run, machine)[:40]:
+        config = load_config(TrainConfig, RECIPE, overrides=layout.overrides.split())
+        assert config.parallel == layout.parallel.model_copy(update={"dp_replicate": 1}), layout.overrides
+
+
+def test_sequences_too_long_for_a_gpu_are_shared():
+    """An eighth of a minute of 1080p: 360 latent frames of 136 x 240, by a VAE of 8 x 8 and 4 in time."""
+    run = run_of("data.global_batch=8", latent=Thw(360, 136, 240))
+    good = [layout for layout in layouts(run, machine_of(8)) if layout.problem is None]
+    assert good and all(layout.parallel.sp.degree > 1 for layout in good)
+
+
+def test_a_plan_of_512_gpus_takes_at_most_ten_seconds():
+    run = run_of("data.global_batch=512")
+    began = time.process_time()
+    assert len(layouts(run, machine_of(512))) > 1000
+    assert time.process_time() - began < 10
+
+
+def test_the_command_prints_layouts_money_and_json(capsys):
+    command = ["plan", str(RECIPE), "--gpus", "64", "--gpu", "h800", "--latent", "64x64x64", "--dollars-per-gpu-hour", "2"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "samples/s/GPU" in said and "GPU hours" in said and "$" in said and "docs/memory.md" in said
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    totals = found["totals"]
+    assert totals["dollars"] == pytest.approx(2 * totals["gpu_hours"]) and totals["mfu"] == pytest.approx(0.45, abs=0.02)
+    assert found["layouts"][0]["problem"] is None and found["parameters"] == 759_620_768
+    assert totals["checkpoint_bytes"] == 16 * 759_620_768
+
+
+def test_a_run_that_fits_nowhere_is_exit_code_1(capsys):
+    assert main(["plan", str(RECIPE), "parallel.sp.degree=1", "--gpus", "1", "--gpu", "4090", "--latent", "512x256x256"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("GiB of 22") == 2 and "none of 48 layouts runs; nearest: " in said and "offloaded activations -> " in said
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--gpus", "0", "--gpu", "h80"], ["--gpus must be above 0", "did you mean 'h800'"]),
+        (["--gpus", "12", "--gpu", "h800", "--use", "1.5"], ["no whole number of nodes", "--use must be above 0 and at most 1"]),
+        (["--gpus", "8", "--gpu", "h800"], ["give --latent"]),
+        (["--gpus", "8", "--gpu", "h800", "--latent", "64x64"], ["is not FRAMESxHEIGHTxWIDTH"]),
+        (["--gpus", "8", "--gpu", "h800", "--latent", "64x65x64"], ["--latent 64x65x64"]),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_the_way_out(options, said, capsys):
+    assert main(["plan", str(RECIPE), *options]) == 2
+    shown = capsys.readouterr().err
+    assert all(part in shown for part in said), shown
