@@ -65,11 +65,12 @@ class Launched:
             raise AssertionError(f"not ended within {limit_s} s\n{self.said}") from None
 
     def torchrun(self) -> int:
-        """Its process id: a child of the script whose command says so."""
-        return next(pid for pid, command in _children(self.process.pid) if "torch.distributed.run" in command)
+        """Its process id: a child of the script whose command says so; 0 before it is there."""
+        return next((pid for pid, command in _children(self.process.pid) if "torch.distributed.run" in command), 0)
 
     def ranks(self) -> list[int]:
-        return [pid for pid, command in _children(self.torchrun()) if "opensora_dist" in command]
+        torchrun = self.torchrun()
+        return [pid for pid, command in _children(torchrun) if "opensora_dist" in command] if torchrun else []
 
 
 def _children(parent: int) -> list[tuple[int, str]]:
@@ -83,6 +84,11 @@ def _children(parent: int) -> list[tuple[int, str]]:
     return found
 
 
+def script(rank: int, *options: str, args: list[str], head: str = "node1") -> list[str]:
+    """Its command line on one of two hosts."""
+    return [SCRIPT, "--nnodes", "2", "--nproc", "2", "--head", head, "--node-rank", str(rank), *options, "train", *args]
+
+
 @contextmanager
 def launched(hosts, *options, args, logs, head=None):
     """The script on both hosts, with what each of them needs; gone with all it started when the block is left."""
@@ -90,8 +96,7 @@ def launched(hosts, *options, args, logs, head=None):
         runs = []
         for rank, host in enumerate(hosts.values()):
             stack.callback(hosts.kill, host.name)
-            options_here = ["--nnodes", "2", "--nproc", "2", "--head", head or "node1", "--node-rank", str(rank), *options]
-            command = host.command([SCRIPT, *options_here, "train", *args])
+            command = host.command(script(rank, *options, args=args, head=head or "node1"))
             runs.append(Launched(command, logs / f"{host.name}.log"))
             stack.callback(runs[-1].process.wait)
             stack.callback(runs[-1].process.kill)
@@ -149,10 +154,7 @@ def test_hosts_whose_own_names_are_loopback_meet_at_the_address_of_the_head(host
         address = hosts["node1"].address
         with launched(hosts, "--rendezvous", kind, args=args, logs=tmp_path, head=address) as runs:
             codes = [run.end() for run in runs]
-        refused = Launched(
-            hosts["node1"].command([SCRIPT, "--nnodes", "2", "--nproc", "2", "--head", "node1", "--node-rank", "0", "train"]),
-            tmp_path / "refused.log",
-        )
+        refused = Launched(hosts["node1"].command(script(0, args=args)), tmp_path / "refused.log")
         assert refused.end() == 2
     finally:
         for host, path in files.items():
@@ -173,6 +175,18 @@ def test_sigterm_to_the_script_of_one_host_saves_and_stops_both_with_code_0(host
     step = json.loads((run_dir / "STOPPED").read_text())["step"]
     assert (run_dir / "checkpoints" / f"step-{step:08d}").is_dir() and metrics(run_dir)[-1]["step"] == step
     assert "asked to stop by SIGTERM" in runs[asked].said
+
+
+def test_both_asked_before_the_first_step_end_with_code_0(hosts, data, tmp_path):
+    """While ranks are starting they can't agree, and one that listens to no signal yet is told again."""
+    args = overrides(data, tmp_path / "run", "run.steps=4000", *LAYOUT)
+    with launched(hosts, args=args, logs=tmp_path) as runs:
+        wait_for(lambda: all(run.ranks() for run in runs), runs)
+        for run in runs:
+            run.process.send_signal(signal.SIGTERM)
+        codes = [run.end() for run in runs]
+    assert codes == [0, 0], "\n".join(run.said for run in runs)
+    assert json.loads((tmp_path / "run/STOPPED").read_text())["step"] == steps_done(tmp_path / "run")
 
 
 def test_sigterm_to_torchrun_itself_saves_and_ends_it_with_a_code_that_is_not_0(hosts, data, tmp_path):
@@ -210,3 +224,19 @@ def test_a_host_that_dies_ends_the_other_and_the_same_command_goes_on(hosts, dat
     with launched(hosts, args=[*args, "run.steps=8" if steps_done(run_dir) < 8 else "run.steps=40"], logs=tmp_path) as runs:
         assert [run.end() for run in runs] == [0, 0], "\n".join(run.said for run in runs)
     assert starts(run_dir)[0] == 0 and starts(run_dir)[1] >= 4
+
+
+def test_under_c10d_a_host_that_dies_is_waited_for_and_comes_back(hosts, data, tmp_path):
+    run_dir = tmp_path / "run"
+    args = overrides(data, run_dir, "run.steps=400", "checkpoint.every_steps=2", "checkpoint.asynchronous=false", *LAYOUT)
+    options = ("--rendezvous", "c10d", "--max-restarts", "2")
+    with launched(hosts, *options, args=args, logs=tmp_path) as runs:
+        wait_for(lambda: steps_done(run_dir) >= 5, runs)
+        hosts.kill("node2")
+        runs[1].process.wait()
+        again = Launched(hosts["node2"].command(script(1, *options, args=args)), tmp_path / "again.log")
+        wait_for(lambda: len(starts(run_dir)) == 2 and steps_done(run_dir) > starts(run_dir)[1] + 1, [runs[0], again])
+        runs[0].process.send_signal(signal.SIGTERM)
+        codes = [runs[0].end(), again.end()]
+    assert codes == [0, 0], runs[0].said + again.said
+    assert starts(run_dir)[1] >= 4

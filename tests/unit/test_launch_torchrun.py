@@ -10,6 +10,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 
@@ -25,10 +27,11 @@ if sys.argv[1] != "-m":
     sys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode)
 if not (folder / "argv").exists():
     (folder / "argv").write_text(json.dumps(sys.argv[1:]))
-    rank = [sys.executable, "-c", "import signal, sys, pathlib\\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))\\n"
+    hears = "lambda *_: sys.exit(0)" if {hears} else "signal.SIG_IGN"
+    rank = [sys.executable, "-c", f"import signal, sys, pathlib\\nsignal.signal(signal.SIGUSR1, {{hears}})\\n"
             "pathlib.Path(sys.argv[1], 'ready').touch()\\nsignal.pause()", str(folder)]
     if {waits}:
-        sys.exit(subprocess.run(rank, start_new_session=True).returncode)
+        sys.exit(subprocess.run(rank).returncode)
 """
 
 
@@ -37,9 +40,9 @@ def _run(*args, cwd: Path | None = None, **variables: str) -> subprocess.Complet
     return subprocess.run([SCRIPT, *args], env=env, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
-def _stand_in(folder: Path, *, waits: bool = False) -> str:
+def _stand_in(folder: Path, *, waits: bool = False, hears: bool = True) -> str:
     program = folder / "python"
-    program.write_text(_PYTHON.format(python=sys.executable, folder=str(folder), waits=waits))
+    program.write_text(_PYTHON.format(python=sys.executable, folder=str(folder), waits=waits, hears=hears))
     program.chmod(0o755)
     return str(program)
 
@@ -104,16 +107,32 @@ def test_a_static_rendezvous_needs_a_number_for_each_host(rank, said):
     assert done.returncode == 2 and said in done.stderr
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_request_to_stop_reaches_the_ranks_as_sigusr1_and_their_code_comes_back(tmp_path, signum):
-    env, pause = {**os.environ, "PYTHON": _stand_in(tmp_path, waits=True), "NPROC": "1"}, Event()
-    with subprocess.Popen([SCRIPT, "train"], env=env, stderr=subprocess.PIPE, text=True) as process:
+@contextmanager
+def _running(folder: Path, **stand_in: bool) -> Iterator[subprocess.Popen[str]]:
+    """The script, with a rank that waits."""
+    env, pause = {**os.environ, "PYTHON": _stand_in(folder, waits=True, **stand_in), "NPROC": "1"}, Event()
+    with subprocess.Popen([SCRIPT, "train"], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
-            while not (tmp_path / "ready").exists():
+            while not (folder / "ready").exists():
                 assert process.poll() is None
                 pause.wait(0.02)
-            process.send_signal(signum)
-            _, said = process.communicate(timeout=30)
+            yield process
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_stop_reaches_the_ranks_as_sigusr1_and_their_code_comes_back(tmp_path, signum):
+    with _running(tmp_path) as process:
+        process.send_signal(signum)
+        _, said = process.communicate(timeout=30)
     assert process.returncode == 0 and f"asked to stop by {signum.name}" in said
+
+
+def test_a_second_ctrl_c_waits_for_no_rank(tmp_path):
+    with _running(tmp_path, hears=False) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None and "asked to stop by SIGINT" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
