@@ -24,7 +24,7 @@ from opensora_dist.recipes.bench.trace import hidden_under_products
 
 HERE = Path(__file__).resolve().parent
 BLOCK = ["--grid", "16x16x16", "--width", "384", "--heads", "8"]
-RATE = "1gbit"
+MBIT = "1000"
 
 
 def bench(name: str, *, out: Path, link: bool, rounds: int, options: list[str]) -> dict[str, dict[str, Any]]:
@@ -47,7 +47,7 @@ def bench(name: str, *, out: Path, link: bool, rounds: int, options: list[str]) 
             *options,
         ]
         if link:
-            command = [sys.executable, str(HERE / "modelled_link.py"), "--rate", RATE, "--", *command]
+            command = [sys.executable, str(HERE / "modelled_link.py"), "--mbit", MBIT, "--", *command]
         else:
             command += ["--nproc", "2", "--pin"]
         subprocess.run(command, check=True)

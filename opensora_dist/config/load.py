@@ -213,12 +213,15 @@ def _validate(schema: type[S], raw: Raw) -> tuple[S, list[Problem]]:
             return schema.model_validate(raw), problems
         except ValidationError as error:
             details = error.errors(include_url=False)
-            for detail in details:
-                path = _path_in(raw, detail)
+            paths = [_path_in(raw, detail) for detail in details]
+            for path, detail in zip(paths, details, strict=True):
                 problems.append(Problem(fields=(".".join(path),), message=_explain(schema, path, detail)))
-            for detail in details:
-                path = _path_in(raw, detail)
-                _drop(raw, path[:-1] if detail["type"] == "union_tag_invalid" else path)  # keys of no variant can't be checked
+            # Keys of a union's variant that isn't known can't be checked. Two entries of one list are one key.
+            keys = [
+                path[:-1] if detail["type"] == "union_tag_invalid" else path for path, detail in zip(paths, details, strict=True)
+            ]
+            for key in dict.fromkeys(map(tuple, keys)):
+                _drop(raw, list(key))
 
 
 def _copy(value: Any) -> Any:

@@ -1,11 +1,11 @@
-"""Line charts as inline SVG: no script library, no font, no file beside the page."""
+"""Line charts as SVG, inline or in a file of its own: no script library, no font, no file beside it."""
 
 from __future__ import annotations
 
 import html
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 _WIDTH, _WIDE, _HEIGHT = 640, 1312, 260
@@ -146,6 +146,54 @@ def line_chart(title: str, lines: Sequence[Series], *, unit: str = "", from_zero
     legend = "".join(f'<span class="key {s.style}">{html.escape(s.name)}</span>' for s in lines) if len(lines) > 1 else ""
     note = '<span class="key note">log scale</span>' if logarithmic else ""
     return f'{figure}{heading}<div class="legend">{legend}{note}</div>{"".join(parts)}</figure>'
+
+
+_COLOURS = ("#3559e0", "#e0793d", "#2f9e6e", "#b04ac0", "#98a1b3", "#c0362c", "#7a6a2f", "#1b2130")
+
+
+def line_svg(title: str, lines: Mapping[str, Sequence[tuple[int, float]]], *, unit: str, across: str) -> str:
+    """A picture for a file of its own: lines over a few whole numbers that double, such as nodes; from 0 upwards.
+
+    Args:
+        lines: By name, (x, y) points from left to right.
+        unit: Of y.
+        across: What x counts.
+    """
+    columns = sorted({x for points in lines.values() for x, _ in points})
+    places = {x: math.log2(x) for x in columns}
+    low, high = min(places.values(), default=0.0), max(places.values(), default=0.0)
+    top = 1.08 * max((y for points in lines.values() for _, y in points), default=1.0) or 1.0
+    width, bottom = _WIDTH, 56 + _HEIGHT
+    height = bottom + 44 + 18 * len(lines)
+
+    def right(x: int) -> float:
+        share = (places[x] - low) / (high - low) if high > low else 0.5
+        return _LEFT + 20 + (width - _LEFT - _RIGHT - 40) * share
+
+    def up(y: float) -> float:
+        return bottom - _HEIGHT * y / top
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="system-ui, sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        f'<text x="16" y="24" font-weight="600" fill="#1b2130">{html.escape(title)}</text>',
+        f'<text x="16" y="42" fill="#667085">{html.escape(unit)}</text>',
+    ]
+    for tick in nice_ticks(0.0, top):
+        parts.append(f'<path d="M{_LEFT} {up(tick):.1f}H{width - _RIGHT}" stroke="#e4e7ec"/>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{up(tick) + 4:.1f}" text-anchor="end" fill="#667085">{format_tick(tick)}</text>')
+    for x in columns:
+        parts.append(f'<text x="{right(x):.1f}" y="{bottom + 16}" text-anchor="middle" fill="#667085">{x}</text>')
+    parts.append(f'<text x="{width - _RIGHT}" y="{bottom + 16}" text-anchor="end" fill="#667085">{html.escape(across)}</text>')
+    for i, (name, points) in enumerate(lines.items()):
+        colour = _COLOURS[i % len(_COLOURS)]
+        path = "L".join(f"{right(x):.1f} {up(y):.1f}" for x, y in points)
+        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{right(x):.1f}" cy="{up(y):.1f}" r="3" fill="{colour}"/>' for x, y in points]
+        y = bottom + 40 + 18 * i
+        parts.append(f'<rect x="{_LEFT}" y="{y - 9}" width="11" height="11" rx="2" fill="{colour}"/>')
+        parts.append(f'<text x="{_LEFT + 18}" y="{y}" fill="#1b2130">{html.escape(name)}</text>')
+    return "\n".join([*parts, "</svg>\n"])
 
 
 def _path(series: Series, across: Callable[[float], float], up: Callable[[float], float]) -> str:

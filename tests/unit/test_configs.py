@@ -17,6 +17,7 @@ from opensora_dist.cli.arguments import config_of, overrides_of
 from opensora_dist.cli.main import _VERBS
 from opensora_dist.cli.submit import parse_command
 from opensora_dist.codecs.registry import build_codec
+from opensora_dist.config.bench import SWEEPS, sweep_problems
 from opensora_dist.config.codec import DctCodecConfig
 from opensora_dist.config.load import load_config
 from opensora_dist.config.prepare import PrepareConfig
@@ -35,7 +36,9 @@ ROOT = Path(__file__).parents[2]
 PREPARE = sorted(ROOT.glob("configs/prepare/*.yaml"))
 TRAIN = sorted(ROOT.glob("configs/train/*.yaml"))
 SITE = sorted(ROOT.glob("configs/site/*.yaml"))
+BENCH = sorted(ROOT.glob("configs/bench/*.yaml"))
 DOCS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+BENCHMARKS = ROOT / "benchmarks/README.md"
 LONG = "open_sora_1_0_64x512x512.yaml"
 PUBLISHED = ("open_sora_1_0_stage2_16x256x256.yaml", "open_sora_1_0_stage3_16x512x512.yaml")
 
@@ -45,11 +48,11 @@ def _name(path: Path) -> str:
 
 
 def test_every_recipe_is_of_a_known_kind():
-    assert {*PREPARE, *TRAIN, *SITE} == set(ROOT.glob("configs/**/*.yaml")) - set(ROOT.glob("configs/bench/*.yaml"))
+    assert {*PREPARE, *TRAIN, *SITE, *BENCH} == set(ROOT.glob("configs/**/*.yaml"))
     assert len(PREPARE) > 3 and len(TRAIN) > 2 and len(SITE) > 3
 
 
-@pytest.mark.parametrize("path", [*PREPARE, *TRAIN, *SITE], ids=_name)
+@pytest.mark.parametrize("path", [*PREPARE, *TRAIN, *SITE, *BENCH], ids=_name)
 def test_a_recipe_starts_by_saying_what_it_is_for(path):
     assert path.read_text().startswith("# ")
 
@@ -120,15 +123,20 @@ def _commands(path: Path) -> list[str]:
         lines = [line for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
     else:
         lines = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ")]
-    found = [re.match(r"(?:opensora-dist|torchrun .*-m opensora_dist) (.*)", line.strip()) for line in lines]
+    ours = (
+        r"(?:opensora-dist|torchrun .*-m opensora_dist|docker run .* opensora-dist|launch/torchrun\.sh(?: --[\w-]+[ =]\S+)*) (.*)"
+    )
+    found = [re.match(ours, line.strip()) for line in lines]
     return [match[1] for match in found if match]
 
 
-COMMANDS = [(_name(path), command) for path in (*DOCS, *PREPARE, *TRAIN, *SITE) for command in _commands(path)]
+COMMANDS = [
+    (_name(path), command) for path in (*DOCS, BENCHMARKS, *PREPARE, *TRAIN, *SITE, *BENCH) for command in _commands(path)
+]
 
 
 def test_commands_are_found_in_every_place_that_should_have_some():
-    assert {"README.md", "docs/toy.md", "docs/parallel.md", *map(_name, (*PREPARE, *TRAIN, *SITE))} <= {
+    assert {"README.md", "docs/toy.md", "docs/parallel.md", *map(_name, (*PREPARE, *TRAIN, *SITE, *BENCH))} <= {
         page for page, _ in COMMANDS
     }
 
@@ -139,6 +147,8 @@ def test_a_command_in_the_docs_parses_and_its_files_and_keys_exist(page, command
     if {"--help", "--version"} & set(words):
         return
     args = _parser().parse_args(words)
+    if getattr(args, "sweep", None) is not None:
+        load_config(SWEEPS[args.action], ROOT / args.sweep, rules=sweep_problems)
     if args.verb == "submit":
         load_site(ROOT / args.site if args.site else None)
         words = args.command[args.command[0] == "--" :]
