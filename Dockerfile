@@ -36,12 +36,13 @@ WORKDIR /opt/opensora-dist
 COPY setup.py ./
 COPY opensora_dist/__init__.py opensora_dist/
 RUN --mount=type=secret,id=pip \
-    touch README.md \
+    mkdir -p kernels/opensora_kernels && touch README.md \
     && export PIP_CONFIG_FILE=/run/secrets/pip DS_BUILD_OPS=0 \
     && python -m pip install --no-cache-dir -c /opt/venv/base.txt 'setuptools>=68' wheel ".${EXTRAS:+[$EXTRAS]}"
 
 # The code, built with what is there: this needs no network.
 COPY setup.py pyproject.toml README.md LICENSE ./
+COPY kernels kernels/
 COPY launch launch/
 COPY opensora_dist opensora_dist/
 RUN python -m pip install --no-cache-dir --no-index --no-deps --no-build-isolation . \

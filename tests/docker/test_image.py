@@ -43,7 +43,7 @@ def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
     for name in ("Dockerfile", ".dockerignore", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    for name in ("configs", "launch", "opensora_dist"):
+    for name in ("configs", "kernels", "launch", "opensora_dist"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in SECRETS:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
