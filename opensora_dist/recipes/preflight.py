@@ -27,6 +27,7 @@ from opensora_dist.recipes.doctor import kernel_findings, num_gpus
 
 LINKS_NAME: Final = "links.json"
 RANKS_DIR: Final = "links"
+NO_HEAD: Final = "no head"
 _log = get_logger(__name__)
 
 
@@ -108,7 +109,7 @@ def links(site: SiteConfig, *, node: str, folder: Path, device: str) -> int:
     try:
         fit = _links(site, node=node, folder=folder, device=device)
     except Exception as error:  # noqa: BLE001 - a rank that says how it failed, in a file that others read
-        ended = "no head" if isinstance(error, NoHeadError) else "lost contact" if is_lost_contact(error) else "error"
+        ended = NO_HEAD if isinstance(error, NoHeadError) else "lost contact" if is_lost_contact(error) else "error"
         said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         write_json(mine, {"node": node, "ended": ended, "said": said})
         _log.error("links: %s", said)

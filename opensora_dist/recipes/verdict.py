@@ -10,7 +10,7 @@ from typing import Any
 
 from opensora_dist.core.io import read_json
 from opensora_dist.machine.blame import cut_off, slow_nodes
-from opensora_dist.recipes.preflight import LINKS_NAME, RANKS_DIR
+from opensora_dist.recipes.preflight import LINKS_NAME, NO_HEAD, RANKS_DIR
 
 _Reasons = dict[str, list[str]]
 
@@ -97,7 +97,8 @@ def _judge_links(folder: Path, nodes: Sequence[str], unfit: _Reasons, shared: li
     _judge_ranks(ranks, nodes, unfit)
     path = folder / LINKS_NAME
     if path.is_file():
-        _judge_found(read_json(path), nodes, unfit, shared)
+        apart = {rank["node"] for rank in ranks if rank["ended"] == NO_HEAD}
+        _judge_found(read_json(path), [node for node in nodes if node not in apart], unfit, shared)
     if {node: len(reasons) for node, reasons in unfit.items()} == blamed and not shared:
         failed = [rank for rank in ranks if rank["ended"] != "done"]
         if failed or not path.is_file():
@@ -111,7 +112,7 @@ def _judge_ranks(ranks: Sequence[Mapping[str, Any]], nodes: Sequence[str], unfit
     for rank in ranks:
         by_end.setdefault(rank["ended"], []).append(rank["node"])
     began = {rank["node"] for rank in ranks}
-    alone = by_end.get("no head", [])
+    alone = by_end.get(NO_HEAD, [])
     head, others = nodes[0], set(nodes[1:])
     if len(others) > 1 and others <= set(alone):
         unfit[head].append("no other node reaches it; look at its network, or a firewall")
@@ -130,7 +131,7 @@ def _judge_ranks(ranks: Sequence[Mapping[str, Any]], nodes: Sequence[str], unfit
 
 
 def _judge_found(found: Mapping[str, Any], nodes: Sequence[str], unfit: _Reasons, shared: list[str]) -> None:
-    """What rank 0 saw of all."""
+    """What rank 0 saw of all; of ``nodes`` is known no more than whether their ranks came."""
     most = max(found["nodes"].values())
     if sum(found["nodes"].values()) < found["world"]:
         for node in nodes:
