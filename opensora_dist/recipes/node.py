@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from opensora_dist.checkpoint.commit import LATEST_NAME
 from opensora_dist.core.errors import OpensoraError
-from opensora_dist.core.io import exclusive_lock, read_json
+from opensora_dist.core.io import exclusive_lock, read_json, write_json
 from opensora_dist.core.layout import CHECKPOINTS_DIR
 from opensora_dist.core.logging import get_logger
 from opensora_dist.launch.job import Job
@@ -22,6 +22,7 @@ from opensora_dist.recipes.preflight import links, preflight
 from opensora_dist.recipes.verdict import verdict
 from opensora_dist.resilience.attempts import (
     ATTEMPTS_NAME,
+    PREFLIGHT_CODES,
     Attempt,
     Next,
     Outcome,
@@ -150,6 +151,7 @@ def judge_nodes(submission: Path, *, attempt: str, nodes: Sequence[str]) -> int:
             _log.error("%s: %s", node, reason)
     for reason in found.shared:
         _log.error("%s", reason)
+    write_json(_judgement(submission, attempt), {"code": found.code, "unfit": sorted(found.unfit)})
     if found.unfit:
         print(",".join(found.unfit))
     return found.code
@@ -159,17 +161,35 @@ def _preflight_folder(submission: Path, attempt: str) -> Path:
     return submission / "preflight" / attempt
 
 
+def _judgement(submission: Path, attempt: str) -> Path:
+    """Beside the folder, in which nodes write under their own names."""
+    return submission / "preflight" / f"{attempt}.json"
+
+
 def _close(job: Job, attempts: Sequence[Attempt], *, code: int | None, task: str | None) -> Attempt:
     """The last of ``attempts``, ended and noted."""
     last = attempts[-1]
-    outcome = decide(_ends(job, last.name, code=code), code=code)
-    ended = replace(last, ended=_saved_step(job), starts=num_starts(job.run_dir) - last.starts_before, outcome=outcome)
-    whole = [*attempts[:-1], ended]
-    started = max(len(whole), restarts_of(last.name) + 1)
+    ended = replace(last, ended=_saved_step(job), starts=num_starts(job.run_dir) - last.starts_before)
+    unfit = _unfit(job, last.name) if code is None else []
+    if unfit:  # the job that goes on without them began before this could be noted, or there is none
+        outcome = Outcome(next=Next.AGAIN, why=f"nodes were unfit: {', '.join(unfit)}")
+        ended = replace(ended, preflight=True)
+    else:
+        outcome = decide(_ends(job, last.name, code=code), code=code)
+    whole, started = [*attempts[:-1], ended], max(len(attempts), restarts_of(last.name) + 1)
     outcome = bounded(outcome, whole, started=started, max_requeues=job.max_requeues, run_dir=_trained_in(job))
     ended = replace(ended, outcome=outcome)
     _note(job, end_line(ended, submission=job.folder.name, task=task))
     return ended
+
+
+def _unfit(job: Job, attempt: str) -> list[str]:
+    """Nodes that the preflight of an attempt names, where others could be asked for; then no rank was started."""
+    try:
+        judged = read_json(_judgement(job.folder, attempt))
+    except (OSError, ValueError):
+        return []
+    return list(judged["unfit"]) if judged["code"] == PREFLIGHT_CODES[0] else []
 
 
 def _ends(job: Job, attempt: str, *, code: int | None) -> Mapping[int, Ended]:

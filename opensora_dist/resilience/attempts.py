@@ -23,7 +23,7 @@ from opensora_dist.resilience.restarts import of_no_use
 
 ATTEMPTS_NAME: Final = "attempts.jsonl"
 PREFLIGHT_CODES: Final = (30, 31)
-"""Exit codes of ``node verdict`` that name a problem: no rank was started."""
+"""Exit codes of ``node verdict``: some nodes are unfit, or none can be blamed. No rank was started."""
 
 _MOST_NAMED: Final = 8
 _log = get_logger(__name__)
@@ -95,7 +95,7 @@ def decide(ends: Mapping[int, Ended], *, code: int | None) -> Outcome:
     if silent and code in PREFLIGHT_CODES:
         return Outcome(next=Next.FAILED, why="nodes are unfit, and no others can be asked for; the preflight says why")
     if silent and code == 2:
-        return Outcome(next=Next.FAILED, why="the command line of what starts ranks was refused; its log says why")
+        return Outcome(next=Next.FAILED, why="what starts the ranks was refused; the job's log says why")
     if stopped := [r for r in sorted(ends) if ends[r].ending is Ending.STOPPED]:
         signals = {ends[r].signal for r in stopped} - {None}
         if signals and signal.SIGUSR1.name not in signals:

@@ -89,7 +89,7 @@ USR1, TERM, INT, OTHERS = _stop("SIGUSR1"), _stop("SIGTERM"), _stop("SIGINT"), _
         # No rank was started.
         ([K, K, K, K], 30, FAILED, "preflight"),
         ([K, K, K, K], 31, FAILED, "preflight"),
-        ([K, K, K, K], 2, FAILED, "command line"),
+        ([K, K, K, K], 2, FAILED, "what starts the ranks was refused"),
     ],
 )
 def test_what_follows_from_how_ranks_ended(ends, code, follows, names):
@@ -276,6 +276,18 @@ def test_unfit_nodes_end_an_attempt_and_the_job_that_goes_on_is_found(submission
     (attempt,) = attempts_of(_lines(submission), submission="0001", task=None)
     assert attempt.preflight and attempt.outcome == Outcome(next=AGAIN, why="nodes were unfit; job 8 goes on without them")
     assert begin(submission, attempt="8.0") == GO_ON
+
+
+def test_a_job_that_goes_on_without_unfit_nodes_may_begin_before_that_is_noted(submission):
+    """Two nodes were lost before a checkpoint was there: a third start would be of no use, and this one was none."""
+    begin(submission, attempt="7.0")
+    assert end(submission, attempt="7.0", code=1) == 10
+    begin(submission, attempt="7.1")
+    write_json(submission / "preflight" / "7.1.json", {"code": 30, "unfit": ["node2"]})
+    assert begin(submission, attempt="8.0") == GO_ON
+    resubmitted(submission, attempt="7.1", job_id="8")
+    attempts = attempts_of(_lines(submission), submission="0001", task=None)
+    assert [(a.name, a.preflight) for a in attempts] == [("7.0", False), ("7.1", True), ("8.0", False)]
 
 
 def test_a_submission_is_counted_by_itself(submission):
