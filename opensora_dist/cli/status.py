@@ -22,16 +22,24 @@ def add_parser(verbs: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from opensora_dist.recipes.submitted import newest, statuses
+    from opensora_dist.recipes.submit import statuses
+    from opensora_dist.recipes.submitted import attempts, newest
 
     record = newest(args.run_dir)
-    found = statuses(record)
+    jobs, starts = statuses(record), attempts(record)
     if args.json:
-        print(json.dumps({"folder": str(record.job.folder), "backend": record.backend, "jobs": [asdict(s) for s in found]}))
+        shown = {"folder": str(record.job.folder), "backend": record.backend, "submitted": record.time}
+        print(json.dumps({**shown, "jobs": [asdict(s) for s in jobs], "attempts": [{"task": t, **asdict(a)} for t, a in starts]}))
         return 0
     print(f"{record.job.folder}: {record.job.name}, {record.job.nodes} nodes, submitted to {record.backend} at {record.time}")
-    for status in found:
-        print(f"  {status.job_id}: {status.phase} ({status.said})")
-    if not found:
+    for job in jobs:
+        print(f"  job {job.job_id}: {job.phase} ({job.said})")
+    if not jobs:
         print("  refused, or never arrived; submit it again")
+    for task, attempt in starts:
+        what = f"  attempt {attempt.name}" + ("" if task is None else f", task {task}")
+        if attempt.outcome is None:
+            print(f"{what}: began at step {attempt.began}")
+        else:
+            print(f"{what}: step {attempt.began} to {attempt.ended}; {attempt.outcome.next}, {attempt.outcome.why}")
     return 0

@@ -10,7 +10,7 @@ from typing import Literal
 from opensora_dist.config.site import SiteConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
-_TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d{2}):(\d{2})")
+_TIME = re.compile(r"(?:(\d+)-)?(\d{1,3}):(\d{2}):(\d{2})")
 Kind = Literal["train", "prepare", "bench"]
 
 

@@ -81,17 +81,9 @@ def read_record(folder: Path) -> Record:
 
 
 def note_answer(folder: Path, job_ids: Sequence[str]) -> Record:
-    """Puts what the scheduler answered into a record, before what a job that started at once has added itself (``add_job_id``)."""
+    """Puts what the scheduler answered into a record, before what a job that began at once has added itself (``node resubmitted``)."""
     record = read_record(folder)
     record = replace(record, job_ids=tuple(dict.fromkeys((*job_ids, *(record.job_ids or ())))))
-    write_record(record)
-    return record
-
-
-def add_job_id(folder: Path, job_id: str) -> Record:
-    """Notes a job that a job of this submission has submitted in its place."""
-    record = read_record(folder)
-    record = replace(record, job_ids=tuple(dict.fromkeys((*(record.job_ids or ()), job_id))))
     write_record(record)
     return record
 

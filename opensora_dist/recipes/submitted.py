@@ -10,8 +10,7 @@ from opensora_dist.launch.base import Status
 from opensora_dist.launch.records import LAUNCH_DIR, Record, read_records
 from opensora_dist.launch.registry import build_launcher
 from opensora_dist.recipes.submit import settled, statuses
-
-__all__ = ["cancel", "newest", "show_logs", "statuses"]
+from opensora_dist.resilience.attempts import ATTEMPTS_NAME, Attempt, attempts_of, read_lines
 
 
 def newest(records: Path) -> Record:
@@ -27,6 +26,15 @@ def newest(records: Path) -> Record:
             f"{records}/{LAUNCH_DIR} holds no submission; name the run directory of a run that was submitted, or its --records"
         )
     return settled(found[-1])
+
+
+def attempts(record: Record) -> list[tuple[str | None, Attempt]]:
+    """Starts of a submission so far, with the task of an array that they are of. None where its run directory isn't seen from here."""
+    # Nodes of a pool keep them in the run directory, wherever this record is.
+    places = (record.job.folder.parent, record.job.run_dir / LAUNCH_DIR)
+    lines = [line for place in dict.fromkeys(places) for line in read_lines(place / ATTEMPTS_NAME)]
+    tasks = dict.fromkeys(line.get("task") for line in lines)
+    return [(task, a) for task in tasks for a in attempts_of(lines, submission=record.job.folder.name, task=task)]
 
 
 def show_logs(records: Path, *, follow: bool) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,14 @@ def test_a_room_that_computes_or_reads_knows_nothing_of_process_groups(room):
 def test_every_module_says_what_it_is_for():
     silent = [str(f.relative_to(PACKAGE)) for f in PACKAGE.rglob("*.py") if not ast.get_docstring(ast.parse(f.read_text()))]
     assert silent in ([], ["__main__.py"])
+
+
+def test_an_installed_copy_has_every_launch_template(tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=PACKAGE.parent, check=True, capture_output=True, timeout=60)
+    source, built = PACKAGE.parent / "launch", tmp_path / "opensora_dist/launch/templates"
+    files = {p.relative_to(source): p.read_bytes() for p in source.rglob("*") if p.is_file()}
+    assert {p.relative_to(built): p.read_bytes() for p in built.rglob("*") if p.is_file()} == files and files
 
 
 # Draws of torch, as functions and in place. `parallel.keys` is no exception: a draw without a generator is keyed by nothing.

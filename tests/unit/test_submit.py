@@ -18,6 +18,7 @@ from opensora_dist.config.load import load_config
 from opensora_dist.config.train import TrainConfig
 from opensora_dist.launch.records import read_records
 from opensora_dist.recipes import submit as submitting
+from opensora_dist.resilience.attempts import ATTEMPTS_NAME, Attempt, Next, Outcome, append_line, begin_line, end_line
 
 SUBMIT = ["submit", "--backend", "slurm", "--nodes", "2", "--gpus-per-node", "0", "--ranks-per-node", "2"]
 
@@ -326,9 +327,16 @@ def test_status_logs_and_cancel_know_what_was_submitted(capfd, slurm, train, tmp
         assert code == 2 and "holds no submission" in err
     submit(capfd, *SUBMIT, "--", *train)
     code, out, _ = submit(capfd, "status", run)
-    assert code == 0 and "1: waiting (PENDING" in out
+    assert code == 0 and "job 1: waiting (PENDING" in out
     code, out, _ = submit(capfd, "status", run, "--json")
     assert json.loads(out)["jobs"][0] | {"said": ""} == {"job_id": "1", "phase": "waiting", "said": ""}
+    first = Attempt(name="1.0", began=0, ended=40, outcome=Outcome(next=Next.AGAIN, why="asked to stop"))
+    second = Attempt(name="1.1", began=40)
+    for line in (begin_line, end_line):
+        append_line(run / "launch" / ATTEMPTS_NAME, line(first, submission="0001", task=None))
+    append_line(run / "launch" / ATTEMPTS_NAME, begin_line(second, submission="0001", task=None))
+    _, out, _ = submit(capfd, "status", run)
+    assert "attempt 1.0: step 0 to 40; again, asked to stop\n  attempt 1.1: began at step 40\n" in out
     log = run / "logs/1.0/node-0/rank-0.log"
     log.parent.mkdir(parents=True)
     log.write_text("step 1\n")
