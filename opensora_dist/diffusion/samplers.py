@@ -1,4 +1,7 @@
-"""From noise to latents: diffusers' schedulers, set up so that they invert our objectives, and classifier-free guidance."""
+"""From noise to latents: diffusers' schedulers, set up so that they invert our objectives, and classifier-free guidance.
+
+diffusers is imported on use: it takes a second, which every rank of a training would wait for at each start.
+"""
 
 # B batch, C latent channels, T H W latent frames, height, width; t, h: those of the region that this rank holds
 
@@ -10,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from opensora_dist.config.train import IddpmConfig, ObjectiveConfig
@@ -52,6 +54,8 @@ def _noise_channels(output: Tensor) -> Tensor:
 
 def _ddpm(objective: Iddpm, steps: int, latent: Thw) -> _Plan:
     """Ancestral sampling with the learned variance; timesteps spread from last to first, as improved diffusion respaces."""
+    from diffusers import DDPMScheduler
+
     scheduler = DDPMScheduler(
         num_train_timesteps=objective.timesteps,
         trained_betas=objective.betas.numpy(),
@@ -64,6 +68,8 @@ def _ddpm(objective: Iddpm, steps: int, latent: Thw) -> _Plan:
 
 
 def _iddpm_solver(objective: Iddpm, steps: int, *, order: int) -> _Plan:
+    from diffusers import DPMSolverMultistepScheduler
+
     scheduler = DPMSolverMultistepScheduler(
         num_train_timesteps=objective.timesteps,
         trained_betas=objective.betas.numpy(),
@@ -92,6 +98,8 @@ def _dpm_solver(objective: Iddpm, steps: int, latent: Thw) -> _Plan:
 
 def _flow_dpm_solver(objective: RectifiedFlow, steps: int, latent: Thw) -> _Plan:
     """DPM-Solver++ of order 2 on the straight path; it starts at sigma 0.999, as log-SNR is infinite at 1."""
+    from diffusers import DPMSolverMultistepScheduler
+
     scheduler = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=objective.shift_ratio(latent)
     )
@@ -102,6 +110,8 @@ def _flow_dpm_solver(objective: RectifiedFlow, steps: int, latent: Thw) -> _Plan
 
 def _flow_euler(objective: RectifiedFlow, steps: int, latent: Thw) -> _Plan:
     """Euler steps from sigma 1 to 0, even before the shift."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     ratio = objective.shift_ratio(latent)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=int(TIMESTEP_SCALE))
     scheduler.set_timesteps(sigmas=[shift_sigma(1 - i / steps, ratio) for i in range(steps)])
