@@ -124,7 +124,8 @@ class Cluster:
         self._start(name, ["sh", "-c", f'{first} && exec "$@"', "sh", *command])
 
     def clear(self) -> None:
-        """Links whole, jobs told to end."""
+        """Links whole, partitions up, jobs told to end."""
+        self.call("scontrol", "update", "PartitionName=main", "State=UP")
         for name in self.hosts:
             self.hosts.mend(name)
         if jobs := sorted(set(self.jobs())):

@@ -65,9 +65,10 @@ class Run:
         return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
     def logs(self) -> dict[str, str]:
-        """By path."""
-        paths = sorted(p for p in (self.folder / "logs").rglob("*") if p.is_file())
-        return {str(p.relative_to(self.folder / "logs")): p.read_text(errors="replace") for p in paths}
+        """Of ranks, by their path in ``logs/``, and of the batch scripts, by their names."""
+        ranks = {str(p.relative_to(self.folder / "logs")): p for p in sorted((self.folder / "logs").rglob("*")) if p.is_file()}
+        scripts = {p.name: p for p in sorted((self.folder / "launch").glob("*/slurm-*.log"))}
+        return {name: path.read_text(errors="replace") for name, path in (ranks | scripts).items()}
 
     def said(self) -> str:
         """All that helps to see why a test failed."""

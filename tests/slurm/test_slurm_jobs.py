@@ -28,9 +28,10 @@ def test_a_config_that_fails_on_the_nodes_alone_is_not_started_again(submit: Sub
     """The data set is there when it is submitted, and gone when the job starts."""
     own = tmp_path / "own"
     write_dataset(own, samples=SAMPLES)
-    run = submit(2, 1, config=(f"data.path={own}",), slurm={"options": ["--hold"]})
+    cluster.call("scontrol", "update", "PartitionName=main", "State=DOWN")
+    run = submit(2, 1, config=(f"data.path={own}",))
     shutil.move(own, tmp_path / "moved")
-    cluster.call("scontrol", "release", run.job_ids[-1])
+    cluster.call("scontrol", "update", "PartitionName=main", "State=UP")
     assert run.ends() == "FAILED"
     wait_for(lambda: not cluster.jobs(), limit_s=30, what=run.said)
     assert cluster.job(run.job_ids[-1])["Restarts"] == "0"
