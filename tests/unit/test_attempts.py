@@ -370,6 +370,12 @@ def test_the_verbs_take_slurms_name_of_the_attempt(submission, monkeypatch, caps
     capsys.readouterr()
 
 
+def test_nodes_that_did_not_report_are_named_and_the_verdict_is_kept(submission, capsys):
+    assert main(["node", "verdict", str(submission), "--attempt", "7.0", "node1", "node2"]) == 31
+    assert capsys.readouterr().out == "node1,node2\n"
+    assert json.loads((submission / "preflight" / "7.0.json").read_text()) == {"code": 31, "unfit": ["node1", "node2"]}
+
+
 def test_a_folder_that_is_no_submission_is_named(tmp_path, capsys):
     assert main(["node", "begin", str(tmp_path), "--attempt", "7.0"]) == 2
     assert "submission.json doesn't exist" in capsys.readouterr().err
