@@ -29,7 +29,7 @@ def add_parser(verbs: Any) -> None:
             "Check a command of this program for the machines it will have, write down what is submitted in launch/NNNN of its run\n"
             "directory, and hand it to Slurm, Kubernetes (Kubeflow Trainer) or SkyPilot. A run that is submitted already is refused.\n\n"
             "  opensora-dist submit --backend slurm --nodes 2 --gpus-per-node 8 --time 24:00:00 --site configs/site/slurm.yaml -- \\\n"
-            "      train configs/train/stdit_xl.yaml data.path=data/shards run.dir=runs/xl\n"
+            "      train configs/train/toy.yaml data.path=data/toy-shards run.dir=runs/toy\n"
             "  opensora-dist submit --backend slurm --gpus-per-node 1 --array 16 -- data prepare CONFIG\n"
             "  opensora-dist submit ... --dry-run -- train CONFIG     # shows exactly what would be submitted, and asks nobody\n"
             "  opensora-dist status RUN_DIR; opensora-dist logs RUN_DIR -f; opensora-dist cancel RUN_DIR"

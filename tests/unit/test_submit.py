@@ -16,6 +16,7 @@ from opensora_dist.cli.main import main
 from opensora_dist.cli.submit import parse_command
 from opensora_dist.config.load import load_config
 from opensora_dist.config.train import TrainConfig
+from opensora_dist.core.io import exclusive_lock
 from opensora_dist.launch.records import read_records
 from opensora_dist.recipes import submit as submitting
 from opensora_dist.resilience.attempts import ATTEMPTS_NAME, Attempt, Next, Outcome, append_line, begin_line, end_line
@@ -291,6 +292,12 @@ def test_who_submits_may_be_killed_before_it_hears_the_answer(slurm, train, tmp_
     slurm.mode = "up"
     code, _, err = submit(capsys, *SUBMIT, "--", *train)
     assert code == 2 and "slurm job 1 (waiting)" in err and len(slurm.jobs) == 1
+
+
+def test_two_calls_at_once_submit_one_job(capsys, slurm, train, tmp_path):
+    with exclusive_lock(tmp_path / "run/launch/.lock", busy=AssertionError):
+        code, _, err = submit(capsys, *SUBMIT, "--", *train)
+    assert code == 2 and "is being made" in err and not slurm.jobs
 
 
 @pytest.mark.parametrize("mode, said", [("unreachable", UNREACHABLE["slurm"]), ("refuses", REFUSED["slurm"])])
