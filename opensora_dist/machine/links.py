@@ -19,6 +19,7 @@ _SIZES: Final = tuple(4**k << 20 for k in range(4))
 """Bytes: 1 MiB to 64 MiB."""
 _LONG_S = 0.1  # a transfer that takes as long says what there is to know
 _REPEATS = 3
+_PAIR_REPEATS = 2
 _PAIR_BYTES: Final = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 
@@ -94,7 +95,7 @@ def _pairs(exchange: Exchange, *, device: torch.device, nodes: dict[str, list[in
         other = partners[mine]
         ranks = nodes[names[other]] if other is not None else []
         times = []
-        for _ in range(_REPEATS):
+        for _ in range(_PAIR_REPEATS):
             dist.barrier(exchange.group)  # of all, those without a partner too
             if place >= len(ranks):
                 continue
