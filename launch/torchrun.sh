@@ -127,6 +127,8 @@ else
       if [[ $mine == "$head" ]]; then is_host=true; else wait_for_head "$head"; fi
       launch+=(--rdzv-backend c10d --rdzv-endpoint "$head:$PORT" --rdzv-id "$RUN_ID" --rdzv-conf "is_host=$is_host")
       launch+=(--local-addr "$mine")
+      # Else a host that comes back waits for an address that torch (2.13) tells in the first round alone.
+      export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
       ;;
     *) refuse "RENDEZVOUS=$RENDEZVOUS: static or c10d" ;;
   esac
