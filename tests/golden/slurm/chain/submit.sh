@@ -1,0 +1,21 @@
+#!/bin/bash
+# Submits the jobs of one submission, each of which waits for the one before, and prints their ids. The first is held until all are
+# there: so either all of them can start, or none does.
+set -uo pipefail
+folder=/runs/clips/launch/0001
+ids=()
+take_back() {
+  [ -z "${ids[*]}" ] || scancel "${ids[@]}"
+  exit 1
+}
+submit() {
+  local id
+  id=$(sbatch --parsable --chdir="$folder" "$@") || take_back
+  ids+=("${id%%;*}")
+}
+
+submit --hold "$folder"/job.sbatch 
+submit --dependency=afternotok:"${ids[-1]}" --kill-on-invalid-dep=yes "$folder"/job.sbatch 
+submit --dependency=afternotok:"${ids[-1]}" --kill-on-invalid-dep=yes "$folder"/job.sbatch 
+scontrol release "${ids[0]}" >&2 || take_back
+printf '%s\n' "${ids[@]}"

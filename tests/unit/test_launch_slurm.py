@@ -1,0 +1,469 @@
+"""What Slurm is given, character by character; what a batch script does about each thing that can happen to it; how answers are read.
+
+Here its neighbours are stand-ins that note how they are called; tests/slurm has the real ones. ``OPENSORA_GOLDEN=write`` writes the golden
+files anew.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from opensora_dist.config.site import SiteConfig
+from opensora_dist.launch import slurm as module
+from opensora_dist.launch.base import LaunchError, Phase, UnsureError
+from opensora_dist.launch.job import Job
+from opensora_dist.launch.slurm import SlurmLauncher
+
+GOLDEN = Path(__file__).parent.parent / "golden/slurm"
+FULL_SITE = {
+    "slurm": {
+        **{"partition": "video", "account": "team-7", "qos": "long", "constraint": "h800&ib", "gpus": "gres", "gpu_type": "h800"},
+        **{"cpus_per_task": 96, "memory": "1900G", "options": ["--reservation=video", "--exclude=node9"], "signal_s": 600},
+    },
+    "node": {
+        **{"modules": ["cuda/12.8", "nccl"], "setup": ["source /shared/venv/bin/activate"]},
+        **{"variables": {"NCCL_DEBUG": "WARN", "WORDS": "it's two words"}, "python": "/shared/venv/bin/python"},
+    },
+    "network": {"interface": "ib0", "hcas": "mlx5_0,mlx5_1", "port": 30000},
+}
+
+
+def make_job(kind="train", *, folder="/runs/clips/launch/0001", site=None, argv=None, **changes):
+    folder = Path(folder)
+    job = Job(
+        id="clips-0123abcd",
+        name="clips",
+        kind=kind,
+        argv=argv or ("train", str(folder / "config.yaml")),
+        nodes=2,
+        gpus_per_node=8,
+        ranks_per_node=8,
+        time_limit_s=86400,
+        max_requeues=2,
+        run_dir=folder.parent.parent,
+        folder=folder,
+        config=folder / "config.yaml",
+        site=SiteConfig.model_validate(site or {}),
+    )
+    return replace(job, **changes)
+
+
+def prepared(**changes):
+    return make_job("prepare", nodes=1, gpus_per_node=1, ranks_per_node=1, argv=("data", "prepare", "/c.yaml"), **changes)
+
+
+CASES = {
+    "train": make_job(),
+    "full_site": make_job(site=FULL_SITE),
+    "quotes": make_job(folder='/runs/it\'s a "run" of two/launch/0001', time_limit_s=None),
+    "on_cpus": make_job(gpus_per_node=0, ranks_per_node=2, site={"slurm": {"memory": None, "exclusive": False}}),
+    "chain": make_job(site={"slurm": {"requeue": "chain"}}),
+    "array": prepared(array=4, rounds=2),
+    "pyxis": make_job(
+        site={"container": {"runtime": "pyxis", "image": "ours.sqsh", "mounts": ["/data:/data", "/runs:/runs:rw"]}}
+    ),
+    "apptainer": make_job(site={"container": {"runtime": "apptainer", "image": "ours.sif", "mounts": ["/data:/data:ro"]}}),
+    "sweep": make_job("bench", argv=("bench", "step", "--sweep", "/c.yaml", "--out", "/runs/clips")),
+}
+
+
+def launcher(job):
+    return SlurmLauncher(job.site)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scripts_are_their_golden_files(name):
+    job = CASES[name]
+    assert launcher(job).problems(job) == []
+    files = launcher(job).render(job)
+    copied = {f: files.pop(f) for f in ("node.sh", "rank.sh")}
+    assert all(text == (module.TEMPLATES / "slurm" / f).read_text() for f, text in copied.items())
+    if os.environ.get("OPENSORA_GOLDEN") == "write":
+        (GOLDEN / name).mkdir(parents=True, exist_ok=True)
+        for file, text in files.items():
+            (GOLDEN / name / file).write_text(text)
+    assert files == {path.name: path.read_text() for path in (GOLDEN / name).iterdir()}
+
+
+def test_every_script_is_clean_to_shellcheck():
+    scripts = [*map(str, GOLDEN.glob("*/*")), *(str(module.TEMPLATES / "slurm" / name) for name in ("node.sh", "rank.sh"))]
+    assert len(scripts) > len(CASES)
+    # What node.setup sources isn't here.
+    found = subprocess.run(["shellcheck", "--exclude=SC1091", *scripts], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+
+
+def test_a_job_is_one_call_of_sbatch_and_a_chain_or_an_array_one_of_a_script():
+    assert launcher(CASES["train"]).command(CASES["train"]) == [
+        *("sbatch", "--parsable", "--chdir=/runs/clips/launch/0001", "/runs/clips/launch/0001/job.sbatch")
+    ]
+    for name in ("chain", "array"):
+        assert launcher(CASES[name]).command(CASES[name]) == ["bash", "/runs/clips/launch/0001/submit.sh"]
+
+
+@pytest.mark.parametrize(
+    ("site", "changes", "said"),
+    [
+        ({"slurm": {"options": ["--time=1"]}}, {}, "'--time=1' is set by --time"),
+        ({"slurm": {"options": ["-p other"]}}, {}, "slurm.partition; leave it out there"),
+        ({"slurm": {"options": ["--gres=gpu:1"]}}, {}, "--gpus-per-node and slurm.gpu_type"),
+        ({"slurm": {"options": ["--sig=TERM@5"]}}, {}, "slurm.signal_s"),
+        ({"slurm": {"options": ["--output=x"]}}, {}, "needs for itself; leave it out"),
+        ({"slurm": {"options": ["-o x"]}}, {}, "needs for itself; leave it out"),
+        ({"slurm": {"partition": "two words"}}, {}, "slurm.partition='two words' must have no spaces"),
+        ({}, {"time_limit_s": 300}, "--time 0-00:05:00 is no more than slurm.signal_s=300"),
+        ({}, {"folder": Path("/a\nb/launch/0001")}, "control characters"),
+    ],
+)
+def test_what_slurm_cant_be_given_is_said_with_a_way_out(site, changes, said):
+    job = make_job(site=site, **changes)
+    problems = launcher(job).problems(job)
+    assert len(problems) == 1 and said in problems[0]
+
+
+def test_other_options_of_a_site_are_passed_on():
+    job = make_job(
+        site={"slurm": {"options": ["--reservation=x", "--exclude=node9", "--mail-type=FAIL", "-x node8", "--switches=1"]}}
+    )
+    assert launcher(job).problems(job) == []
+
+
+# The neighbours of a batch script: each notes how it is called, and answers as a test has it.
+_STAND_IN = r"""#!/bin/bash
+name=${0##*/}
+echo "$name $*" >> "$STAND/calls"
+answer() { if [ -e "$STAND/$1" ]; then cat "$STAND/$1"; else echo "${2-}"; fi; }
+case "$name $*" in
+  "scontrol show hostnames"*) answer nodes "node1" ;;
+  "scontrol --oneliner show job"*) answer job "JobState=RUNNING Reason=None ExcNodeList=(null) PreemptTime=None" ;;
+  "scontrol requeue"*) kill -TERM "$PPID" ;;
+  "scancel --signal"*) touch "$STAND/told" ;;
+  "squeue "*"--states=PENDING"*) answer pending ;;
+  "sbatch "*) [ ! -e "$STAND/refuse" ] || exit 1; echo 99 ;;
+  "getent "*) answer address "10.0.0.1 STREAM $3" ;;
+  "sleep "*) exec /bin/sleep 0.2 ;;
+  "srun "*"torch.distributed.run"* | "srun "*"data prepare"*)
+    while [ -e "$STAND/hold" ] && [ ! -e "$STAND/told" ]; do /bin/sleep 0.02; done
+    exit "$(answer step 0)" ;;
+  "python "*"node begin"*) exit "$(answer begin 0)" ;;
+  "python "*"node end"*) exit "$(answer end 0)" ;;
+  "python "*"node verdict"*) answer unfit; exit "$(answer verdict 0)" ;;
+esac
+"""
+
+
+class Stand:
+    """A batch script of a job, and its neighbours."""
+
+    def __init__(self, tmp_path, job):
+        self._folder = tmp_path / "stand"
+        (self._folder / "bin").mkdir(parents=True)
+        for name in ["scontrol", "scancel", "squeue", "sbatch", "srun", "getent", "sleep", "python"]:
+            (self._folder / "bin" / name).write_text(_STAND_IN)
+            (self._folder / "bin" / name).chmod(0o755)
+        job.folder.mkdir(parents=True)
+        for name, text in launcher(job).render(job).items():
+            (job.folder / name).write_text(text)
+        self._script = job.folder / "job.sbatch"
+
+    def set(self, **answers):
+        for name, text in answers.items():
+            (self._folder / name).write_text(str(text))
+
+    def start(self, *args, nodes=1, **more):
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_RESTART_COUNT": "1"}
+        path = f"{self._folder / 'bin'}:{os.environ['PATH']}"
+        with (self._folder / "said").open("wb") as said:
+            return subprocess.Popen(
+                ["bash", str(self._script), *args],
+                env={"PATH": path, "STAND": str(self._folder), **slurm, **more},
+                stdout=said,
+                stderr=said,
+            )
+
+    def run(self, *args, **more):
+        """Its exit code."""
+        return self.start(*args, **more).wait(timeout=20)
+
+    def calls(self, start):
+        """Of a program, in order."""
+        path = self._folder / "calls"
+        return [line for line in (path.read_text().splitlines() if path.exists() else []) if line.startswith(start)]
+
+    def said(self):
+        return (self._folder / "said").read_text()
+
+    def until_training(self):
+        until = time.monotonic() + 20
+        while not any("torch.distributed.run" in call for call in self.calls("srun")):
+            assert time.monotonic() < until, self.said()
+            time.sleep(0.02)
+
+
+def stand(tmp_path, job=None, **site):
+    values = {"node": {"python": "python"}, "preflight": {"enabled": False}, **site}
+    job = job or make_job(gpus_per_node=0, ranks_per_node=2)
+    folder = tmp_path / "it's a run/launch/0001"
+    return Stand(tmp_path, replace(job, folder=folder, run_dir=folder.parent.parent, site=SiteConfig.model_validate(values)))
+
+
+def test_a_run_that_is_done_ends_well(tmp_path):
+    job = stand(tmp_path)
+    assert job.run(nodes=2) == 0
+    (training,) = job.calls("srun")
+    assert "--nodes=2 --ntasks=2" in training and "--master-addr=10.0.0.1 --master-port=29507" in training
+    assert job.calls("python")[-1].endswith("--attempt 7.1 --code 0") and not job.calls("scontrol requeue")
+
+
+@pytest.mark.parametrize(("begin", "code"), [(20, 0), (21, 1)])
+def test_where_nothing_is_left_to_do_or_another_start_is_of_no_use_nothing_starts(tmp_path, begin, code):
+    job = stand(tmp_path)
+    job.set(begin=begin)
+    assert job.run() == code and not job.calls("srun")
+
+
+@pytest.mark.parametrize(("end", "requeued"), [(10, True), (11, False), (12, False)])
+def test_a_job_is_requeued_where_the_end_of_its_attempt_says_so_and_never_else(tmp_path, end, requeued):
+    job = stand(tmp_path)
+    job.set(step=1, end=end)
+    code = job.run()
+    assert bool(job.calls("scontrol requeue 7")) == requeued
+    assert code == {10: -signal.SIGTERM, 11: 1, 12: 0}[end]
+
+
+def test_before_the_time_limit_ranks_are_told_and_the_job_is_requeued(tmp_path):
+    job = stand(tmp_path)
+    job.set(hold="", end=10)
+    script = job.start()
+    job.until_training()
+    script.send_signal(signal.SIGUSR1)
+    assert script.wait(timeout=20) == -signal.SIGTERM  # as Slurm takes a requeued job down
+    assert job.calls("scancel")[0] == "scancel --signal=USR1 7" and job.calls("scontrol requeue 7")
+
+
+@pytest.mark.parametrize(
+    ("why", "requeued", "code"),
+    [
+        ("Reason=None PreemptTime=None", False, 0),  # a user cancelled it
+        ("Reason=None PreemptTime=2026-01-01T00:00:00", False, 10),  # Slurm starts it again by itself
+        ("Reason=TimeLimit PreemptTime=None", True, -signal.SIGTERM),
+    ],
+)
+def test_a_job_that_is_ended_saves_and_is_requeued_where_its_time_is_up_alone(tmp_path, why, requeued, code):
+    job = stand(tmp_path)
+    job.set(hold="", end=12, job=why)
+    script = job.start()
+    job.until_training()
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(timeout=20) == code
+    assert job.calls("scancel")[0] == "scancel --signal=TERM 7" and bool(job.calls("scontrol requeue")) == requeued
+
+
+def test_ranks_that_dont_stop_in_time_are_killed_and_the_job_ends_as_its_attempt_does(tmp_path):
+    job = stand(tmp_path, slurm={"signal_s": 10})
+    job.set(hold="", end=10, step=1)
+    (tmp_path / "stand/bin/scancel").write_text(_STAND_IN.replace('"scancel --signal"*', '"scancel 7.2"'))
+    (tmp_path / "stand/bin/squeue").write_text(
+        _STAND_IN.replace('"squeue "*"--states=PENDING"*) answer pending', '"squeue "*) echo 7.batch; echo 7.2')
+    )
+    script = job.start()
+    job.until_training()
+    script.send_signal(signal.SIGUSR1)
+    assert script.wait(timeout=20) == -signal.SIGTERM
+    assert job.calls("scancel") == ["scancel --signal=USR1 7", "scancel 7.2"]
+
+
+@pytest.mark.parametrize("address", ["127.0.1.1 STREAM node1", ""])
+def test_a_head_that_others_cant_reach_is_refused_and_the_job_not_started_again(tmp_path, address):
+    job = stand(tmp_path)
+    job.set(address=address, end=11)
+    assert job.run(nodes=2) == 1 and "mend its name in /etc/hosts or DNS" in job.said()
+    assert not job.calls("srun") and job.calls("python")[-1].endswith("--code 2")
+
+
+def test_a_node_alone_need_not_be_reached(tmp_path):
+    job = stand(tmp_path)
+    job.set(address="127.0.1.1 STREAM node1")
+    assert job.run() == 0 and "--master-addr=127.0.0.1" in job.calls("srun")[0]
+
+
+def test_unfit_nodes_are_left_out_by_another_job_beside_those_that_were_before(tmp_path):
+    job = stand(tmp_path, preflight={})
+    job.set(verdict=30, unfit="node2,node5", job="Reason=None ExcNodeList=node[7-8] PreemptTime=None", nodes="node1\nnode2")
+    assert job.run(nodes=2) == 1
+    folder = tmp_path / "it's a run/launch/0001"
+    assert job.calls("sbatch") == [f"sbatch --parsable --chdir={folder} --exclude=node[7-8],node2,node5 {folder}/job.sbatch"]
+    assert job.calls("python")[-1].endswith("node resubmitted " + f"{folder} 99")
+    assert not any("torch.distributed.run" in call for call in job.calls("srun"))
+    assert job.calls("python")[1].endswith("--attempt 7.1 node1 node2")
+
+
+def test_where_no_other_nodes_can_be_asked_for_the_job_fails(tmp_path):
+    job = stand(tmp_path, preflight={})
+    job.set(verdict=30, unfit="node2", refuse="", end=11)
+    assert job.run(nodes=2) == 1 and job.calls("python")[-1].endswith("--code 30")
+
+
+def test_where_no_node_can_be_blamed_the_job_fails(tmp_path):
+    job = stand(tmp_path, preflight={})
+    job.set(verdict=31, end=11)
+    assert job.run(nodes=2) == 1 and job.calls("python")[-1].endswith("--code 31") and not job.calls("sbatch")
+
+
+CHAIN = {"slurm": {"requeue": "chain"}}
+PENDING = "8 clips-0123abcd\n9 clips-0123abcd\n10 other-00000000\n"
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "code", "taken_back"),
+    [(0, 0, 0, True), (0, 11, 1, True), (20, 0, 0, True), (21, 0, 1, True), (0, 10, 10, False)],
+)
+def test_the_rest_of_a_chain_is_taken_back_but_where_the_run_is_to_go_on(tmp_path, begin, end, code, taken_back):
+    job = stand(tmp_path, **CHAIN)
+    job.set(begin=begin, end=end, pending=PENDING)
+    assert job.run() == code
+    assert job.calls("scancel") == (["scancel 8 9"] if taken_back else []) and not job.calls("scontrol requeue")
+
+
+def test_the_rest_of_a_chain_goes_on_without_unfit_nodes(tmp_path):
+    job = stand(tmp_path, **CHAIN, preflight={})
+    job.set(verdict=30, unfit="node2", pending=PENDING)
+    assert job.run(nodes=2) == 1 and not job.calls("sbatch")
+    assert job.calls("scontrol update") == [f"scontrol update JobId={i} ExcNodeList=node2" for i in (8, 9)]
+    assert job.calls("python")[-1].endswith(" 8")
+
+
+def test_a_task_of_an_array_is_told_by_its_own_id_and_does_its_own_part(tmp_path):
+    job = stand(tmp_path, prepared(array=4, rounds=2))
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    assert job.run("2", **array) == 0
+    assert job.calls("srun")[0].endswith("data prepare /c.yaml --part 3/4")
+    assert job.calls("python")[-1].endswith("--attempt 7_3.1 --task 7 --code 0")
+
+
+def test_a_chain_is_held_until_all_of_it_is_there_and_taken_back_where_it_isnt(tmp_path):
+    job = stand(tmp_path, **CHAIN)
+    submit = job._script.with_name("submit.sh")
+    path = {"PATH": f"{tmp_path / 'stand/bin'}:{os.environ['PATH']}", "STAND": str(tmp_path / "stand")}
+    done = subprocess.run(["bash", str(submit)], env=path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["99"] * 3
+    assert "--hold" in job.calls("sbatch")[0] and "--dependency=afternotok:99" in job.calls("sbatch")[2]
+    assert job.calls("scontrol") == ["scontrol release 99"]
+    (tmp_path / "stand/bin/sbatch").write_text('#!/bin/bash\n[ "$3" = --hold ] && echo 5')
+    done = subprocess.run(["bash", str(submit)], env=path, capture_output=True, text=True)
+    assert done.returncode and not done.stdout and job.calls("scancel") == ["scancel 5"]
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """What Slurm's commands answer: text, or an error; and the calls of them."""
+    table, calls = {}, []
+
+    def ask(command, *, timeout_s, unsure=None):
+        calls.append(list(command))
+        answer = table.get(command[0], "")
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(module, "ask", ask)
+    table["calls"] = calls
+    return table
+
+
+ASKED = make_job()
+
+
+@pytest.mark.parametrize(
+    ("queue", "phase"),
+    [
+        ("7|RUNNING|None|node[1-2]|1:00\n", Phase.RUNNING),
+        ("7|PENDING|Resources||0:00\n", Phase.WAITING),
+        ("7|REQUEUED|None||0:00\n", Phase.WAITING),
+        ("7|COMPLETING|None|node1|0:00\n", Phase.RUNNING),
+        ("7|TIMEOUT|TimeLimit|node1|0:00\n", Phase.FAILED),
+        ("7|CANCELLED|None|node1|0:00\n", Phase.CANCELLED),
+        ("7|COMPLETED|None|node1|0:00\n7|RUNNING|None|node2|0:01\n7|PENDING|Priority||0:00\n", Phase.RUNNING),
+        ("7|COMPLETED|None|node1|0:00\n7|FAILED|NonZeroExitCode|node2|0:01\n", Phase.FAILED),
+        ("7|COMPLETED|None|node1|0:00\n7|COMPLETED|None|node2|0:01\n", Phase.DONE),
+    ],
+)
+def test_a_job_stands_where_the_queue_says_and_an_array_where_its_tasks_do(answers, queue, phase):
+    answers["squeue"] = queue
+    (status,) = launcher(ASKED).status(["7"])
+    assert status.phase is phase and status.job_id == "7"
+
+
+@pytest.mark.parametrize(
+    ("accounts", "phase"),
+    [
+        ("7|COMPLETED\n", Phase.DONE),
+        ("7|CANCELLED by 1000\n", Phase.CANCELLED),
+        ("7_1|COMPLETED\n7_2|OUT_OF_MEMORY\n", Phase.FAILED),
+        (LaunchError("Slurm accounting storage is disabled"), Phase.UNKNOWN),
+        (LaunchError("`sacct` can't be run here (No such file or directory)"), Phase.UNKNOWN),
+    ],
+)
+def test_a_job_that_left_the_queue_stands_where_accounts_say_and_is_unknown_without_them(answers, accounts, phase):
+    answers.update(squeue=LaunchError("slurm_load_jobs error: Invalid job id specified"), sacct=accounts)
+    assert [s.phase for s in launcher(ASKED).status(["7"])] == [phase]
+
+
+@pytest.mark.parametrize("program", ["squeue", "sacct"])
+def test_a_scheduler_that_cant_be_asked_is_no_job_that_is_gone(answers, program):
+    answers[program] = LaunchError("Unable to contact slurm controller (connect failure)")
+    with pytest.raises(LaunchError, match="Unable to contact"):
+        launcher(ASKED).status(["7"])
+
+
+def test_jobs_are_found_by_their_comment_and_a_chain_that_is_still_held_is_taken_back(answers):
+    answers["squeue"] = "10|Dependency|clips-0123abcd\n9|None|clips-0123abcd\n3|None|(null)\n"
+    assert launcher(ASKED).find(ASKED) == ["9", "10"]
+    answers["squeue"] = answers["squeue"].replace("9|None", "9|JobHeldUser")
+    assert launcher(ASKED).find(ASKED) == []
+    assert answers["calls"][-1] == ["scancel", "10", "9"]
+
+
+def test_a_job_that_came_and_went_is_found_by_what_it_wrote(answers, tmp_path):
+    (tmp_path / "slurm-7.log").touch()
+    (tmp_path / "slurm-8_3.log").touch()
+    assert launcher(ASKED).find(replace(ASKED, folder=tmp_path)) == ["7", "8"]
+
+
+def test_an_answer_without_an_id_leaves_open_what_was_submitted(answers):
+    answers["sbatch"] = "sbatch: something else\n"
+    with pytest.raises(UnsureError):
+        launcher(ASKED).submit(ASKED)
+    answers["sbatch"] = "7;cluster\n"
+    assert launcher(ASKED).submit(ASKED) == ["7"]
+
+
+def test_those_that_wait_are_cancelled_first_and_a_run_is_told_through_its_script(answers):
+    answers["squeue"] = "7|RUNNING|None|node1|0:01\n8|PENDING|Dependency||0:00\n6|COMPLETED|None||0:00\n"
+    launcher(ASKED).cancel(["6", "7", "8"])
+    assert [c for c in answers["calls"] if c[0] == "scancel"] == [
+        ["scancel", "--state=PENDING", "8", "7"],
+        ["scancel", "--batch", "--signal=TERM", "7"],
+    ]
+
+
+def test_logs_are_those_of_rank_0_of_the_newest_restart(tmp_path):
+    job = replace(ASKED, run_dir=tmp_path, folder=tmp_path / "launch/0001")
+    job.folder.mkdir(parents=True)
+    with pytest.raises(LaunchError, match="has written nothing yet"):
+        launcher(job).logs(job, ["9", "10"], follow=False)
+    (job.folder / "slurm-9.log").touch()
+    assert launcher(job).logs(job, ["9", "10"], follow=False) == job.folder / "slurm-9.log"
+    for attempt in ("10.0", "9.1", "9.0", "99.0"):
+        log = tmp_path / "logs" / attempt / "node-0/rank-0.log"
+        log.parent.mkdir(parents=True)
+        log.touch()
+    assert launcher(job).logs(job, ["9"], follow=False).parts[-3] == "9.1"
+    assert launcher(job).logs(job, ["9", "10"], follow=True).parts[-3] == "10.0"
