@@ -12,11 +12,10 @@ from opensora_dist.cli.arguments import config_of, overrides_of
 from opensora_dist.config.describe import describe
 from opensora_dist.config.site import SiteConfig, site_path
 from opensora_dist.core.errors import ConfigError
+from opensora_dist.launch.base import BACKENDS
 
 if TYPE_CHECKING:  # at run time it is imported when the verb runs, so that --help is quick
     from opensora_dist.recipes.payload import Command
-
-_BACKENDS = ("slurm", "k8s", "sky")
 
 
 def add_parser(verbs: Any) -> None:
@@ -36,7 +35,7 @@ def add_parser(verbs: Any) -> None:
         ),
         epilog="Keys of --site, with their defaults:\n\n" + describe(SiteConfig).replace("%", "%%"),
     )
-    parser.add_argument("--backend", choices=_BACKENDS, required=True, help="what runs jobs there")
+    parser.add_argument("--backend", choices=BACKENDS, required=True, help="what runs jobs there")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
     parser.add_argument("--gpus-per-node", type=int, required=True, metavar="G", help="GPUs of each; 0 for a run on CPUs")
     parser.add_argument("--ranks-per-node", type=int, metavar="R", help="processes of each (default: one per GPU, or 1)")

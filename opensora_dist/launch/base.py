@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from opensora_dist.core.errors import OpensoraError
 from opensora_dist.launch.job import Job
+
+BACKENDS: Final = ("slurm", "k8s", "sky")
+"""Names of the launchers in ``registry``, for those who need no more of them."""
 
 
 class LaunchError(OpensoraError):

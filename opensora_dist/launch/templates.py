@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 TEMPLATES = Path(__file__).parent / "templates"
 """A link to ``launch/`` in the source tree; the files themselves where this package is installed."""
+
+_NOT_IN_YAML: Final = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
 def fill(name: str, **values: Any) -> str:
@@ -39,5 +42,5 @@ def _sh(value: Any) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """JSON is YAML."""
-    return json.dumps(value, ensure_ascii=False)
+    """JSON is YAML, but for characters that YAML can't hold as they are, or reads as line breaks."""
+    return _NOT_IN_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))

@@ -40,7 +40,9 @@ def attempts(record: Record) -> list[tuple[str | None, Attempt]]:
 def show_logs(records: Path, *, follow: bool) -> int:
     """Prints the newest log; the exit code of what shows it."""
     record = newest(records)
-    shown = build_launcher(record.backend, record.job.site).logs(record.job, record.job_ids or (), follow=follow)
+    if not record.job_ids:
+        raise ConfigError(f"{record.job.folder} was refused or never arrived, so that nothing of it was written; submit it again")
+    shown = build_launcher(record.backend, record.job.site).logs(record.job, record.job_ids, follow=follow)
     command = ["tail", "-n", "+1", *(["-F"] if follow else []), str(shown)] if isinstance(shown, Path) else shown
     try:
         return subprocess.run(command, check=False).returncode

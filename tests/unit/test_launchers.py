@@ -19,10 +19,10 @@ from training import SAMPLES, overrides
 from opensora_dist.cli.main import main
 from opensora_dist.config.load import dump_yaml
 from opensora_dist.config.site import SiteConfig
-from opensora_dist.launch.base import LaunchError, Phase, UnsureError, ask
+from opensora_dist.launch.base import BACKENDS, LaunchError, Phase, UnsureError, ask
 from opensora_dist.launch.job import Job
 from opensora_dist.launch.records import read_records
-from opensora_dist.launch.registry import BACKENDS, build_launcher
+from opensora_dist.launch.registry import LAUNCHERS, build_launcher
 
 WORDS = (
     "it's",
@@ -127,6 +127,7 @@ def test_rendering_is_pure(backend, tmp_path, monkeypatch):
     assert launcher.command(job) == build_launcher(backend, job.site).command(job)
     assert not launcher.problems(job)
     assert not list(tmp_path.iterdir())
+    assert tuple(LAUNCHERS) == BACKENDS and launcher.name == backend
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -145,7 +146,7 @@ def test_a_name_with_quotes_spaces_or_shell_in_it_survives_or_is_refused(backend
         assert f"{word} {LINES}" in yaml.safe_load(job.config_text)["validation"]["prompts"]
 
 
-@pytest.mark.parametrize("variable", [LINES, "", "-n", "\t"])
+@pytest.mark.parametrize("variable", [LINES, "", "-n", "\t", "\x7f\x85\u2028\ufeff", "🎬"])
 def test_a_variable_of_the_site_survives_whatever_it_holds(backend, tmp_path, variable):
     job = make_job(tmp_path, variable=variable)
     assert variable in held(build_launcher(backend, job.site).render(job))

@@ -18,6 +18,7 @@ from opensora_dist.config.load import load_config
 from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.io import exclusive_lock
 from opensora_dist.launch.records import read_records
+from opensora_dist.recipes import checks
 from opensora_dist.recipes import submit as submitting
 from opensora_dist.resilience.attempts import ATTEMPTS_NAME, Attempt, Next, Outcome, append_line, begin_line, end_line
 
@@ -215,6 +216,13 @@ def test_the_data_set_is_opened_where_it_can_be(capsys, slurm, train, tmp_path):
     assert code == 0 and "perhaps no problem there: data.path='/scratch/nowhere' is not a folder" in err
 
 
+def test_a_store_that_is_not_reached_from_here_is_a_warning(capsys, slurm, train, monkeypatch):
+    monkeypatch.setattr(checks, "_ASKING_S", 0.1)
+    for url, said in (("http://127.0.0.1:9/x", "127.0.0.1:9/x"), ("http://127.0.0.1:9/x-{0..3}.tar", "tars without an index")):
+        code, _, err = submit(capsys, *SUBMIT, "--dry-run", "--", *train, f"data.path={url}")
+        assert code == 0 and said in err and "isn't known before the run starts" in err
+
+
 def test_a_gpu_and_packages_are_wanted_where_it_runs(capsys, slurm, train, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     words = [word for word in train if word != "run.device=cpu"]
@@ -305,6 +313,8 @@ def test_what_was_refused_stands_in_nobodys_way(capsys, slurm, train, tmp_path, 
     slurm.mode = mode
     code, _, err = submit(capsys, *SUBMIT, "--", *train)
     assert code == 1 and said in err and not slurm.jobs
+    assert submit(capsys, "logs", tmp_path / "run")[0] == 2
+    assert "refused, or never arrived" in submit(capsys, "status", tmp_path / "run")[1]
     slurm.mode = "up"
     assert submit(capsys, *SUBMIT, "--", *train)[0] == 0
     assert [r.job_ids for r in read_records(tmp_path / "run")] == [(), ("1",)]
