@@ -220,8 +220,8 @@ def _validate(schema: type[S], raw: Raw) -> tuple[S, list[Problem]]:
             keys = [
                 path[:-1] if detail["type"] == "union_tag_invalid" else path for path, detail in zip(paths, details, strict=True)
             ]
-            for key in dict.fromkeys(map(tuple, keys)):
-                _drop(raw, list(key))
+            for names in dict.fromkeys(map(tuple, keys)):
+                _drop(raw, list(names))
 
 
 def _copy(value: Any) -> Any:
