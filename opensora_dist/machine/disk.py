@@ -43,39 +43,41 @@ def measure_disk(folder: Path) -> DiskSpeed:
     Raises:
         OSError: It can't be written or read.
     """
+    try:
+        return _measure(folder, direct=hasattr(os, "O_DIRECT"))
+    except OSError as error:
+        if error.errno not in (
+            errno.EINVAL,
+            errno.EOPNOTSUPP,
+        ):  # as some file systems say to direct I/O, when opened or when written
+            raise
+        return _measure(folder, direct=False)
+
+
+def _measure(folder: Path, *, direct: bool) -> DiskSpeed:
     path = folder / f".opensora-disk-{uuid.uuid4().hex}"
+    flag = os.O_DIRECT if direct else 0
     # Direct I/O wants addresses that are multiples of the device's block: anonymous memory begins at a page.
     with mmap.mmap(-1, _BLOCK) as block:
         block.write(os.urandom(4096) * (_BLOCK // 4096))  # so that a file system that compresses zeros away has something to do
         try:
-            written, write_s, write_way = _write(path, block)
-            read, read_s, read_way = _read(path, block)
+            written, write_s = _write(path, block, flag=flag)
+            read, read_s = _read(path, block, flag=flag)
         finally:
             path.unlink(missing_ok=True)
     return DiskSpeed(
         write_bytes_per_s=written / write_s,
         read_bytes_per_s=read / read_s,
-        write_way=write_way,
-        read_way=read_way,
+        write_way="O_DIRECT and fdatasync" if direct else "fdatasync",
+        read_way="O_DIRECT" if direct else "after posix_fadvise, which a file system may ignore",
         num_bytes=written,
     )
 
 
-def _open(path: Path, flags: int) -> tuple[int, bool]:
-    """A file, by direct I/O where its file system has it."""
-    direct = getattr(os, "O_DIRECT", 0)
-    if direct:
-        try:
-            return os.open(path, flags | direct, 0o600), True
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # as tmpfs and some network file systems say
-                raise
-    return os.open(path, flags, 0o600), False
-
-
-def _write(path: Path, block: mmap.mmap) -> tuple[int, float, str]:
+def _write(path: Path, block: mmap.mmap, *, flag: int) -> tuple[int, float]:
+    """Bytes and seconds."""
     began, written = time.perf_counter(), 0
-    handle, direct = _open(path, os.O_WRONLY | os.O_CREAT)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | flag, 0o600)
     try:
         for _ in range(_BLOCKS):
             written += os.write(handle, block)
@@ -84,13 +86,14 @@ def _write(path: Path, block: mmap.mmap) -> tuple[int, float, str]:
         getattr(os, "fdatasync", os.fsync)(handle)
     finally:
         os.close(handle)
-    return written, time.perf_counter() - began, "O_DIRECT and fdatasync" if direct else "fdatasync"
+    return written, time.perf_counter() - began
 
 
-def _read(path: Path, block: mmap.mmap) -> tuple[int, float, str]:
-    handle, direct = _open(path, os.O_RDONLY)
+def _read(path: Path, block: mmap.mmap, *, flag: int) -> tuple[int, float]:
+    """Bytes and seconds."""
+    handle = os.open(path, os.O_RDONLY | flag)
     try:
-        if not direct and hasattr(os, "posix_fadvise"):
+        if not flag and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         began, read = time.perf_counter(), 0
         while count := os.readv(handle, [block]):
@@ -99,7 +102,7 @@ def _read(path: Path, block: mmap.mmap) -> tuple[int, float, str]:
                 break
     finally:
         os.close(handle)
-    return read, time.perf_counter() - began, "O_DIRECT" if direct else "after posix_fadvise, which a file system may ignore"
+    return read, time.perf_counter() - began
 
 
 def disk_findings(folder: Path) -> list[Finding]:

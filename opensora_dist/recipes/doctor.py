@@ -18,7 +18,7 @@ from opensora_dist.machine.disk import disk_findings, free_space_finding
 from opensora_dist.machine.finding import Finding, Level, Subject, problems_of
 from opensora_dist.machine.gpus import gpu_findings
 from opensora_dist.machine.limits import limit_findings, shared_memory_finding
-from opensora_dist.machine.network import NETWORK, loopback_finding, network_findings
+from opensora_dist.machine.network import loopback_finding, network_findings
 from opensora_dist.machine.packages import package_findings
 from opensora_dist.observe.environment import git_state
 
@@ -39,11 +39,9 @@ def doctor(folder: Path, *, expect_gpus: int | None) -> Iterator[Finding]:
     yield source_finding()
     gpus = gpu_findings(expect=expect_gpus, clock_share=least.clock_share)
     yield from gpus
-    tried = kernel_findings(num_gpus=num_gpus(gpus), clock_share=least.clock_share)
-    yield from (f for f in tried if f.subject != NETWORK)
+    yield from kernel_findings(num_gpus=num_gpus(gpus), clock_share=least.clock_share)
     yield from network_findings()
     yield loopback_finding()
-    yield from (f for f in tried if f.subject == NETWORK)
     yield free_space_finding(folder, least_gib=least.free_disk_gib, level=Level.WARNING)
     yield from disk_findings(folder)
     yield shared_memory_finding(least_gib=least.shared_memory_gib, level=Level.WARNING)
@@ -72,8 +70,8 @@ def kernel_findings(*, num_gpus: int, clock_share: float, timeout_s: float = KER
 def show(findings: Sequence[Finding], *, console: Console) -> None:
     """One table, by subject, then the problems and warnings with their ways out."""
     table = Table(show_header=False, show_edge=False, pad_edge=False)
-    last = ""
-    for finding in findings:
+    last, subjects = "", list(dict.fromkeys(finding.subject for finding in findings))
+    for finding in sorted(findings, key=lambda finding: subjects.index(finding.subject)):
         if finding.subject != last and last:
             table.add_section()
         subject = finding.subject if finding.subject != last else ""

@@ -292,15 +292,29 @@ def test_a_disk_is_measured_past_the_page_cache_or_it_is_said_how_and_nothing_is
     speed = disk.measure_disk(tmp_path)
     assert speed.num_bytes == 8 << 20 and min(speed.write_bytes_per_s, speed.read_bytes_per_s) > 0
     assert "fdatasync" in speed.write_way and not list(tmp_path.iterdir())
-    real = os.open
 
-    def refuses(path, flags, mode=0o777):
-        if flags & os.O_DIRECT:
+
+@pytest.mark.parametrize("at", ["open", "write"])
+def test_a_file_system_without_direct_io_is_measured_otherwise(tmp_path, monkeypatch, at):
+    monkeypatch.setattr(disk, "_BLOCKS", 2)
+    real, direct = {"open": os.open, "write": os.write}, set()
+
+    def opens(path, flags, mode=0o777):
+        if flags & os.O_DIRECT and at == "open":
             raise OSError(errno.EINVAL, "Invalid argument")
-        return real(path, flags, mode)
+        handle = real["open"](path, flags, mode)
+        (direct.add if flags & os.O_DIRECT else direct.discard)(handle)
+        return handle
 
-    monkeypatch.setattr(os, "open", refuses)
-    assert disk.measure_disk(tmp_path).write_way == "fdatasync" and "fadvise" in disk.measure_disk(tmp_path).read_way
+    def writes(handle, block):
+        if handle in direct:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real["write"](handle, block)
+
+    monkeypatch.setattr(os, "open", opens)
+    monkeypatch.setattr(os, "write", writes)
+    speed = disk.measure_disk(tmp_path)
+    assert speed.write_way == "fdatasync" and "posix_fadvise" in speed.read_way and not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_not_there_a_slow_disk_and_a_full_one_are_told(tmp_path, monkeypatch):
