@@ -212,6 +212,14 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(folders, key=lambda p: (-step_of(p), p.name))
 
 
+def last_step(root: Path) -> int:
+    """Of the checkpoint that was committed last, which need not be the newest one: a run may have gone back. 0 where there is none."""
+    try:
+        return int((root / LATEST_NAME).read_text().strip().removeprefix("step-"))
+    except (OSError, ValueError):
+        return 0
+
+
 def unfinished_saves(root: Path) -> int:
     """How many saves left a partial folder."""
     return sum(bool(_PARTIAL.fullmatch(p.name)) for p in Path(root).iterdir())
@@ -267,7 +275,7 @@ def _publish_steps(
         fsync(final.parent)
 
     def latest() -> None:
-        with _goes_on(f"{final} is committed, but {LATEST_NAME} can't be moved to it, which only people read"):
+        with _goes_on(f"{final} is committed, but {LATEST_NAME} can't be moved to it, which nothing is loaded by"):
             write_text(final.parent / LATEST_NAME, final.name + "\n")
 
     return {"manifest": manifest, "flush": flush, "replace": replace, "publish": publish, "latest": latest}

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from opensora_dist.checkpoint.commit import LATEST_NAME
+from opensora_dist.checkpoint.commit import last_step
 from opensora_dist.core.errors import OpensoraError
 from opensora_dist.core.io import exclusive_lock, read_json, write_json
 from opensora_dist.core.layout import CHECKPOINTS_DIR
@@ -81,7 +81,7 @@ def begin(submission: Path, *, attempt: str, task: str | None = None) -> int:
     if (why := refused(attempts, started=started, max_requeues=job.max_requeues, run_dir=_trained_in(job))) is not None:
         print(f"not started again: {why}")
         return REFUSED
-    began = Attempt(name=attempt, began=_saved_step(job), starts_before=num_starts(job.run_dir))
+    began = Attempt(name=attempt, began=last_step(job.run_dir / CHECKPOINTS_DIR), starts_before=num_starts(job.run_dir))
     if job.kind == "train":
         with contextlib.suppress(OSError):
             clear_marker(job.run_dir)  # of an earlier stop: one that is there at the end is of this attempt
@@ -99,7 +99,9 @@ def end(submission: Path, *, attempt: str, code: int, task: str | None = None) -
     job = read_record(submission).job
     attempts = _attempts(job, task=task)
     if not attempts or attempts[-1].name != attempt:  # its begin could not be written: the disk was full
-        attempts.append(Attempt(name=attempt, began=_saved_step(job), starts_before=num_starts(job.run_dir)))
+        attempts.append(
+            Attempt(name=attempt, began=last_step(job.run_dir / CHECKPOINTS_DIR), starts_before=num_starts(job.run_dir))
+        )
     if attempts[-1].outcome is None:
         attempts[-1] = _close(job, attempts, code=code, task=task)
     outcome = attempts[-1].outcome
@@ -112,7 +114,7 @@ def resubmitted(submission: Path, *, attempt: str, job_id: str) -> None:
     """Notes that another job goes on with a submission, since nodes of this attempt's were unfit; this attempt is over."""
     job = read_record(submission).job
     mine = [a for a in _attempts(job, task=None) if a.name == attempt]
-    step = mine[-1].began if mine else _saved_step(job)
+    step = mine[-1].began if mine else last_step(job.run_dir / CHECKPOINTS_DIR)
     outcome = Outcome(next=Next.AGAIN, why=f"nodes were unfit; job {job_id} goes on without them")
     ended = Attempt(name=attempt, began=step, ended=step, outcome=outcome, preflight=True)
     _note(job, end_line(ended, submission=submission.name, task=None))
@@ -169,7 +171,7 @@ def _judgement(submission: Path, attempt: str) -> Path:
 def _close(job: Job, attempts: Sequence[Attempt], *, code: int | None, task: str | None) -> Attempt:
     """The last of ``attempts``, ended and noted."""
     last = attempts[-1]
-    ended = replace(last, ended=_saved_step(job), starts=num_starts(job.run_dir) - last.starts_before)
+    ended = replace(last, ended=last_step(job.run_dir / CHECKPOINTS_DIR), starts=num_starts(job.run_dir) - last.starts_before)
     unfit = _unfit(job, last.name) if code is None else []
     if unfit:  # the job that goes on without them began before this could be noted, or there is none
         outcome = Outcome(next=Next.AGAIN, why=f"nodes were unfit: {', '.join(unfit)}")
@@ -216,14 +218,6 @@ def _marker(job: Job) -> Ended | None:
 def _trained_in(job: Job) -> Path | None:
     """Where progress is looked at; arrays and benchmarks are simply run again."""
     return job.run_dir if job.kind == "train" else None
-
-
-def _saved_step(job: Job) -> int:
-    """Of the checkpoint that was committed last; 0 where none was."""
-    try:
-        return int((job.run_dir / CHECKPOINTS_DIR / LATEST_NAME).read_text().strip().removeprefix("step-"))
-    except (OSError, ValueError):
-        return 0
 
 
 def _attempts(job: Job, *, task: str | None) -> list[Attempt]:

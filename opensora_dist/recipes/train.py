@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from opensora_dist.checkpoint.commit import Resumable
+from opensora_dist.checkpoint.commit import Resumable, last_step
 from opensora_dist.codecs.registry import build_codec, build_text_encoder
 from opensora_dist.config.dataset import DatasetSpec
 from opensora_dist.config.load import dump_yaml, expand, load_config
@@ -81,14 +82,15 @@ def train(path: Path | None, *, overrides: Sequence[str] = ()) -> int:
     config = check(path, overrides=overrides)
     nproc = world_of(config)
     run_dir, restarts = expand(config.run.dir), config.parallel.max_restarts
+    saved_step = partial(last_step, run_dir / CHECKPOINTS_DIR)
     if launched_world() is None and (nproc > 1 or restarts):
         args = ["train", *([str(path)] if path else []), *overrides]
-        log_dir = run_dir / LOGS_DIR
-        return run_ranks(args, nproc=nproc, log_dir=log_dir, max_restarts=restarts, stuck=Progress(run_dir).stuck)
-    refuse_without_progress(run_dir)
+        stuck = Progress(run_dir, saved_step=saved_step).stuck
+        return run_ranks(args, nproc=nproc, log_dir=run_dir / LOGS_DIR, max_restarts=restarts, stuck=stuck)
+    refuse_without_progress(run_dir, saved_step=saved_step)
     device, parallel = resolve_device(config.run.device), config.parallel
     timeout_s = parallel.timeout_s
-    starting = StopWhileStarting(run_dir, saved_step=lambda: _saved_step(run_dir), launched=launched_world() is not None)
+    starting = StopWhileStarting(run_dir, saved_step=saved_step, launched=launched_world() is not None)
     with lost_contact_said(timeout_s=timeout_s), starting, process_group(device, timeout_s=timeout_s):
         mesh = build_mesh(
             device, dp_replicate=parallel.dp_replicate, sp=parallel.sp, tp=parallel.tp, timeout_s=parallel.timeout_s
@@ -106,11 +108,6 @@ def check(path: Path | None, *, overrides: Sequence[str] = ()) -> TrainConfig:
         DataError: The index can't be read.
     """
     return load_config(TrainConfig, path, overrides=overrides, rules=training_problems)
-
-
-def _saved_step(run_dir: Path) -> int:
-    """Of the newest checkpoint, verified or not."""
-    return max((int(p.name.removeprefix("step-")) for p in (run_dir / CHECKPOINTS_DIR).glob("step-" + "[0-9]" * 8)), default=0)
 
 
 def train_rank(config: TrainConfig, mesh: Mesh, *, on_start: Callable[[], None] = lambda: None) -> None:

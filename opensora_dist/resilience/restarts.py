@@ -1,7 +1,7 @@
 """Restarts, counted by what they achieve: a run that fails twice at the same place will fail there again.
 
 Each start of a run notes in ``restarts.jsonl`` the step that it goes on from. Where two starts of one launch in a row went on from the
-same step and failed, a third would, too.
+same step, saved no other and failed, a third would, too. ``attempts`` counts starts by a scheduler in the same way.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 from typing import Any, Final
@@ -41,10 +42,14 @@ def num_starts(run_dir: Path) -> int:
 
 
 class Progress:
-    """What the starts of a launch achieve, for the process that starts the ranks."""
+    """What the starts of a launch achieve, for the process that starts the ranks.
 
-    def __init__(self, run_dir: Path) -> None:
-        self._path = Path(run_dir) / RESTARTS_NAME
+    Args:
+        saved_step: The step of the checkpoint that was committed last; 0 where there is none.
+    """
+
+    def __init__(self, run_dir: Path, *, saved_step: Callable[[], int]) -> None:
+        self._path, self._saved_step = Path(run_dir) / RESTARTS_NAME, saved_step
         self._seen = len(_notes(self._path))
         self._steps: list[int | None] = []
 
@@ -53,17 +58,24 @@ class Progress:
         notes = _notes(self._path)
         self._steps.append(notes[-1]["step"] if len(notes) > self._seen else None)
         self._seen = len(notes)
-        if len(self._steps) > 1 and self._steps[-1] == self._steps[-2]:
+        if len(self._steps) > 1 and _stuck(*self._steps[-2:], saved=self._saved_step()):
             return of_no_use(self._path.parent, step=self._steps[-1])
         return None
 
 
-def refuse_without_progress(run_dir: Path) -> None:
+def _stuck(before: int | None, last: int | None, *, saved: int) -> bool:
+    """Of the steps that two starts went on from, None where one failed before it could note it, and the one that is saved after both."""
+    return before == last and last in (None, saved)
+
+
+def refuse_without_progress(run_dir: Path, *, saved_step: Callable[[], int]) -> None:
     """Ends a restart by torchrun that two failed ones before it show to be of no use. Every rank calls it, before ``note_start``.
 
     torchrun would start the ranks again whatever their exit code, so the first rank asks its agent to end, by SIGTERM. Over several
     machines nothing is refused: each agent counts the failures of its own ranks alone, so that the counts don't tell starts apart.
 
+    Args:
+        saved_step: As of ``Progress``.
     Raises:
         TrainingError: It is of no use.
     """
@@ -71,9 +83,10 @@ def refuse_without_progress(run_dir: Path) -> None:
     for note in _notes(Path(run_dir) / RESTARTS_NAME):
         steps = {note["restart"]: note["step"]} if note["restart"] == 0 else {**steps, note["restart"]: note["step"]}
     by_torchrun, machines = "TORCHELASTIC_RUN_ID" in os.environ, os.environ.get("GROUP_WORLD_SIZE", "1")
-    if not by_torchrun or machines != "1" or restart < 2 or steps.get(restart - 1) != steps.get(restart - 2):
+    before, last = steps.get(restart - 2), steps.get(restart - 1)
+    if not by_torchrun or machines != "1" or restart < 2 or not _stuck(before, last, saved=saved_step()):
         return
-    said = of_no_use(run_dir, step=steps.get(restart - 1))
+    said = of_no_use(run_dir, step=last)
     if os.environ.get("LOCAL_RANK") == "0":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent passes it on, before this process has said why
         _log.error("%s; asking torchrun to end", said)

@@ -296,9 +296,13 @@ def test_nothing_of_a_fault_is_in_a_step_in_which_none_is_due(tmp_path):
 
 
 def test_two_failed_starts_from_the_same_step_are_no_progress_and_one_is_none_yet(tmp_path):
-    progress = restarts.Progress(tmp_path)
+    saved = [0]
+    progress = restarts.Progress(tmp_path, saved_step=lambda: saved[-1])
     restarts.note_start(tmp_path, step=0)
     assert progress.stuck() is None
+    restarts.note_start(tmp_path, step=0)
+    saved.append(10)
+    assert progress.stuck() is None, "it saved a later step before it failed"
     restarts.note_start(tmp_path, step=10)
     assert progress.stuck() is None, "it went on from a later step"
     restarts.note_start(tmp_path, step=10)
@@ -307,14 +311,14 @@ def test_two_failed_starts_from_the_same_step_are_no_progress_and_one_is_none_ye
 
 def test_two_failures_before_training_began_are_no_progress_whatever_an_earlier_launch_noted(tmp_path):
     restarts.note_start(tmp_path, step=30)
-    progress = restarts.Progress(tmp_path)
+    progress = restarts.Progress(tmp_path, saved_step=lambda: 30)
     assert progress.stuck() is None
     assert "before training began" in progress.stuck()
 
 
-def _start(monkeypatch, folder, *, restart, step):
+def _start(monkeypatch, folder, *, restart, step, saved=0):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
-    restarts.refuse_without_progress(folder)
+    restarts.refuse_without_progress(folder, saved_step=lambda: saved)
     restarts.note_start(folder, step=step)
 
 
@@ -341,8 +345,8 @@ def test_under_torchrun_a_third_start_from_the_same_step_is_refused_and_its_agen
 
 def test_under_torchrun_a_start_after_progress_is_not_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    for restart, step in enumerate((0, 5, 10, 15)):
-        _start(monkeypatch, tmp_path, restart=restart, step=step)
+    for restart, (step, saved) in enumerate([(0, 0), (5, 5), (5, 5), (10, 10), (15, 15)]):
+        _start(monkeypatch, tmp_path, restart=restart, step=step, saved=saved)
 
 
 def test_over_several_machines_whose_agents_count_apart_no_start_is_refused(monkeypatch, tmp_path):
