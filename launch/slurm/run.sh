@@ -149,9 +149,9 @@ check_nodes() {
   local unfit code
   step --nodes="$num_nodes" --ntasks="$num_nodes" --kill-on-bad-exit=0 --time="$(((preflight_s + 119) / 60))" \
     "${container[@]}" "$python" -m opensora_dist node preflight "$submission" --attempt "$attempt"
-  MASTER_ADDR=$address MASTER_PORT=$((port + 1)) step --nodes="$num_nodes" --ntasks="$((num_nodes * links_per_node))" \
+  MASTER_PORT=$((port + 1)) step --nodes="$num_nodes" --ntasks="$((num_nodes * links_per_node))" \
     --ntasks-per-node="$links_per_node" --overcommit --kill-on-bad-exit=0 --time="$(((preflight_s + 119) / 60))" \
-    "${container[@]}" "$python" -m opensora_dist node links "$submission" --attempt "$attempt" --device "$device"
+    "${container[@]}" bash "$submission/network.sh" "$python" -m opensora_dist node links "$submission" --attempt "$attempt" --device "$device"
   unfit=$(opensora node verdict "$submission" --attempt "$attempt" "${nodes[@]}")
   code=$?
   if [ -n "$asked" ]; then
@@ -189,6 +189,7 @@ if [ "$num_nodes" -gt 1 ]; then
   esac
 fi
 port=$((first_port + SLURM_JOB_ID % 1000))
+export MASTER_ADDR="$address"
 
 [ "$preflight_s" -eq 0 ] || check_nodes || exit
 case $start in
@@ -197,7 +198,7 @@ case $start in
     export OPENSORA_ENDINGS="$submission/endings/$attempt"
     mkdir -p "$OPENSORA_ENDINGS"
     step --nodes="$num_nodes" --ntasks="$num_nodes" --kill-on-bad-exit=0 --wait="$save_s" --label bash "$submission/node.sh" \
-      "${container[@]}" "$python" -m torch.distributed.run --nnodes="$num_nodes" --nproc-per-node="$ranks_per_node" \
+      "${container[@]}" bash "$submission/network.sh" "$python" -m torch.distributed.run --nnodes="$num_nodes" --nproc-per-node="$ranks_per_node" \
       --master-addr="$address" --master-port="$port" --signals-to-handle=SIGINT --no-python \
       bash "$submission/rank.sh" "$python" -m opensora_dist "${program[@]}"
     ;;

@@ -19,7 +19,7 @@ from opensora_dist.launch.templates import TEMPLATES, fill
 JOB_SCRIPT: Final = "job.sbatch"
 LAST_SCRIPT: Final = "last.sbatch"
 SUBMIT_SCRIPT: Final = "submit.sh"
-_COPIED: Final = ("node.sh", "rank.sh")
+_COPIED: Final = ("network.sh", "node.sh", "rank.sh")
 _UNSURE: Final = r"timed out|Connection reset|Zero Bytes"
 # What sbatch refuses, and where that is said.
 _REMEDIES: Final[Mapping[str, str]] = {

@@ -83,7 +83,7 @@ def test_scripts_are_their_golden_files(name):
     job = CASES[name]
     assert launcher(job).problems(job) == []
     files = launcher(job).render(job)
-    copied = {f: files.pop(f) for f in ("node.sh", "rank.sh")}
+    copied = {f: files.pop(f) for f in module._COPIED}
     assert all(text == (module.TEMPLATES / "slurm" / f).read_text() for f, text in copied.items())
     if os.environ.get("OPENSORA_GOLDEN") == "write":
         (GOLDEN / name).mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def test_scripts_are_their_golden_files(name):
 
 
 def test_every_script_is_clean_to_shellcheck():
-    scripts = [*map(str, GOLDEN.glob("*/*")), *(str(module.TEMPLATES / "slurm" / name) for name in ("node.sh", "rank.sh"))]
+    scripts = [*map(str, GOLDEN.glob("*/*")), *(str(module.TEMPLATES / "slurm" / name) for name in module._COPIED)]
     assert len(scripts) > len(CASES)
     # What node.setup sources isn't here.
     found = subprocess.run(["shellcheck", "--exclude=SC1091", *scripts], capture_output=True, text=True, check=False)
@@ -467,3 +467,19 @@ def test_logs_are_those_of_rank_0_of_the_newest_restart(tmp_path):
         log.touch()
     assert launcher(job).logs(job, ["9"], follow=False).parts[-3] == "9.1"
     assert launcher(job).logs(job, ["9", "10"], follow=True).parts[-3] == "10.0"
+
+
+@pytest.mark.parametrize(("nodes", "told", "said"), [(2, None, "eth7"), (2, "ib0", "ib0"), (1, None, "none")])
+def test_gloo_is_told_the_interface_that_leads_to_the_first_node_where_the_site_names_none(tmp_path, nodes, told, said):
+    (tmp_path / "ip").write_text(
+        "#!/bin/bash\n"
+        'case "$*" in\n'
+        '  "-o route get 10.0.0.1") echo "10.0.0.1 dev eth7 src 10.0.0.2 uid 0 \\    cache" ;;\n'
+        '  "-o -4 address show to 10.0.0.2") echo "2: eth7    inet 10.0.0.2/24 scope global eth7" ;;\n'
+        "esac\n"
+    )
+    (tmp_path / "ip").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MASTER_ADDR": "10.0.0.1", "SLURM_JOB_NUM_NODES": str(nodes)}
+    env |= {"GLOO_SOCKET_IFNAME": told} if told else {}
+    script = ["bash", str(module.TEMPLATES / "slurm/network.sh"), "bash", "-c", 'echo "${GLOO_SOCKET_IFNAME:-none}"']
+    assert subprocess.run(script, env=env, capture_output=True, text=True, check=True).stdout.strip() == said
