@@ -1,4 +1,4 @@
-"""nvidia-smi as its users see it, with what it said on machines good and bad, put on PATH in place of the real one."""
+"""nvidia-smi as its users see it, with answers for machines good and bad, put on PATH in place of the real one. None was recorded here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-# One H100 that is well, as driver 535 describes it: --format=csv,noheader,nounits. Fields of --query-remapped-rows are among them.
+# One H100 that is well, in the form that driver 535 has for it: --format=csv,noheader,nounits. Fields of --query-remapped-rows are among them.
 GOOD = {
     "index": "0",
     "name": "NVIDIA H100 80GB HBM3",
