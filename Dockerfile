@@ -58,6 +58,8 @@ LABEL org.opencontainers.image.title=opensora-dist \
 WORKDIR /workspace
 COPY configs configs/
 COPY launch launch/
+# A checkout under a strict umask is readable by its owner alone.
+RUN chmod -R a+rX configs launch
 USER 10001:10001
 HEALTHCHECK --interval=60s --timeout=20s --start-period=20s --retries=3 CMD ["/workspace/launch/docker/health.sh"]
 ENTRYPOINT ["opensora-dist"]
