@@ -66,7 +66,8 @@ def verdict(folder: Path, nodes: Sequence[str], *, commit: str | None) -> Verdic
 
 def _compare_versions(reports: Mapping[str, Any], unfit: _Reasons, shared: list[str], *, commit: str | None) -> None:
     """All nodes have to run the same: the few that don't are unfit."""
-    commits = {node: report["commit"] for node, report in reports.items()}
+    # A commit that isn't known, as where git did not answer in time, is no other commit.
+    commits = {node: report["commit"] for node, report in reports.items() if report["commit"] is not None}
     _compare("commit", commits, unfit, shared, right=commit)
     for package in sorted({name for report in reports.values() for name in report["packages"]}):
         versions = {node: report["packages"].get(package) for node, report in reports.items()}

@@ -152,6 +152,11 @@ def test_the_node_that_runs_something_else_is_unfit(tmp_path, what):
     assert found.code == 30 and list(found.unfit) == ["node1"] and "install the same on all nodes" in found.unfit["node1"][0]
 
 
+def test_a_commit_that_is_not_known_is_no_other_commit(tmp_path):
+    _write(tmp_path, node1={"commit": None}, node2={"commit": None})
+    assert _judge(tmp_path).code == 0
+
+
 def test_of_two_commits_that_as_many_nodes_run_the_submitted_one_is_right(tmp_path):
     _write(tmp_path, node2={"commit": "bbb"})
     found = verdict(tmp_path, NODES[:2], commit="bbb")
