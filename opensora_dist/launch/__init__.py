@@ -1,1 +1,1 @@
-"""How a run is handed to a scheduler, and how its restarts are decided on."""
+"""How a run is handed to a scheduler. Whether it is started again, ``resilience.attempts`` decides."""
