@@ -124,7 +124,7 @@ def _problems(job: Job) -> list[str]:
         )
     if job.time_limit_s is not None:
         problems.append(
-            "--time: SkyPilot knows no time limit; leave it out, and end the run by train.steps or `opensora-dist cancel`"
+            "--time: SkyPilot knows no time limit; leave it out, and end the run by run.steps or `opensora-dist cancel`"
         )
     for name in sky.secrets:
         if not _VARIABLE.fullmatch(name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,11 @@ def fill(name: str, **values: Any) -> str:
 
     A value that is missing, or an expression that is left bare, is an error of the template.
     """
+    return _environment().get_template(name).render(**values)
+
+
+@cache
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
@@ -30,7 +36,7 @@ def fill(name: str, **values: Any) -> str:
         autoescape=False,
     )
     environment.filters |= {"sh": _sh, "yaml": _yaml}
-    return environment.get_template(name).render(**values)
+    return environment
 
 
 def _sh(value: Any) -> str:

@@ -246,8 +246,14 @@ def test_a_submission_without_an_answer_is_unsure_and_found_where_it_arrived(bac
     assert len(scheduler.jobs) == (0 if mode == "hangs" else 1)
 
 
-def test_nothing_is_submitted_twice(backend, tmp_path, scheduler, capsys):
-    write_dataset(tmp_path / "data", samples=SAMPLES)
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launched") / "data"
+    write_dataset(folder, samples=SAMPLES)
+    return folder
+
+
+def test_nothing_is_submitted_twice(backend, tmp_path, scheduler, data, capsys):
     site = make_job(tmp_path).site
     (tmp_path / "site.yaml").write_text(dump_yaml(site))
     options = [
@@ -262,7 +268,7 @@ def test_nothing_is_submitted_twice(backend, tmp_path, scheduler, capsys):
         "--site",
         f"{tmp_path}/site.yaml",
     ]
-    command = ["submit", *options, "--", "train", *overrides(tmp_path / "data", tmp_path / "run")]
+    command = ["submit", *options, "--", "train", *overrides(data, tmp_path / "run")]
     scheduler.mode = "dies"
     assert main(command) == 1 and "asks for it first" in capsys.readouterr().err
     scheduler.mode = "unreachable"
