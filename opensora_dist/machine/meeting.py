@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 
@@ -187,7 +187,8 @@ def call_roll(
 
 def leave(store: dist.Store, start: Start, *, timeout_s: float) -> None:  # type: ignore[name-defined]
     """Says that this rank needs the store no more; rank 0, which may keep it, waits for the others."""
-    store.set(f"leave/{start.rank}", json.dumps(True))
+    with suppress(dist.DistError):  # rank 0 gave up waiting: this one has heard all that there was to hear
+        store.set(f"leave/{start.rank}", json.dumps(True))
     if start.rank == 0:
         _collect(store, [f"leave/{rank}" for rank in range(start.world)], timeout_s=timeout_s)
 

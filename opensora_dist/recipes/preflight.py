@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import opensora_dist
 from opensora_dist.config.site import SiteConfig
@@ -24,6 +24,10 @@ from opensora_dist.machine.limits import limit_findings, shared_memory_finding
 from opensora_dist.machine.network import interface_finding
 from opensora_dist.observe.environment import git_state, package_versions
 from opensora_dist.recipes.doctor import kernel_findings, num_gpus
+
+if TYPE_CHECKING:  # the checks of a node alone don't wait for torch
+    from opensora_dist.machine.links import Rates
+    from opensora_dist.machine.meeting import Start
 
 LINKS_NAME: Final = "links.json"
 RANKS_DIR: Final = "links"
@@ -120,33 +124,16 @@ def links(site: SiteConfig, *, node: str, folder: Path, device: str) -> int:
 
 def _links(site: SiteConfig, *, node: str, folder: Path, device: str) -> bool:
     """Whether all came, reach each other, and are fast enough. Collective."""
-    import torch.distributed as dist
-
-    from opensora_dist.machine.links import Rates, measure_links
     from opensora_dist.machine.meeting import call_roll, leave, meet, start_of
-    from opensora_dist.parallel.mesh import resolve_device
-    from opensora_dist.parallel.sequence.exchange import Exchange
 
-    start, timeout_s = start_of(), site.preflight.timeout_s / 3
-    os.environ["LOCAL_RANK"] = str(start.local_rank)  # which GPU is this rank's
-    os.environ.setdefault(
-        "TORCH_NCCL_BLOCKING_WAIT", "1"
-    )  # a lost rank is an error that is said, and not the end of this process
-    store = meet(start, timeout_s=timeout_s)
-    roll = call_roll(store, start, node=node, timeout_s=timeout_s)
-    rates: Rates | None = None
-    if roll.whole and start.world > 1:
-        chosen = resolve_device(device)
-        if chosen.type == "cuda":
-            import torch
-
-            torch.cuda.set_device(chosen)
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        group_store = dist.PrefixStore("group", store)  # type: ignore[attr-defined]  # not in torch's __all__
-        timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group(backend, store=group_store, rank=start.rank, world_size=start.world, timeout=timeout)
-        assert dist.group.WORLD is not None
-        rates = measure_links(Exchange(dist.group.WORLD), device=chosen, nodes=roll.nodes)
+    start = start_of()
+    # Most of the time goes into importing torch, which takes a minute from a cold file system that all nodes ask at once.
+    meeting_s, transfer_s = site.preflight.timeout_s / 2, site.preflight.timeout_s / 4
+    store = meet(start, timeout_s=meeting_s)
+    roll = call_roll(store, start, node=node, timeout_s=meeting_s)
+    rates = (
+        _rates(start, store, nodes=roll.nodes, device=device, timeout_s=transfer_s) if roll.whole and start.world > 1 else None
+    )
     problems = [] if rates is None else floor_problems(site, rates)
     if start.rank == 0:
         values = {
@@ -161,14 +148,39 @@ def _links(site: SiteConfig, *, node: str, folder: Path, device: str) -> bool:
             "problems": problems,
         }
         write_json(folder / LINKS_NAME, values)
-    leave(store, start, timeout_s=timeout_s if roll.whole else 1.0)
-    if rates is not None:
-        dist.destroy_process_group()
+    leave(store, start, timeout_s=transfer_s if roll.whole else 1.0)
     return roll.whole and not problems
 
 
-def floor_problems(site: SiteConfig, rates: Any) -> list[str]:
-    """Floors of the site that ``machine.links.Rates`` don't meet."""
+def _rates(start: Start, store: Any, *, nodes: dict[str, list[int]], device: str, timeout_s: float) -> Rates:
+    """Of the group that all ranks form. Collective."""
+    import torch
+    import torch.distributed as dist
+
+    from opensora_dist.machine.links import measure_links
+    from opensora_dist.parallel.mesh import resolve_device
+    from opensora_dist.parallel.sequence.exchange import Exchange
+
+    os.environ["LOCAL_RANK"] = str(start.local_rank)  # which GPU is this rank's
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # or a lost rank ends this process before it could say so
+    chosen = resolve_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),  # type: ignore[attr-defined]  # not in torch's __all__
+        rank=start.rank,
+        world_size=start.world,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    assert dist.group.WORLD is not None
+    rates = measure_links(Exchange(dist.group.WORLD), device=chosen, nodes=nodes)
+    dist.destroy_process_group()
+    return rates
+
+
+def floor_problems(site: SiteConfig, rates: Rates) -> list[str]:
+    """Floors of the site that aren't met."""
     found = []
     for name in ("all_reduce", "all_to_all"):
         floor, rate = getattr(site.preflight, f"{name}_gb_per_s"), getattr(rates, f"{name}_bytes_per_s") / 1e9

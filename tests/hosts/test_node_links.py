@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(bool(hosts_problems(NAMES)), reason="; ".join(ho
 _SCRIPT = """
 import os, sys
 from pathlib import Path
+import opensora_dist.machine.links  # and torch with it, so that all are about to begin together
 from opensora_dist.config.site import PreflightSite, SiteConfig
 from opensora_dist.recipes.preflight import links
 folder, node, floor, timeout_s = sys.argv[1:]
@@ -82,7 +83,7 @@ def test_a_host_whose_cable_is_pulled_before_is_named_and_so_is_the_first_one(ho
     for cut, folder in (("node2", tmp_path / "second"), ("node1", tmp_path / "first")):
         folder.mkdir()
         hosts.cut(cut)
-        judged = _try(hosts, folder, timeout_s=24.0)
+        judged = _try(hosts, folder, timeout_s=30.0)
         hosts.mend(cut)
         assert judged.code == 30 and list(judged.unfit) == [cut]
 
@@ -95,5 +96,5 @@ def test_a_host_that_dies_while_links_are_tried_is_named(hosts, tmp_path):
             time.sleep(0.02)
         hosts.kill("node2")
 
-    judged = _try(hosts, tmp_path, timeout_s=24.0, meanwhile=kill)
+    judged = _try(hosts, tmp_path, timeout_s=30.0, meanwhile=kill)
     assert judged.code == 30 and list(judged.unfit) == ["node2"]
