@@ -8,7 +8,7 @@ DEMO_DIR ?= demo
 COLOSSALAI_VENV := .venv-colossalai
 POOLS_VENV := .venv-pools
 
-.PHONY: demo test test-all test-colossalai test-pools test-docker test-hosts lint format clean help
+.PHONY: demo test test-all test-colossalai test-pools test-docker test-hosts test-slurm lint format clean help
 
 help:
 	@echo "make demo      toy videos -> shards -> training -> sampled video and report, on this machine"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-pools  manifests for Kubernetes and SkyPilot, held to their real schemas, in an environment of its own"
 	@echo "make test-docker  the image built from a bare Debian, and its entry point run (as root)"
 	@echo "make test-hosts   torchrun over two modelled hosts (as root)"
+	@echo "make test-slurm   what befalls a training, on a real Slurm of four modelled nodes (as root, Debian)"
 	@echo "make lint      style, types, import direction"
 	@echo "make format    rewrite the code in the house style"
 	@echo "make clean     remove what these commands made"
@@ -45,6 +46,10 @@ test-docker: $(VENV)/.dev
 
 test-hosts: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/hosts
+
+# Each of pytest's processes has a cluster of its own: most of the time a test waits for Slurm's own limits, and others can wait beside it.
+test-slurm: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 3 --dist worksteal --timeout 400 tests/slurm
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

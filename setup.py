@@ -41,6 +41,7 @@ DEV = [
     *EXTRAS["kernels"],
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "webdataset>=1.0.2,<2",
     "ruff>=0.8",

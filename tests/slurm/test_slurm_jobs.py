@@ -42,7 +42,7 @@ def test_a_node_that_fails_the_preflight_is_named_and_left_out(submit: Submit, c
     """Its /dev/shm is too small."""
     cluster.hosts.kill("node1")
     cluster.start_node("node1", first="mount -t tmpfs -o size=32m tmpfs /dev/shm")
-    run = submit(2, 1, preflight={"enabled": True}, slurm={"options": ["--nodelist=node1"]})
+    run = submit(2, 1, preflight={"enabled": True})
     first = run.job_ids[0]
     wait_for(lambda: len(run.job_ids) == 2, limit_s=90, what=run.said)
     assert run.ends() == "COMPLETED", run.said()
