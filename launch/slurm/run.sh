@@ -18,26 +18,41 @@ mkdir -p "$OPENSORA_LOGS"
 # Slurm asks this script alone to stop, by USR1 some time before the time limit or a preemption, and by TERM when it ends the job; so does
 # `opensora-dist cancel`, by TERM. It is passed on to the job's steps until they have ended, since a process that is just starting loses it.
 asked=
-interrupted=
 passing=
 pass_on() {
-  local signal=$1 passed_s=0
-  while [ "$passed_s" -lt "$save_s" ]; do
-    if [ -n "$alone" ]; then kill -s "$signal" "$alone"; else scancel --signal="$signal" "$own"; fi
-    sleep 15
-    passed_s=$((passed_s + 15))
+  local signal=$1 until
+  until=$(last_moment "$signal")
+  while [ "$(date +%s)" -lt "$until" ]; do
+    if [ -n "$alone" ]; then kill -s "$signal" "$child"; else scancel --signal="$signal" "$own"; fi
+    sleep 5
   done
-  echo "asked to stop ${save_s} s ago by $signal, and still running: killed" >&2
+  echo "asked to stop by $signal, and still running: killed" >&2
   # Step by step: KILL to the job as a whole would end this script, too.
   squeue --noheader --steps --jobs="$own" --format=%i | grep '[.][0-9]*$' | xargs -r scancel
 }
+# Until when they may save, in seconds: before a time limit, so long that this script can still ask for another start.
+last_moment() {
+  local limit
+  limit=$(known EndTime) # Unknown where there is none
+  if [ "$1" = TERM ]; then
+    echo $(($(date +%s) + save_s))
+  elif limit=$(date -d "${limit:-Unknown}" +%s 2> /dev/null); then
+    echo $((limit - (save_s < 60 ? save_s / 3 : 20)))
+  else
+    echo 9999999999
+  fi
+}
+# Once, and not while a process is being started: `$!` would be that of pass_on.
+tell() {
+  if [ -z "$asked" ] || [ -n "$passing" ] || [ -n "$starting" ]; then return; fi
+  pass_on "$asked" &
+  passing=$!
+}
 stop() {
   interrupted=yes
-  [ -z "$asked" ] || return 0
-  asked=$1
-  echo "asked to stop, by $1"
-  pass_on "$1" &
-  passing=$!
+  [ -n "$asked" ] || echo "asked to stop, by $1"
+  asked=${asked:-$1}
+  tell
 }
 on_usr1() { stop USR1; }
 on_term() {
@@ -45,17 +60,25 @@ on_term() {
   stop TERM
 }
 alone=
+child=
+starting=
+interrupted=
 ended_by_slurm=
 trap on_usr1 USR1
 trap on_term TERM
 trap '[ -z "$passing" ] || kill "$passing" 2> /dev/null' EXIT
 
-# Waits for a process to end, through signals; its exit code.
-finished() {
+# Runs a command, and returns its exit code, whatever signals come meanwhile: a shell hears none while it waits for a command in the foreground.
+run() {
   local code last=0
+  starting=yes
+  "$@" &
+  child=$!
+  starting=
+  tell
   while :; do
     interrupted=
-    wait "$1"
+    wait "$child"
     code=$?
     [ "$code" -ne 127 ] || return "$last"
     [ -n "$interrupted" ] || return "$code"
@@ -65,14 +88,12 @@ finished() {
 
 # A step of the job, with or without its container.
 step() {
-  srun --cpu-bind=none "${step_options[@]}" "$@" &
-  finished $!
+  run srun --cpu-bind=none "${step_options[@]}" "$@"
 }
 
-# opensora-dist on one node. In the background, since a shell hears no signal while it waits for a command.
+# opensora-dist on one node.
 opensora() {
-  "${head[@]}" "$python" -m opensora_dist "$@" &
-  finished $!
+  run "${head[@]}" "$python" -m opensora_dist "$@"
 }
 
 # Jobs of this submission that wait for this one.
@@ -207,9 +228,8 @@ case $start in
     ;;
   script)
     # It starts the steps of this job itself.
-    bash "$submission/rank.sh" "${container[@]}" "$python" -m opensora_dist "${program[@]}" &
-    alone=$!
-    finished "$alone"
+    alone=yes
+    run bash "$submission/rank.sh" "${container[@]}" "$python" -m opensora_dist "${program[@]}"
     ;;
 esac
 end $?
