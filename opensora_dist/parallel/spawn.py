@@ -23,7 +23,7 @@ _SETTLE_S = 1.0
 _TAIL_LINES = 30
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the child, before exec: SIGKILL when the parent is gone, so that kill -9 of the parent leaves no rank (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -103,7 +103,7 @@ def _run_once(
                 "PYTHONUNBUFFERED": "1",
             }
             if rank == 0:
-                ranks.append(subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_die_with_parent))
+                ranks.append(subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=die_with_parent))
             else:
                 # Appended to: neither a resumed run nor a second one, which will be refused, wipes what the first one said.
                 with open(_rank_log(log_dir, rank), "ab") as log:
@@ -115,7 +115,7 @@ def _run_once(
                             stderr=subprocess.STDOUT,
                             stdin=subprocess.DEVNULL,
                             start_new_session=True,
-                            preexec_fn=_die_with_parent,
+                            preexec_fn=die_with_parent,
                         )
                     )
             for signum in asked:  # before it was there to be sent them

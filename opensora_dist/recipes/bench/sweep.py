@@ -24,6 +24,7 @@ from opensora_dist.core.io import exclusive_lock, read_json, write_json
 from opensora_dist.core.logging import get_logger
 from opensora_dist.core.types import Thw
 from opensora_dist.parallel.mesh import resolve_device
+from opensora_dist.parallel.spawn import die_with_parent
 from opensora_dist.recipes.bench.case import DEFAULT_GRID
 from opensora_dist.recipes.bench.launch import num_ranks
 from opensora_dist.recipes.bench.machines import Machines, machines_here
@@ -191,7 +192,9 @@ def _run(command: Sequence[str], *, log: Path, timeout_s: float) -> tuple[Litera
     log.parent.mkdir(parents=True, exist_ok=True)
     environ = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     with open(log, "wb") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environ)
+        process = subprocess.Popen(
+            command, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environ, preexec_fn=die_with_parent
+        )
         try:
             code = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
