@@ -7,8 +7,10 @@ files anew.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from opensora_dist.launch.base import LaunchError, Phase, UnsureError
 from opensora_dist.launch.job import Job
 from opensora_dist.launch.slurm import SlurmLauncher
 
+SHELLCHECK = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or "shellcheck"
 GOLDEN = Path(__file__).parent.parent / "golden/slurm"
 FULL_SITE = {
     "slurm": {
@@ -98,7 +101,7 @@ def test_every_script_is_clean_to_shellcheck():
     rest = [path for path in GOLDEN.glob("*/*") if path not in whole]
     assert len(rest) >= len(CASES)
     for given in (["--extended-analysis=false", *map(str, rest)], [*map(str, whole)]):
-        found = subprocess.run(["shellcheck", "--exclude=SC1091", *given], capture_output=True, text=True, check=False)
+        found = subprocess.run([SHELLCHECK, "--exclude=SC1091", *given], capture_output=True, text=True, check=False)
         assert found.returncode == 0, found.stdout
 
 
