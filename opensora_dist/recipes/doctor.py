@@ -28,7 +28,7 @@ _STYLES: Final = {Level.OK: "green", Level.NOTE: "dim", Level.WARNING: "yellow",
 
 
 def doctor(folder: Path, *, expect_gpus: int | None) -> Iterator[Finding]:
-    """Looks at everything; findings come as they are made, in about ten seconds.
+    """Looks at everything; findings come as they are made.
 
     Args:
         folder: Whose disk is measured; it exists.
