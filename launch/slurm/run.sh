@@ -120,6 +120,8 @@ cancelled() {
 # Does what the end of an attempt means; the exit code of this job.
 end() {
   local next
+  alone= # what runs from here on isn't to be stopped
+  [ -z "$passing" ] || kill "$passing" 2> /dev/null
   opensora node end "$submission" --attempt "$attempt" "${task[@]}" --code "$1"
   next=$?
   # The ranks don't know who sent a TERM: a user, who means it, or Slurm, which then starts the job again or should be asked to.
