@@ -83,7 +83,7 @@ def test_doctor_finds_that_training_can_run_in_it(container):
 
 
 def test_the_demo_runs_in_it_from_toy_video_to_report(container):
-    done = container.enter("demo", "demo", "--steps", "20")
+    done = container.enter("demo", "demo", "--steps", "60")
     assert done.returncode == 0, _said(done)
     print(done.stdout)
     run_dir = container.root / "workspace/demo/run"
