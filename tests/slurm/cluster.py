@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,7 @@ class Cluster:
         self.hosts, self.folder = hosts, folder
         self.nodes = [name for name in hosts if name != LOGIN]
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._spoiled: set[str] = set()
 
     def call(self, *argv: Any, check: bool = True, limit_s: float = 60) -> str:
         """What a command on the login node prints, its errors included."""
@@ -118,10 +120,17 @@ class Cluster:
         )
         return self.job(job_id)["JobState"]
 
-    def start_node(self, name: str, *, first: str = ":") -> None:
-        """Starts slurmd on a node, as its boot would, after a command that changes what it and its jobs find there."""
+    def start_node(self, name: str, *, spoil: Sequence[str] = ()) -> None:
+        """Starts slurmd on a node, as its boot would.
+
+        Args:
+            spoil: A command that runs before, and changes what slurmd and its jobs find there, until ``recover``.
+        """
         command = ["slurmd", "-D", "-N", name, "-f", str(self.folder / "slurm.conf")]
-        self._start(name, ["sh", "-c", f'{first} && exec "$@"', "sh", *command])
+        if spoil:
+            self._spoiled.add(name)
+            command = ["sh", "-c", f'{shlex.join(spoil)} && exec "$@"', "sh", *command]
+        self._start(name, command)
 
     def clear(self) -> None:
         """Links whole, partitions up, jobs told to end."""
@@ -135,9 +144,10 @@ class Cluster:
         """All as at the start: no jobs, nodes up and idle."""
         self.clear()
         for name in self.nodes:
-            if not self._has_slurmd(name):
+            if name in self._spoiled or not self._has_slurmd(name):
                 self.hosts.kill(name)
                 self.start_node(name)
+        self._spoiled.clear()
         wait_for(lambda: not self.jobs() and set(self.states().values()) == {"idle"}, limit_s=_READY_S, what=self.logs)
 
     def logs(self) -> str:

@@ -41,10 +41,10 @@ def test_a_config_that_fails_on_the_nodes_alone_is_not_started_again(submit: Sub
 def test_a_node_that_fails_the_preflight_is_named_and_left_out(submit: Submit, cluster: Cluster) -> None:
     """Its /dev/shm is too small."""
     cluster.hosts.kill("node1")
-    cluster.start_node("node1", first="mount -t tmpfs -o size=32m tmpfs /dev/shm")
-    run = submit(2, 1, preflight={"enabled": True})
+    cluster.start_node("node1", spoil=["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", "/dev/shm"])
+    run = submit(2, 1, preflight={"enabled": True}, node={"variables": {"OPENSORA_TEST_PAUSE_S": "0"}})
     first = run.job_ids[0]
-    wait_for(lambda: len(run.job_ids) == 2, limit_s=90, what=run.said)
+    wait_for(lambda: len(run.job_ids) == 2, limit_s=150, what=run.said)
     assert run.ends() == "COMPLETED", run.said()
     assert cluster.job(first)["ExcNodeList"] == "(null)"
     assert cluster.job(run.job_ids[1])["ExcNodeList"] == "node1"
@@ -72,4 +72,4 @@ def test_an_array_prepares_its_parts_and_a_last_job_makes_the_shards(cluster: Cl
     where = ["--backend", "slurm", "--gpus-per-node", 0, "--array", 2, "--site", site]
     cluster.call("opensora-dist", "submit", *where, "--", "data", "prepare", *config)
     wait_for(lambda: not cluster.jobs(), limit_s=150, what=cluster.logs)
-    assert "ok" in cluster.call("opensora-dist", "data", "check", out)
+    assert "6 samples" in (said := cluster.call("opensora-dist", "data", "check", out)) and "whole" in said
