@@ -85,7 +85,11 @@ class Launcher(Protocol):
         ...
 
     def find(self, job: Job) -> list[str]:
-        """Ids of what the scheduler holds of a job, by ``job.id``. Raises LaunchError."""
+        """Ids of what the scheduler holds of a job, by ``job.id``; changes nothing. Raises LaunchError."""
+        ...
+
+    def settle(self, job: Job) -> list[str]:
+        """``find``, of a submission that was left without an answer; what isn't whole is taken back. Raises LaunchError."""
         ...
 
     def status(self, job_ids: Sequence[str]) -> list[Status]:

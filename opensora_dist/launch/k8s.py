@@ -75,6 +75,9 @@ class KubernetesLauncher:
         answer = self._ask(self._kubectl("get", "trainjobs", "--selector", f"opensora-dist/job={job.id}", "--output", "json"))
         return [item["metadata"]["name"] for item in json.loads(answer)["items"]]
 
+    def settle(self, job: Job) -> list[str]:
+        return self.find(job)
+
     def status(self, job_ids: Sequence[str]) -> list[Status]:
         answer = self._ask(self._kubectl("get", "trainjobs", *job_ids, "--ignore-not-found", "--output", "json"))
         # One name gives the object, several a list, none found nothing at all.

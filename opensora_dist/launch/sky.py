@@ -81,6 +81,9 @@ class SkyLauncher:
     def find(self, job: Job) -> list[str]:
         return [str(entry["job_id"]) for entry in self._queue() if entry.get("job_name") == job.id]
 
+    def settle(self, job: Job) -> list[str]:
+        return self.find(job)
+
     def status(self, job_ids: Sequence[str]) -> list[Status]:
         known = {str(entry["job_id"]): entry for entry in self._queue()}
         gone = "SkyPilot's queue has no job of this id"

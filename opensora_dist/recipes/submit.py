@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -159,7 +159,7 @@ def submit(submission: Submission) -> Record:
         UnsureError: It gave no answer: the next call asks it for this submission first.
     """
     job, launcher = submission.job, submission.launcher
-    with _alone(submission.records):
+    with alone(submission.records):
         if new_folder(submission.records) != job.folder:
             raise ConfigError(f"{job.folder} was taken by another submission meanwhile; start the same command again")
         _refuse_second(submission.records)
@@ -184,31 +184,49 @@ def submit(submission: Submission) -> Record:
 
 
 @contextmanager
-def _alone(records: Path) -> Iterator[None]:
+def alone(records: Path) -> Iterator[None]:
+    """Nobody else submits a run meanwhile. Raises ConfigError where somebody does."""
     busy = ConfigError(f"another submission in {records} is being made; wait for it, or choose another run.dir")
     with exclusive_lock(records / LAUNCH_DIR / ".lock", busy=busy):
         yield
 
 
-def settled(record: Record) -> Record:
-    """The record with an answer: where it was left without one, the scheduler is asked for the submission.
+def held(record: Record) -> Record:
+    """The record with every job of it that the scheduler holds, whatever was noted.
+
+    A job that goes on without unfit nodes may have come to the scheduler and not into the record, where the one that asked for it ended.
 
     Raises:
-        LaunchError: It can't be asked; or it doesn't know of what may still be on its way.
+        LaunchError: The scheduler can't be asked; or it doesn't know of what may still be on its way.
     """
+    if record.job_ids == ():  # refused, or never arrived
+        return record
+    found = build_launcher(record.backend, record.job.site).find(record.job)
+    if record.job_ids is None:
+        _not_late(record, found)
+    return replace(record, job_ids=tuple(dict.fromkeys((*(record.job_ids or ()), *found))))
+
+
+def _settled(record: Record) -> Record:
+    """The record with an answer, which is noted: where it was left without one, the scheduler is asked. Raises as ``held``."""
     if record.job_ids is not None:
         return record
     folder = record.job.folder
-    job_ids = build_launcher(record.backend, record.job.site).find(record.job)
-    age_s = (datetime.now(UTC) - datetime.fromisoformat(record.time)).total_seconds()
-    if not job_ids and age_s < _LATE_S:
-        raise LaunchError(
-            f"{folder} was submitted {age_s:.0f} s ago without an answer, and the scheduler doesn't know of it; what is on its way may still "
-            f"arrive: try again in {_LATE_S - age_s:.0f} s"
-        )
+    job_ids = build_launcher(record.backend, record.job.site).settle(record.job)
+    _not_late(record, job_ids)
     said = f"holds it as {', '.join(job_ids)}" if job_ids else "never got it"
     _log.warning("%s was left without an answer; the scheduler %s", folder, said)
     return note_answer(folder, job_ids)
+
+
+def _not_late(record: Record, found: Sequence[str]) -> None:
+    """Raises LaunchError where nothing was found of a submission without an answer that may still arrive."""
+    age_s = (datetime.now(UTC) - datetime.fromisoformat(record.time)).total_seconds()
+    if not found and age_s < _LATE_S:
+        raise LaunchError(
+            f"{record.job.folder} was submitted {age_s:.0f} s ago without an answer, and the scheduler doesn't know of it; what is on its way "
+            f"may still arrive: try again in {_LATE_S - age_s:.0f} s"
+        )
 
 
 def _refuse_second(records: Path) -> None:
@@ -219,7 +237,7 @@ def _refuse_second(records: Path) -> None:
         LaunchError: The scheduler can't be asked.
     """
     made = read_records(records)
-    record = settled(made[-1]) if made else None
+    record = held(_settled(made[-1])) if made else None
     going = [] if record is None else [s for s in statuses(record) if not s.phase.over]
     if record is not None and going:
         said = ", ".join(f"{s.job_id} ({s.phase})" for s in going)

@@ -9,15 +9,15 @@ from opensora_dist.core.errors import ConfigError
 from opensora_dist.launch.base import Status
 from opensora_dist.launch.records import LAUNCH_DIR, Record, read_records
 from opensora_dist.launch.registry import build_launcher
-from opensora_dist.recipes.submit import settled, statuses
+from opensora_dist.recipes.submit import alone, held, statuses
 from opensora_dist.resilience.attempts import ATTEMPTS_NAME, Attempt, attempts_of, read_lines
 
 
 def newest(records: Path) -> Record:
-    """The newest submission of a run; where it was left without an answer, the scheduler is asked for it.
+    """The newest submission of a run, with all that the scheduler holds of it.
 
     Raises:
-        ConfigError: None was made.
+        ConfigError: None was made, or it is being made.
         LaunchError: The scheduler can't be asked.
     """
     found = read_records(records.absolute())
@@ -25,7 +25,10 @@ def newest(records: Path) -> Record:
         raise ConfigError(
             f"{records}/{LAUNCH_DIR} holds no submission; name the run directory of a run that was submitted, or its --records"
         )
-    return settled(found[-1])
+    if found[-1].job_ids is not None:
+        return held(found[-1])
+    with alone(records.absolute()):  # else its answer is still to come
+        return held(read_records(records.absolute())[-1])
 
 
 def attempts(record: Record) -> list[tuple[str | None, Attempt]]:

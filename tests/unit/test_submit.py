@@ -286,6 +286,33 @@ def test_a_scheduler_that_hangs_is_given_up_and_asked_before_anything_is_submitt
     assert [r.job_ids for r in read_records(tmp_path / "run")] == [(), ("1",)]
 
 
+def test_what_is_being_submitted_is_left_alone_and_only_submit_notes_an_answer_that_was_lost(capsys, slurm, train, tmp_path):
+    run = tmp_path / "run"
+    slurm.mode = "lost"
+    assert submit(capsys, *SUBMIT, "--", *train)[0] == 1
+    slurm.mode = "up"
+    with exclusive_lock(run / "launch/.lock", busy=AssertionError):
+        for verb in ("status", "logs", "cancel"):
+            code, _, err = submit(capsys, verb, run)
+            assert code == 2 and "is being made" in err
+    assert slurm.jobs[0]["state"] == "waiting"
+    assert "job 1: waiting" in submit(capsys, "status", run)[1]
+    assert read_records(run)[0].job_ids is None
+    assert submit(capsys, "cancel", run)[1] == "cancelled 1\n" and slurm.jobs[0]["state"] == "cancelled"
+
+
+def test_a_job_that_was_never_noted_is_seen_refused_and_cancelled(capsys, slurm, train, tmp_path):
+    """The one that went on without unfit nodes, where the script that asked for it ended before it could say so."""
+    submit(capsys, *SUBMIT, "--", *train)
+    slurm.end("failed")
+    slurm.set_jobs([*slurm.jobs, {**slurm.jobs[0], "id": "2", "state": "running"}])
+    assert "job 2: running" in submit(capsys, "status", tmp_path / "run")[1]
+    code, _, err = submit(capsys, *SUBMIT, "--", *train)
+    assert code == 2 and "slurm job 2 (running)" in err and len(slurm.jobs) == 2
+    assert submit(capsys, "cancel", tmp_path / "run")[1] == "cancelled 2\n"
+    assert submit(capsys, *SUBMIT, "--", *train)[0] == 0
+
+
 def test_who_submits_may_be_killed_before_it_hears_the_answer(slurm, train, tmp_path, capsys):
     slurm.mode = "kills"
     child = os.fork()
