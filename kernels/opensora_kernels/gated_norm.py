@@ -36,7 +36,10 @@ def gated_norm(
     """As ``reference``, in float32 inside. The statistics are those of the stream as it is stored."""
     B, L, D = x_BLD.shape
     x_BLD, branch_BLD = x_BLD.contiguous(), branch_BLD.contiguous()
-    stream, out = torch.empty_like(x_BLD), torch.empty(x_BLD.shape, dtype=shift_BD.dtype, device=x_BLD.device)
+    stream, out = (
+        torch.empty_like(x_BLD, memory_format=torch.contiguous_format),
+        torch.empty(x_BLD.shape, dtype=shift_BD.dtype, device=x_BLD.device),
+    )
     if out.numel():
         modulation = (t.contiguous() for t in (gate_BD, shift_BD, scale_BD))
         _forward[(B * L,)](x_BLD, branch_BLD, *modulation, stream, out, L, D, eps, block_of(D), num_warps=warps_of(D))
@@ -47,7 +50,9 @@ def gated_norm(
 def _(
     x_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_BLD), torch.empty(x_BLD.shape, dtype=shift_BD.dtype, device=x_BLD.device)
+    return torch.empty_like(x_BLD, memory_format=torch.contiguous_format), torch.empty(
+        x_BLD.shape, dtype=shift_BD.dtype, device=x_BLD.device
+    )
 
 
 @torch.library.custom_op("opensora::gated_norm_backward", mutates_args=())
@@ -57,10 +62,13 @@ def gated_norm_backward(
     """Gradients of x, branch, gate, shift and scale."""
     B, L, D = stream_BLD.shape
     dstream_BLD, dout_BLD, stream_BLD, branch_BLD = (t.contiguous() for t in (dstream_BLD, dout_BLD, stream_BLD, branch_BLD))
-    dx, dbranch = torch.empty_like(stream_BLD), torch.empty_like(branch_BLD)
+    dx, dbranch = (
+        torch.empty_like(stream_BLD, memory_format=torch.contiguous_format),
+        torch.empty_like(branch_BLD, memory_format=torch.contiguous_format),
+    )
     sums = [partial_sums(B, rows=L, width=D, like=stream_BLD) for _ in range(3)]
     if stream_BLD.numel():
-        _backward[(B, chunks_of(L))](
+        _backward[(chunks_of(L), B)](
             dstream_BLD,
             dout_BLD,
             stream_BLD,
@@ -86,7 +94,11 @@ def _(
     dstream_BLD: Tensor, dout_BLD: Tensor, stream_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor, scale_BD: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     small = (torch.empty_like(gate_BD) for _ in range(3))
-    return torch.empty_like(stream_BLD), torch.empty_like(branch_BLD), *small
+    return (
+        torch.empty_like(stream_BLD, memory_format=torch.contiguous_format),
+        torch.empty_like(branch_BLD, memory_format=torch.contiguous_format),
+        *small,
+    )
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -138,8 +150,8 @@ def _backward(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    sample = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
+    chunk = tl.program_id(0)
+    sample = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
     by = 1.0 + tl.load(scale + sample * D + column, mask=inside, other=0.0).to(tl.float32)
@@ -162,7 +174,7 @@ def _backward(
         tl.store(dx + at, total, mask=inside)
         tl.store(dbranch + at, total * opened, mask=inside)
         gate_sum += total * tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
-    to = (sample * tl.num_programs(1) + chunk) * D + column
+    to = (sample * tl.num_programs(0) + chunk) * D + column
     tl.store(dgate + to, gate_sum, mask=inside)
     tl.store(dshift + to, shift_sum, mask=inside)
     tl.store(dscale + to, scale_sum, mask=inside)

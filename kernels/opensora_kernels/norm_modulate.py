@@ -50,10 +50,10 @@ def norm_modulate_backward(grad_BLD: Tensor, x_BLD: Tensor, scale_BD: Tensor, ep
     """Gradients of x, shift and scale."""
     B, L, D = x_BLD.shape
     x_BLD, grad_BLD = x_BLD.contiguous(), grad_BLD.contiguous()
-    dx = torch.empty_like(x_BLD)
+    dx = torch.empty_like(x_BLD, memory_format=torch.contiguous_format)
     dshift, dscale = (partial_sums(B, rows=L, width=D, like=x_BLD) for _ in range(2))
     if x_BLD.numel():
-        _backward[(B, chunks_of(L))](
+        _backward[(chunks_of(L), B)](
             grad_BLD,
             x_BLD,
             scale_BD.contiguous(),
@@ -72,7 +72,7 @@ def norm_modulate_backward(grad_BLD: Tensor, x_BLD: Tensor, scale_BD: Tensor, ep
 
 @norm_modulate_backward.register_fake
 def _(grad_BLD: Tensor, x_BLD: Tensor, scale_BD: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x_BLD), torch.empty_like(scale_BD), torch.empty_like(scale_BD)
+    return torch.empty_like(x_BLD, memory_format=torch.contiguous_format), torch.empty_like(scale_BD), torch.empty_like(scale_BD)
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -104,8 +104,8 @@ def _forward(x, shift, scale, out, L, D, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _backward(grad, x, scale, dx, dshift, dscale, L, D, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    sample = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
+    chunk = tl.program_id(0)
+    sample = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
     by = 1.0 + tl.load(scale + sample * D + column, mask=inside, other=0.0).to(tl.float32)
@@ -123,6 +123,6 @@ def _backward(grad, x, scale, dx, dshift, dscale, L, D, eps, BLOCK: tl.constexpr
         along = tl.sum(dnormal * normal, axis=0) / D
         constant = tl.sum(dnormal, axis=0) / D
         tl.store(dx + at, (dnormal - constant - normal * along) * rstd, mask=inside)
-    to = (sample * tl.num_programs(1) + chunk) * D + column
+    to = (sample * tl.num_programs(0) + chunk) * D + column
     tl.store(dshift + to, shift_sum, mask=inside)
     tl.store(dscale + to, scale_sum, mask=inside)

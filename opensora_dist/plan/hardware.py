@@ -43,8 +43,8 @@ _GPUS: Final = (
         flops_per_s=835e12,
         memory_bytes=94 << 30,
         memory_bytes_per_s=3.9e12,
-        link_bytes_per_s=300e9,
-        source="NVIDIA H100 data sheet, NVL",
+        link_bytes_per_s=64e9,
+        source="NVIDIA H100 data sheet, NVL; link: PCIe 5.0 x16, as NVLink joins two of them",
     ),
     Gpu(
         name="h100-pcie",
@@ -68,10 +68,10 @@ _GPUS: Final = (
         name="h200",
         device="H200",
         flops_per_s=989.5e12,
-        memory_bytes=141 * 10**9,
+        memory_bytes=139 << 30,
         memory_bytes_per_s=4.8e12,
         link_bytes_per_s=450e9,
-        source="NVIDIA H200 data sheet, SXM",
+        source="NVIDIA H200 data sheet, SXM: 141 GB, of which the driver gives 139 GiB",
     ),
     Gpu(
         name="h100",

@@ -60,6 +60,7 @@ class Layout:
 
     Args:
         parallel: The whole section, as a config would have it.
+        base: The section of the config that is planned.
         micro_batch: Samples that ranks that share them work on at once.
         memory: At the worst moment.
         step: Its time; None where it doesn't run.
@@ -67,6 +68,7 @@ class Layout:
     """
 
     parallel: ParallelConfig
+    base: ParallelConfig
     micro_batch: int
     memory: MemoryEstimate | None
     step: StepTime | None
@@ -75,18 +77,18 @@ class Layout:
     @property
     def overrides(self) -> str:
         """What to put behind the config on a command line."""
-        p, sp = self.parallel, self.parallel.sp
+        p, sp, base = self.parallel, self.parallel.sp, self.base
         words = [f"parallel.sp.degree={sp.degree}"]
-        words += [f"parallel.sp.scheme={sp.scheme}"] if sp.degree > 1 else []
-        words += [f"parallel.sp.ulysses={sp.ulysses}"] if sp.ulysses is not None and sp.degree > 1 else []
+        words += [f"parallel.sp.scheme={sp.scheme}"] if sp.degree > 1 or sp.scheme != base.sp.scheme else []
+        words += [f"parallel.sp.ulysses={_yaml(sp.ulysses)}"] if sp.ulysses != base.sp.ulysses else []
         words += [
             f"parallel.zero.stage={p.zero.stage}",
             f"parallel.grad_accum={p.grad_accum}",
             f"parallel.recompute={p.recompute}",
         ]
-        words += ["parallel.offload_activations=true"] if p.offload_activations else []
-        words += [f"parallel.tile_tokens={p.tile_tokens}"] if p.tile_tokens else []
-        words += [f"parallel.dp_replicate={p.dp_replicate}"] if p.dp_replicate > 1 else []
+        for name in ("offload_activations", "tile_tokens"):
+            if getattr(p, name) != getattr(base, name):
+                words.append(f"parallel.{name}={_yaml(getattr(p, name))}")
         return " ".join(words)
 
 
@@ -115,7 +117,7 @@ def judged(run: Run, parallel: ParallelConfig, machine: Machine) -> Layout:
             f"data.global_batch={run.global_batch} doesn't part over the {groups} groups of ranks that see other samples",
         ]
     if broken:
-        return Layout(parallel=parallel, micro_batch=1, memory=None, step=None, problem=broken[0])
+        return Layout(parallel=parallel, base=run.parallel, micro_batch=1, memory=None, step=None, problem=broken[0])
     least: MemoryEstimate | None = None
     for micro in _divisors(samples):
         case = _case(run, parallel.model_copy(update={"grad_accum": samples // micro}), machine, micro)
@@ -123,6 +125,7 @@ def judged(run: Run, parallel: ParallelConfig, machine: Machine) -> Layout:
         if memory.total <= limit_bytes(machine):
             return Layout(
                 parallel=case.parallel,
+                base=run.parallel,
                 micro_batch=micro,
                 memory=memory,
                 step=step_time(case, run.cost, machine),
@@ -131,7 +134,7 @@ def judged(run: Run, parallel: ParallelConfig, machine: Machine) -> Layout:
         least = memory
     assert least is not None
     said = f"needs {least.total / 2**30:.0f} GiB of {limit_bytes(machine) / 2**30:.0f} ({least.moment})"
-    return Layout(parallel=case.parallel, micro_batch=1, memory=least, step=None, problem=said)
+    return Layout(parallel=case.parallel, base=run.parallel, micro_batch=1, memory=least, step=None, problem=said)
 
 
 def instead(run: Run, layout: Layout, machine: Machine) -> Iterator[tuple[str, Layout]]:
@@ -173,13 +176,12 @@ def _candidates(run: Run, machine: Machine) -> Iterator[ParallelConfig]:
                                 "recompute": recompute,
                                 "offload_activations": offload,
                                 "tile_tokens": tile,
-                                "dp_replicate": 1,
                             }
                         )
 
 
 def _sequences(run: Run, machine: Machine) -> Iterator[SpConfig]:
-    base = run.parallel.sp.model_copy(update={"ulysses": None, "min_degree": None})
+    base = run.parallel.sp.model_copy(update={"ulysses": None})
     yield base.model_copy(update={"degree": 1, "scheme": "dsp"})
     for degree in _divisors(machine.gpus):
         if 1 < degree <= max(run.grid.t, run.grid.h):
@@ -202,6 +204,10 @@ def _case(run: Run, parallel: ParallelConfig, machine: Machine, micro_batch: int
         text_tokens=run.text_tokens,
         max_tokens=run.text_tokens,
     )
+
+
+def _yaml(value: bool | int | None) -> str:
+    return "null" if value is None else str(value).lower()
 
 
 def _divisors(number: int) -> list[int]:

@@ -81,7 +81,8 @@ class StepTime:
 
 
 def step_time(case: MemoryCase, cost: SampleCost, machine: Machine) -> StepTime:
-    """
+    """Of the ``native`` backend without offload, tensor parallelism and copies of shards, whose traffic is not in here.
+
     Args:
         case: The layout and its micro-batch, of samples of one shape.
         cost: Of one sample, from the model.
@@ -116,7 +117,7 @@ def step_time(case: MemoryCase, cost: SampleCost, machine: Machine) -> StepTime:
     numbers = depth * _numbers(block_shapes(case)) + _numbers(root_shapes(case))
     weights_bytes, weights_takes = _weights(parallel, numbers=numbers, c=c, w=w, machine=machine)
     hidden = _HIDDEN * (compute_s + shared.exposed_s)
-    shards = machine.gpus // (parallel.dp_replicate * parallel.tp) if parallel.zero.stage else 1
+    shards = machine.gpus if parallel.zero.stage else 1
     offloaded = (depth - 1) * kept_of_block(case) * parallel.grad_accum if parallel.offload_activations else 0.0
     return StepTime(
         compute_s=compute_s,
@@ -146,17 +147,12 @@ def _numbers(shapes: list[tuple[int, int]]) -> int:
 
 def _weights(parallel: ParallelConfig, *, numbers: int, c: int, w: int, machine: Machine) -> tuple[float, float]:
     """Bytes that a rank sends of weights and gradients in a step, and the seconds that takes alone (docs/parallel.md has who sends what)."""
-    stage, accum, copies = parallel.zero.stage, parallel.grad_accum, parallel.dp_replicate
-    ranks = machine.gpus // (copies * parallel.tp)
+    stage, accum = parallel.zero.stage, parallel.grad_accum
     if stage == 0:
-        return _among(machine, ranks * copies, 2 * w * numbers)
+        return _among(machine, machine.gpus, 2 * w * numbers)
     gathers = 2 * accum if stage == 3 else 1
     reductions = 1 if stage == 1 else accum
-    sent, takes = _among(machine, ranks, (gathers * c + reductions * w) * numbers)
-    if copies > 1:  # each rank's share, summed over the copies, which lie on other nodes
-        more = 2 * w * numbers / ranks * (copies - 1) / copies
-        sent, takes = sent + more, takes + more / min(machine.gpu.link_bytes_per_s, machine.network_bytes_per_s)
-    return sent, takes
+    return _among(machine, machine.gpus, (gathers * c + reductions * w) * numbers)
 
 
 def _among(machine: Machine, ranks: int, num_bytes: float) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from opensora_dist.config.load import load_config
+from opensora_dist.config.load import Problem, load_config
 from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.errors import ConfigError, OpensoraError
 from opensora_dist.core.types import Thw
@@ -102,7 +102,7 @@ def plan(path: Path | None, *, overrides: Sequence[str], options: PlanOptions) -
     Raises:
         ConfigError: Of the config, or of what is planned for.
     """
-    config = load_config(TrainConfig, path, overrides=overrides)
+    config = load_config(TrainConfig, path, overrides=overrides, rules=_unplanned)
     machine = _machine(options)
     run, parameters = _run(config, options.latent)
     asked = judged(run, config.parallel, machine)
@@ -120,6 +120,22 @@ def plan(path: Path | None, *, overrides: Sequence[str], options: PlanOptions) -
         found=found,
         totals=totals,
     )
+
+
+def _unplanned(config: TrainConfig) -> list[Problem]:
+    """What no formula here has the time of."""
+    parallel = config.parallel
+    reckoned = {
+        "parallel.tp": (parallel.tp, 1),
+        "parallel.zero.backend": (parallel.zero.backend, "native"),
+        "parallel.zero.offload": (parallel.zero.offload, "none"),
+        "parallel.dp_replicate": (parallel.dp_replicate, 1),
+    }
+    return [
+        Problem(fields=(name,), message=f"{name}={value} is not planned: its traffic is in no formula; plan with {name}={known}")
+        for name, (value, known) in reckoned.items()
+        if value != known
+    ]
 
 
 def _machine(options: PlanOptions) -> Machine:
@@ -194,7 +210,9 @@ def _totals(run: Run, machine: Machine, best: Layout, *, steps: int, parameters:
     hours = steps * best.step.total_s / 3600
     gpu_hours = hours * machine.gpus
     price = machine.dollars_per_gpu_hour
-    sample_bytes = 2 * (run.channels * run.latent.volume + run.text_tokens * run.text_width)
+    # Each rank of those that share a sample reads its frames, and all of its text.
+    text = run.text_tokens * run.text_width * best.parallel.sp.degree
+    sample_bytes = 2 * (run.channels * run.latent.volume + text)
     nodes = machine.gpus // machine.per_node
     return Totals(
         samples_per_gpu_s=per_s / machine.gpus,

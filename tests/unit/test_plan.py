@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 
@@ -133,10 +134,11 @@ def test_every_layout_that_is_said_to_run_fits_by_the_one_formula_and_the_fastes
 
 
 def test_what_is_printed_for_a_layout_is_a_config_that_holds():
-    run, machine = run_of(), machine_of(16)
-    for layout in layouts(run, machine)[:40]:
-        config = load_config(TrainConfig, RECIPE, overrides=layout.overrides.split())
-        assert config.parallel == layout.parallel.model_copy(update={"dp_replicate": 1}), layout.overrides
+    given = ["parallel.offload_activations=true", "parallel.tile_tokens=4096", "parallel.sp.scheme=usp", "parallel.sp.ulysses=4"]
+    for overrides in ([], given):
+        for layout in layouts(run_of(*overrides), machine_of(16))[::30]:
+            config = load_config(TrainConfig, RECIPE, overrides=[*overrides, *layout.overrides.split()])
+            assert config.parallel == layout.parallel, layout.overrides
 
 
 def test_sequences_too_long_for_a_gpu_are_shared():
@@ -144,6 +146,18 @@ def test_sequences_too_long_for_a_gpu_are_shared():
     run = run_of("data.global_batch=8", latent=Thw(360, 136, 240))
     good = [layout for layout in layouts(run, machine_of(8)) if layout.problem is None]
     assert good and all(layout.parallel.sp.degree > 1 for layout in good)
+
+
+def test_a_node_reads_the_text_once_for_each_rank_that_shares_a_sample(capsys):
+    for latent, degrees in (("1x32x32", {1}), ("360x136x240", {4, 8})):
+        command = ["plan", str(RECIPE), "data.global_batch=8", "--gpus", "8", "--gpu", "h800", "--latent", latent, "--json"]
+        assert main(command) == 0
+        found = json.loads(capsys.readouterr().out)
+        best, volume = found["layouts"][0], math.prod(found["latent"])
+        degree = int(best["layout"].split("degree=")[1].split()[0])
+        assert degree in degrees
+        read = found["totals"]["loader_bytes_per_s"] * best["step"]["total_s"] / 8
+        assert read == pytest.approx(2 * (4 * volume + 120 * 4096 * degree))
 
 
 def test_a_plan_of_512_gpus_takes_at_most_ten_seconds():
@@ -178,6 +192,10 @@ def test_a_run_that_fits_nowhere_is_exit_code_1(capsys):
         (["--gpus", "0", "--gpu", "h80"], ["--gpus must be above 0", "did you mean 'h800'"]),
         (["--gpus", "12", "--gpu", "h800", "--use", "1.5"], ["no whole number of nodes", "--use must be above 0 and at most 1"]),
         (["--gpus", "8", "--gpu", "h800"], ["give --latent"]),
+        (
+            ["parallel.tp=2", "parallel.zero.offload=all", "--gpus", "8", "--gpu", "h800"],
+            ["parallel.tp=2 is not planned", "plan with parallel.zero.offload=none"],
+        ),
         (["--gpus", "8", "--gpu", "h800", "--latent", "64x64"], ["is not FRAMESxHEIGHTxWIDTH"]),
         (["--gpus", "8", "--gpu", "h800", "--latent", "64x65x64"], ["--latent 64x65x64"]),
     ],
