@@ -46,13 +46,13 @@ def _tuple(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 @DTYPES
-@pytest.mark.parametrize("B, L, D", [(2, 37, 72), (1, 1, 5), (3, 64, 129)])
+@pytest.mark.parametrize("B, L, D", [(2, 7, 72), (1, 1, 5), (1, 35, 129)])
 def test_norm_and_modulation(dtype, B, L, D):
     assert_same(norm_modulate.norm_modulate, norm_modulate.reference, draws(dtype, (B, L, D), (B, D), (B, D)))
 
 
 @DTYPES
-@pytest.mark.parametrize("B, L, D", [(2, 37, 72), (1, 1, 5), (3, 65, 130)])
+@pytest.mark.parametrize("B, L, D", [(2, 7, 72), (1, 1, 5), (1, 35, 130)])
 def test_gate_norm_and_modulation_give_the_stream_and_what_the_next_branch_is_given(dtype, B, L, D):
     inputs = draws(dtype, (B, L, D), (B, L, D), (B, D), (B, D), (B, D))
     assert_same(gated_norm.gated_norm, gated_norm.reference, inputs)
@@ -69,7 +69,7 @@ def test_a_stream_in_float32_stays_so_beside_a_modulation_in_bfloat16():
 
 
 @DTYPES
-@pytest.mark.parametrize("shape", [(3, 37, 300), (1, 5), (33, 257)])
+@pytest.mark.parametrize("shape", [(3, 7, 300), (1, 5), (33, 257)])
 def test_bias_and_gelu(dtype, shape):
     x, bias = draws(dtype, shape, shape[-1:])
     assert_same(bias_gelu.bias_gelu, bias_gelu.reference, [x * 4, bias])
