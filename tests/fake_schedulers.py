@@ -131,7 +131,7 @@ def _slurm(program: str, args: list[str], jobs: list[dict[str, str]], file: Path
         print("slurm_load_jobs error: Invalid job id specified", file=sys.stderr)
         return 1
     for job in jobs:
-        fields = {"F": job["id"], "T": states[job["state"]], "r": "None", "N": "", "M": "0:00", "k": job["key"]}
+        fields = {"F": job["id"], "i": job["id"], "T": states[job["state"]], "r": "None", "N": "", "M": "0:00", "k": job["key"]}
         if job["id"] in asked:
             print(re.sub(r"%(\w)", lambda match: fields[match[1]], given["--format"]))
     return 0

@@ -1,8 +1,6 @@
 # The rest of the batch script: plain shell, which reads the values above it.
+set_up=yes
 set -uo pipefail
-# The number of an array's last task is that of the whole array.
-own=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-own=${own:-$SLURM_JOB_ID}
 attempt="$own.${SLURM_RESTART_COUNT:-0}"
 task=()
 if [ "$parts" -gt 0 ]; then
@@ -15,62 +13,9 @@ num_nodes=$SLURM_JOB_NUM_NODES
 export OPENSORA_LOGS="$run_dir/logs/$attempt"
 mkdir -p "$OPENSORA_LOGS"
 
-# Slurm asks this script alone to stop, by USR1 some time before the time limit or a preemption, and by TERM when it ends the job; so does
-# `opensora-dist cancel`, by TERM. It is passed on to the job's steps until they have ended, since a process that is just starting loses it.
-asked=
-passing=
-pass_on() {
-  local signal=$1 until
-  until=$(last_moment "$signal")
-  while [ "$(date +%s)" -lt "$until" ]; do
-    if [ -n "$alone" ]; then kill -s "$signal" "$child"; else scancel --signal="$signal" "$own"; fi
-    sleep 5
-  done
-  echo "asked to stop by $signal, and still running: killed" >&2
-  # Step by step: KILL to the job as a whole would end this script, too.
-  squeue --noheader --steps --jobs="$own" --format=%i | grep '[.][0-9]*$' | xargs -r scancel
-}
-# Until when they may save, in seconds: before a time limit, so long that this script can still ask for another start.
-last_moment() {
-  local limit
-  limit=$(known EndTime) # Unknown where there is none
-  if [ "$1" = TERM ]; then
-    echo $(($(date +%s) + save_s))
-  elif limit=$(date -d "${limit:-Unknown}" +%s 2> /dev/null); then
-    echo $((limit - (save_s < 60 ? save_s / 3 : 20)))
-  else
-    echo 9999999999
-  fi
-}
-# Once, and not while a process is being started: `$!` would be that of pass_on.
-tell() {
-  if [ -z "$asked" ] || [ -n "$passing" ] || [ -n "$starting" ]; then return; fi
-  pass_on "$asked" &
-  passing=$!
-}
-stop() {
-  interrupted=yes
-  [ -n "$asked" ] || echo "asked to stop, by $1"
-  asked=${asked:-$1}
-  tell
-}
-on_usr1() { stop USR1; }
-on_term() {
-  ended_by_slurm=yes
-  stop TERM
-}
-alone=
-child=
-starting=
-interrupted=
-ended_by_slurm=
-trap on_usr1 USR1
-trap on_term TERM
-trap '[ -z "$passing" ] || kill "$passing" 2> /dev/null' EXIT
-
 # Runs a command, and returns its exit code, whatever signals come meanwhile: a shell hears none while it waits for a command in the foreground.
 run() {
-  local code last=0
+  local code last=
   starting=yes
   "$@" &
   child=$!
@@ -80,7 +25,8 @@ run() {
     interrupted=
     wait "$child"
     code=$?
-    [ "$code" -ne 127 ] || return "$last"
+    # 127 is that of a command that isn't there, or of a child that an interrupted wait has told the end of already.
+    [ "$code" -ne 127 ] || return "${last:-127}"
     [ -n "$interrupted" ] || return "$code"
     last=$code
   done
@@ -96,46 +42,33 @@ opensora() {
   run "${head[@]}" "$python" -m opensora_dist "$@"
 }
 
-# Jobs of this submission that wait for this one.
-waiting() {
-  squeue --noheader --user="$(id -u)" --states=PENDING --format='%A %k' | awk -v name="$job_name" '$2 == name { print $1 }'
-}
-
-# Nothing goes on after this job: the rest of a chain, which would start when this job has failed, is taken back.
-end_chain() {
-  local ids
-  if [ "$restarts" = chain ] && mapfile -t ids < <(waiting) && [ -n "${ids[*]}" ]; then scancel "${ids[@]}"; fi
-}
-
-# What Slurm says of this job.
-known() {
-  scontrol --oneliner show job "$own" | grep -o "\b$1=[^ ]*" | head -n 1 | cut -d= -f2
-}
-
-# Slurm ends this job, and not for its time, its nodes or another job.
-cancelled() {
-  [ -n "$ended_by_slurm" ] && [ "$(known Reason)" = None ] && case $(known PreemptTime) in "" | None) true ;; *) false ;; esac
-}
-
 # Does what the end of an attempt means; the exit code of this job.
 end() {
-  local next
-  alone= # what runs from here on isn't to be stopped
+  local by=()
+  ending=yes # what runs from here on isn't to be stopped
   [ -z "$passing" ] || kill "$passing" 2> /dev/null
-  opensora node end "$submission" --attempt "$attempt" "${task[@]}" --code "$1"
-  next=$?
-  # The ranks don't know who sent a TERM: a user, who means it, or Slurm, which then starts the job again or should be asked to.
-  if [ "$next" -eq 12 ] && [ -n "$ended_by_slurm" ] && ! cancelled; then next=10; fi
-  if [ "$next" -eq 10 ] && ! cancelled; then
-    again
-    return 10
-  fi
-  end_chain
-  case $next in 0 | 12) return 0 ;; *) return 1 ;; esac
+  if cancelled; then by=(--stopped-by user); elif [ -n "$asked" ]; then by=(--stopped-by scheduler); fi
+  opensora node end "$submission" --attempt "$attempt" "${task[@]}" "${by[@]}" --code "$1"
+  case $? in
+    0 | 12)
+      end_chain
+      return 0
+      ;;
+    11)
+      end_chain
+      return 1
+      ;;
+    *)
+      # 10, or it could not say: then `node begin` of the next attempt does, and ends it where that is of no use.
+      again
+      return 10
+      ;;
+  esac
 }
 
 again() {
   [ "$restarts" = requeue ] || return
+  if cancelled; then return; fi # since it was asked how it ended
   # Slurm itself starts a job again that it preempts, or whose nodes fail; one whose time is up it doesn't.
   [ -z "$ended_by_slurm" ] || [ "$(known Reason)" = TimeLimit ] || return
   trap - TERM USR1
@@ -149,12 +82,13 @@ again() {
 # Goes on without nodes that are unfit, in another job.
 without() {
   local excluded next=
+  ending=yes # the note of it isn't to be stopped
   excluded=$(known ExcNodeList)
   case $excluded in "" | "(null)") excluded=$1 ;; *) excluded="$excluded,$1" ;; esac
   echo "goes on without $excluded"
   if [ "$restarts" = chain ]; then
     while read -r id; do
-      scontrol update JobId="$id" ExcNodeList="$excluded" && next=${next:-$id}
+      scontrol update JobId="$id" ExcNodeList="$excluded" && next=$id
     done < <(waiting)
   else
     # Of this job's environment, what Slurm has put there is not for the next.
@@ -169,16 +103,21 @@ without() {
 }
 
 check_nodes() {
-  local unfit code
+  local unfit code links
   step --nodes="$num_nodes" --ntasks="$num_nodes" --kill-on-bad-exit=0 --time="$(((preflight_s + 119) / 60))" \
     "${container[@]}" "$python" -m opensora_dist node preflight "$submission" --attempt "$attempt"
   MASTER_PORT=$((port + 1)) step --nodes="$num_nodes" --ntasks="$((num_nodes * links_per_node))" \
     --ntasks-per-node="$links_per_node" --overcommit --kill-on-bad-exit=0 --time="$(((preflight_s + 119) / 60))" \
     "${container[@]}" bash "$submission/network.sh" "$python" -m opensora_dist node links "$submission" --attempt "$attempt" --device "$device"
+  links=$?
   unfit=$(opensora node verdict "$submission" --attempt "$attempt" "${nodes[@]}")
   code=$?
   if [ -n "$asked" ]; then
     end 1
+    false
+  elif [ "$code" -eq 0 ] && [ "$links" -ne 0 ]; then
+    echo "error: links between the nodes could not be tried (exit code $links), which no node can be blamed for; see above" >&2
+    end 31
     false
   elif [ "$code" -eq 30 ]; then
     without "$unfit"
@@ -191,7 +130,7 @@ check_nodes() {
 
 opensora node begin "$submission" --attempt "$attempt" "${task[@]}"
 code=$?
-if [ -n "$asked" ]; then
+if [ -n "$asked" ] && [ "$code" -ne 20 ] && [ "$code" -ne 21 ]; then
   end 1
   exit
 elif [ "$code" -ne 0 ]; then

@@ -161,7 +161,13 @@ def load_site(path: Path | None) -> SiteConfig:
 
 def site_problems(site: SiteConfig) -> list[Problem]:
     """The rules between fields, and of what shell and YAML can't hold."""
-    return [*_text_problems(site), *_variable_problems(site), *_slurm_problems(site.slurm), *_container_problems(site.container)]
+    return [
+        *_text_problems(site),
+        *_variable_problems(site),
+        *_python_problems(site.node),
+        *_slurm_problems(site.slurm),
+        *_container_problems(site.container),
+    ]
 
 
 def _text_problems(section: Section, *, at: str = "") -> list[Problem]:
@@ -197,6 +203,14 @@ def _variable_problems(site: SiteConfig) -> list[Problem]:
         for name in (match[1] for line in lines for match in _ASSIGNED.finditer(line) if _SECRET.fullmatch(match[1])):
             problems.append(Problem(fields=(field,), message=f"{field} sets {name}, which looks like a secret, and {remedy}"))
     return problems
+
+
+def _python_problems(node: NodeSite) -> list[Problem]:
+    """Scripts quote it, so that a shell expands nothing in it."""
+    if not node.python.startswith("~") and "$" not in node.python:
+        return []
+    said = f"node.python={node.python!r} is taken as it is, without a shell that would expand ~ or $; write the whole path"
+    return [Problem(fields=("node.python",), message=said)]
 
 
 def _slurm_problems(slurm: SlurmSite) -> list[Problem]:

@@ -30,6 +30,7 @@ _REMEDIES: Final[Mapping[str, str]] = {
     "time limit": "ask for less --time, or name a partition that gives more by slurm.partition",
 }
 _GONE: Final = "Invalid job id"
+_TRIES: Final = 3  # to cancel what changes meanwhile
 
 # What job.sbatch sets itself, and what of a site's profile does; by every name that sbatch has for it.
 _TAKEN: Final[Mapping[str, str]] = {
@@ -52,43 +53,11 @@ _TAKEN: Final[Mapping[str, str]] = {
     **dict.fromkeys(("container-image", "container-mounts"), "the section container"),
 }
 _OURS: Final = frozenset(
-    [
-        "comment",
-        "output",
-        "o",
-        "error",
-        "e",
-        "open-mode",
-        "ntasks",
-        "n",
-        "ntasks-per-node",
-        "ntasks-per-socket",
-        "ntasks-per-core",
-        "ntasks-per-gpu",
-        "chdir",
-        "D",
-        "dependency",
-        "d",
-        "hold",
-        "H",
-        "begin",
-        "b",
-        "parsable",
-        "wrap",
-        "wait",
-        "W",
-        "test-only",
-        "kill-on-invalid-dep",
-        "input",
-        "i",
-        "no-kill",
-        "k",
-        "het-group",
-        "export",
-        "export-file",
-        "quiet",
-        "Q",
-    ]
+    (
+        "comment output o error e open-mode ntasks n ntasks-per-node ntasks-per-socket ntasks-per-core ntasks-per-gpu chdir D "
+        "dependency d hold H begin b parsable wrap wait W test-only kill-on-invalid-dep input i no-kill k het-group export "
+        "export-file quiet Q clusters M"
+    ).split()
 )
 
 _PHASES: Final[Mapping[str, Phase]] = {
@@ -143,30 +112,23 @@ class SlurmLauncher:
         return ids
 
     def find(self, job: Job) -> list[str]:
-        lines = self._squeue("--states=all", "--format=%F|%r|%k")
-        reasons = {i: reason for i, reason, comment in lines if comment == job.id}
-        found = sorted(reasons, key=int)
-        if not found:
-            # It may have come and gone: a job's log is there once it has begun.
-            return sorted({_base(path.stem.removeprefix("slurm-")) for path in job.folder.glob("slurm-*.log")}, key=int)
-        # submit.sh didn't come to its end, so that no job of it could begin.
-        if any(reason == "JobHeldUser" for reason in reasons.values()):
-            self._call(["scancel", *reversed(found)])
+        # What has left the queue has come and gone: there is a log of it.
+        return sorted({*self._reasons(job), *_begun(job)}, key=int)
+
+    def settle(self, job: Job) -> list[str]:
+        reasons = self._reasons(job)
+        # submit.sh didn't come to its end, so that no job of it could begin. One job alone is held by its user.
+        if len(_steps(job)) > 1 and "JobHeldUser" in reasons.values():
+            self._call(["scancel", *sorted(reasons, key=int, reverse=True)])
             return []
-        return found
+        return self.find(job)
 
     def status(self, job_ids: Sequence[str]) -> list[Status]:
         if not job_ids:
             return []
         tasks: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
-        try:
-            for i, state, reason, nodes, used in self._squeue(
-                "--states=all", f"--jobs={','.join(job_ids)}", "--format=%F|%T|%r|%N|%M"
-            ):
-                tasks[i].append((state, _words(state, reason, nodes, used)))
-        except LaunchError as error:
-            if isinstance(error, UnsureError) or _GONE not in str(error):
-                raise
+        for i, state, nodes, used, reason in self._queue(job_ids, "%F|%T|%N|%M|%r"):
+            tasks[i].append((state, _words(state, reason, nodes, used)))
         if gone := [i for i in job_ids if i not in tasks]:
             for i, state in self._accounted(gone):
                 tasks[_base(i)].append((state.split()[0], f"{state}, by sacct"))
@@ -185,14 +147,45 @@ class SlurmLauncher:
         )
 
     def cancel(self, job_ids: Sequence[str]) -> None:
-        left = {s.job_id: s.phase for s in self.status(job_ids) if not s.phase.over}
-        if not left:
-            return
-        # Those that wait first: of a chain, each would start when the one before is cancelled.
-        self._call(["scancel", "--state=PENDING", *reversed(left)])
-        if running := [i for i, phase in left.items() if phase is Phase.RUNNING]:
-            # To the script alone, which gives its ranks slurm.signal_s to save; all at once have KillWait of slurm.conf, half a minute.
-            self._call(["scancel", "--batch", "--signal=TERM", *running])
+        sent: dict[str, str] = {}
+        refused: LaunchError | None = None
+        left = self._left(job_ids, sent)
+        for _ in range(_TRIES):
+            if not left:
+                return
+            try:
+                self._end(left)
+            except UnsureError:
+                raise
+            except LaunchError as error:  # its state is another by now; or it is refused
+                refused = error
+            else:
+                sent |= {i: _ended_by(state) for i, state in left.items()}
+            # What began, or was requeued, between the look and the call.
+            left = self._left(job_ids, sent)
+        if left:
+            said = ", ".join(f"{i} ({state})" for i, state in left.items())
+            raise LaunchError(f"told to end, and still there: job {said}; the same command tries again") from refused
+
+    def _left(self, job_ids: Sequence[str], sent: Mapping[str, str]) -> dict[str, str]:
+        """States of those that nothing ends yet, tasks of an array by themselves.
+
+        The last job first: of a chain, each would start when the one before is cancelled.
+        """
+        found = self._queue(job_ids, "%i|%T", "--array") if job_ids else []
+        ending = [("RUNNING", "TERM"), ("COMPLETING", "KILL")]
+        left = {i: s for i, s in found if not _PHASES.get(s, Phase.WAITING).over and (s, sent.get(i)) not in ending}
+        return dict(sorted(left.items(), key=lambda item: int(_base(item[0])), reverse=True))
+
+    def _end(self, left: Mapping[str, str]) -> None:
+        """One call for each job, in their order."""
+        for job in dict.fromkeys(map(_base, left)):
+            words = {i: _ended_by(state) for i, state in left.items() if _base(i) == job}
+            if killed := [i for i, word in words.items() if word == "KILL"]:
+                self._call(["scancel", *killed])
+            if told := [i for i, word in words.items() if word == "TERM"]:
+                # To the script alone, which gives its ranks slurm.signal_s to save; all at once have KillWait of slurm.conf, half a minute.
+                self._call(["scancel", "--batch", "--signal=TERM", *told])
 
     def _remedies(self, said: str) -> list[str]:
         """Ways out of a refusal, by the words of it."""
@@ -209,7 +202,7 @@ class SlurmLauncher:
         """Id and state of what has left the queue; nothing where no accounts are kept."""
         command = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State", f"--jobs={','.join(job_ids)}"]
         try:
-            return _fields(self._call(command))
+            return _fields(self._call(command), most=2)
         except UnsureError:
             raise
         except LaunchError as error:
@@ -217,8 +210,22 @@ class SlurmLauncher:
                 return []
             raise
 
-    def _squeue(self, *options: str) -> list[list[str]]:
-        return _fields(self._call(["squeue", "--noheader", "--local", *options]))
+    def _queue(self, job_ids: Sequence[str], form: str, *options: str) -> list[list[str]]:
+        """What squeue says of jobs; nothing of those that have left it."""
+        try:
+            return self._squeue(form, f"--jobs={','.join(job_ids)}", *options)
+        except LaunchError as error:
+            if isinstance(error, UnsureError) or _GONE not in str(error):
+                raise
+            return []
+
+    def _reasons(self, job: Job) -> dict[str, str]:
+        """Why they wait, of all jobs of a submission that squeue knows."""
+        return {i: reason for i, reason, comment in self._squeue("%F|%r|%k", "--me") if comment == job.id}
+
+    def _squeue(self, form: str, *options: str) -> list[list[str]]:
+        said = self._call(["squeue", "--noheader", "--local", "--states=all", *options, f"--format={form}"])
+        return _fields(said, most=form.count("|") + 1)
 
     def _call(self, command: Sequence[str]) -> str:
         return ask(command, timeout_s=self._site.slurm.command_timeout_s)
@@ -231,12 +238,6 @@ def slurm_problems(job: Job) -> list[str]:
         problems.append(
             f"run.dir={str(job.run_dir)!r} has control characters, which a batch script can't hold; choose another run.dir"
         )
-    for field in ("partition", "account", "qos", "constraint", "gpu_type", "memory"):
-        value = getattr(slurm, field)
-        if value is not None and not re.fullmatch(r"[^\s\"'#\\]+", value):
-            problems.append(
-                f"slurm.{field}={value!r} must have no spaces, quotes, '#' or backslashes, as sbatch's options have none"
-            )
     for option in slurm.options:
         for name in _names(option):
             if name in _TAKEN:
@@ -281,6 +282,7 @@ def _script(job: Job, *, array: int | None) -> str:
         options=_options(job, array=array),
         start=start,
         parts=array or 0,
+        restarts="never" if job.array is not None and site.slurm.requeue == "chain" else site.slurm.requeue,
         links_per_node=max(job.gpus_per_node, 1),
         device="cuda" if job.gpus_per_node else "cpu",
         preflight_s=round(site.preflight.timeout_s) if checked else 0,
@@ -342,8 +344,15 @@ def _options(job: Job, *, array: int | None) -> list[str]:
     return options + slurm.options
 
 
-def _fields(text: str) -> list[list[str]]:
-    return [[field.strip() for field in line.split("|")] for line in text.splitlines() if line.strip()]
+def _fields(text: str, *, most: int) -> list[list[str]]:
+    """Of lines that have as many. The last may hold anything: a comment has '|' and line breaks as its author likes."""
+    found = ([field.strip() for field in line.split("|", most - 1)] for line in text.splitlines())
+    return [fields for fields in found if len(fields) == most]
+
+
+def _ended_by(state: str) -> str:
+    """What ends a job in this state: what runs saves first."""
+    return "TERM" if state == "RUNNING" else "KILL"
 
 
 def _words(state: str, reason: str, nodes: str, used: str) -> str:
@@ -363,6 +372,11 @@ def _status(job_id: str, tasks: Sequence[tuple[str, str]]) -> Status:
 def _base(name: str) -> str:
     """Job of an attempt, or of an array's task: 12 of 12_3.0."""
     return re.split(r"[._]", name)[0]
+
+
+def _begun(job: Job) -> set[str]:
+    """Jobs of a submission that have begun, in the queue or not: each has a log."""
+    return {_base(path.stem.removeprefix("slurm-")) for path in job.folder.glob("slurm-*.log")}
 
 
 def _attempt_order(name: str) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from opensora_dist.config.site import SiteConfig
+from opensora_dist.config.site import SiteConfig, site_problems
 from opensora_dist.launch import slurm as module
 from opensora_dist.launch.base import LaunchError, Phase, UnsureError
 from opensora_dist.launch.job import Job
@@ -122,7 +122,8 @@ def test_a_job_is_one_call_of_sbatch_and_a_chain_or_an_array_one_of_a_script():
         ({"slurm": {"options": ["--sig=TERM@5"]}}, {}, "slurm.signal_s"),
         ({"slurm": {"options": ["--output=x"]}}, {}, "needs for itself; leave it out"),
         ({"slurm": {"options": ["-o x"]}}, {}, "needs for itself; leave it out"),
-        ({"slurm": {"partition": "two words"}}, {}, "slurm.partition='two words' must have no spaces"),
+        ({"slurm": {"options": ["-M other"]}}, {}, "needs for itself; leave it out"),
+        ({"slurm": {"options": ["--cluster=other"]}}, {}, "needs for itself; leave it out"),
         ({}, {"time_limit_s": 300}, "--time 0-00:05:00 is no more than slurm.signal_s=300"),
         ({}, {"folder": Path("/a\nb/launch/0001")}, "control characters"),
     ],
@@ -145,6 +146,7 @@ _STAND_IN = r"""#!/bin/bash
 name=${0##*/}
 echo "$name $*" >> "$STAND/calls"
 answer() { if [ -e "$STAND/$1" ]; then cat "$STAND/$1"; else echo "${2-}"; fi; }
+held() { while [ -e "$STAND/hold_$1" ]; do /bin/sleep 0.02; done; }
 case "$name $*" in
   "scontrol show hostnames"*) answer nodes "node1" ;;
   "scontrol --oneliner show job"*) answer job "JobState=RUNNING Reason=None ExcNodeList=(null) PreemptTime=None" ;;
@@ -157,8 +159,9 @@ case "$name $*" in
   "srun "*"torch.distributed.run"* | "srun "*"data prepare"*)
     while [ -e "$STAND/hold" ] && [ ! -e "$STAND/told" ]; do /bin/sleep 0.02; done
     exit "$(answer step 0)" ;;
-  "python "*"node begin"*) exit "$(answer begin 0)" ;;
-  "python "*"node end"*) exit "$(answer end 0)" ;;
+  "srun "*"node links"*) exit "$(answer links 0)" ;;
+  "python "*"node begin"*) held begin; exit "$(answer begin 0)" ;;
+  "python "*"node end"*) held end; exit "$(answer end 0)" ;;
   "python "*"node verdict"*) answer unfit; exit "$(answer verdict 0)" ;;
 esac
 """
@@ -214,11 +217,14 @@ class Stand:
     def said(self):
         return (self._folder / "said").read_text()
 
-    def until_training(self):
+    def until(self, called="torch.distributed.run"):
         until = time.monotonic() + 20
-        while not any("torch.distributed.run" in call for call in self.calls("srun")):
+        while not any(called in call for call in self.calls("")):
             assert time.monotonic() < until, self.said()
             time.sleep(0.02)
+
+    def go_on(self, held):
+        (self._folder / f"hold_{held}").unlink()
 
 
 def stand(tmp_path, job=None, **site):
@@ -243,41 +249,95 @@ def test_where_nothing_is_left_to_do_or_another_start_is_of_no_use_nothing_start
     assert job.run() == code and not job.calls("srun")
 
 
-@pytest.mark.parametrize(("end", "requeued"), [(10, True), (11, False), (12, False)])
+def test_a_program_that_isnt_there_is_no_run_that_is_done(tmp_path):
+    job = stand(tmp_path)
+    job.set(step=127, end=11)
+    assert job.run() == 1 and job.calls("python")[-1].endswith("--attempt 7.1 --code 127")
+    job = stand(tmp_path / "other", node={"python": str(tmp_path / "nowhere/python")})
+    assert job.run() == 1 and not job.calls("srun"), "not even begun"
+
+
+@pytest.mark.parametrize("python", ["~/venv/bin/python", "$HOME/venv/bin/python"])
+def test_an_interpreter_that_no_shell_would_expand_is_refused(python):
+    (problem,) = site_problems(SiteConfig.model_validate({"node": {"python": python}}))
+    assert problem.fields == ("node.python",) and "write the whole path" in problem.message
+
+
+# What fails while it is asked is no failure of the run: the next begin looks again.
+@pytest.mark.parametrize(("end", "requeued"), [(10, True), (11, False), (12, False), (1, True), (2, True), (127, True)])
 def test_a_job_is_requeued_where_the_end_of_its_attempt_says_so_and_never_else(tmp_path, end, requeued):
     job = stand(tmp_path)
     job.set(step=1, end=end)
     code = job.run()
     assert bool(job.calls("scontrol requeue 7")) == requeued
-    assert code == {10: -signal.SIGTERM, 11: 1, 12: 0}[end]
+    assert code == (-signal.SIGTERM if requeued else {11: 1, 12: 0}[end])
+    assert "--stopped-by" not in job.calls("python")[-1], "nobody asked"
 
 
 def test_before_the_time_limit_ranks_are_told_and_the_job_is_requeued(tmp_path):
     job = stand(tmp_path)
     job.set(hold="", end=10)
     script = job.start()
-    job.until_training()
+    job.until()
     script.send_signal(signal.SIGUSR1)
     assert script.wait(timeout=20) == -signal.SIGTERM  # as Slurm takes a requeued job down
     assert job.calls("scancel")[0] == "scancel --signal=USR1 7" and job.calls("scontrol requeue 7")
+    assert job.calls("python")[-1].endswith("--stopped-by scheduler --code 0")
 
 
 @pytest.mark.parametrize(
-    ("why", "requeued", "code"),
+    ("why", "who", "end", "requeued", "code"),
     [
-        ("Reason=None PreemptTime=None", False, 0),  # a user cancelled it
-        ("Reason=None PreemptTime=2026-01-01T00:00:00", False, 10),  # Slurm starts it again by itself
-        ("Reason=TimeLimit PreemptTime=None", True, -signal.SIGTERM),
+        ("Reason=None PreemptTime=None", "user", 12, False, 0),
+        ("Reason=None PreemptTime=None", "user", 10, False, 10),
+        ("Reason=None PreemptTime=2026-01-01T00:00:00", "scheduler", 10, False, 10),  # Slurm starts it again by itself
+        ("Reason=TimeLimit PreemptTime=None", "scheduler", 10, True, -signal.SIGTERM),
     ],
 )
-def test_a_job_that_is_ended_saves_and_is_requeued_where_its_time_is_up_alone(tmp_path, why, requeued, code):
+def test_a_job_that_is_ended_saves_and_is_requeued_where_its_time_is_up_alone(tmp_path, why, who, end, requeued, code):
     job = stand(tmp_path)
-    job.set(hold="", end=12, job=why)
+    job.set(hold="", end=end, job=why)
     script = job.start()
-    job.until_training()
+    job.until()
     script.send_signal(signal.SIGTERM)
     assert script.wait(timeout=20) == code
     assert job.calls("scancel")[0] == "scancel --signal=TERM 7" and bool(job.calls("scontrol requeue")) == requeued
+    assert job.calls("python")[-1].endswith(f"--stopped-by {who} --code 0")
+
+
+def test_what_tells_how_a_job_ended_is_not_stopped_itself(tmp_path):
+    job = stand(tmp_path)
+    job.set(hold_end="")
+    script = job.start()
+    job.until("node end")
+    script.send_signal(signal.SIGUSR1)
+    time.sleep(0.3)
+    job.go_on("end")
+    assert script.wait(timeout=20) == 0 and "asked to stop" in job.said() and not job.calls("scancel")
+
+
+def test_a_job_with_nothing_left_to_do_is_over_though_it_is_told_to_stop(tmp_path):
+    job = stand(tmp_path)
+    job.set(hold_begin="", begin=20)
+    script = job.start()
+    job.until("node begin")
+    script.send_signal(signal.SIGUSR1)
+    time.sleep(0.1)
+    job.go_on("begin")
+    assert script.wait(timeout=20) == 0 and not any("node end" in call for call in job.calls("python"))
+
+
+def test_told_to_stop_while_it_sets_up_a_job_saves_its_place(tmp_path):
+    waits = 'echo setting up >> "$STAND/calls"; while [ -e "$STAND/hold_setup" ]; do sleep 1; done'
+    job = stand(tmp_path, node={"python": "python", "setup": [waits]})
+    job.set(hold_setup="", end=10)
+    script = job.start()
+    job.until("setting up")
+    script.send_signal(signal.SIGUSR1)
+    time.sleep(0.2)
+    job.go_on("setup")
+    assert script.wait(timeout=20) == -signal.SIGTERM and not job.calls("srun")
+    assert job.calls("python")[-1].endswith("--stopped-by scheduler --code 1") and job.calls("scontrol requeue 7")
 
 
 @pytest.mark.parametrize(
@@ -289,16 +349,16 @@ def test_a_job_that_is_ended_saves_and_is_requeued_where_its_time_is_up_alone(tm
 )
 def test_ranks_that_dont_stop_in_time_are_killed_and_the_job_ends_as_its_attempt_does(tmp_path, told, site, known):
     job = stand(tmp_path, **site)
-    job.set(hold="", end=10, step=1, **known)
+    job.set(hold="", end=10 if told == signal.SIGUSR1 else 12, step=1, **known)
     (tmp_path / "stand/bin/date").write_text("#!/bin/bash\n" + DATE)
     (tmp_path / "stand/bin/date").chmod(0o755)
     (tmp_path / "stand/bin/scancel").write_text(_STAND_IN.replace('"scancel --signal"*', '"scancel 7.2"'))
     steps = '"squeue "*) printf "7.batch\\n7.2\\n"'
     (tmp_path / "stand/bin/squeue").write_text(_STAND_IN.replace('"squeue "*"--states=PENDING"*) answer pending', steps))
     script = job.start()
-    job.until_training()
+    job.until()
     script.send_signal(told)
-    assert script.wait(timeout=20) == (-signal.SIGTERM if told == signal.SIGUSR1 else 1)
+    assert script.wait(timeout=20) == (-signal.SIGTERM if told == signal.SIGUSR1 else 0)
     assert job.calls("scancel")[-1] == "scancel 7.2"
     assert all(call == f"scancel --signal={told.name[3:]} 7" for call in job.calls("scancel")[:-1])
 
@@ -340,8 +400,16 @@ def test_where_no_node_can_be_blamed_the_job_fails(tmp_path):
     assert job.run(nodes=2) == 1 and job.calls("python")[-1].endswith("--code 31") and not job.calls("sbatch")
 
 
+def test_links_that_fail_before_they_could_be_tried_are_nobodys_and_the_job_fails(tmp_path):
+    job = stand(tmp_path, preflight={})
+    job.set(links=1, verdict=0, end=11)
+    assert job.run(nodes=2) == 1 and job.calls("python")[-1].endswith("--code 31")
+    assert "could not be tried (exit code 1)" in job.said() and len(job.calls("srun")) == 2
+
+
 CHAIN = {"slurm": {"requeue": "chain"}}
 PENDING = "8 clips-0123abcd\n9 clips-0123abcd\n10 other-00000000\n"
+TAKEN_BACK = ["scancel 9", "scancel 8"]
 
 
 @pytest.mark.parametrize(
@@ -352,14 +420,51 @@ def test_the_rest_of_a_chain_is_taken_back_but_where_the_run_is_to_go_on(tmp_pat
     job = stand(tmp_path, **CHAIN)
     job.set(begin=begin, end=end, pending=PENDING)
     assert job.run() == code
-    assert job.calls("scancel") == (["scancel 8 9"] if taken_back else []) and not job.calls("scontrol requeue")
+    assert job.calls("scancel") == (TAKEN_BACK if taken_back else []) and not job.calls("scontrol requeue")
+
+
+@pytest.mark.parametrize(("preempted", "taken_back"), [("None", True), ("2026-01-01T00:00:00", False)])
+def test_cancelled_by_a_user_a_job_takes_the_rest_of_its_chain_back_before_anything_else(tmp_path, preempted, taken_back):
+    job = stand(tmp_path, **CHAIN)
+    job.set(hold="", end=12 if taken_back else 10, pending=PENDING, job=f"Reason=None PreemptTime={preempted}")
+    script = job.start()
+    job.until()
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(timeout=20) == (0 if taken_back else 10)
+    before = [call for call in job.calls("") if "scancel" in call or "node end" in call]
+    before = before[: next(i for i, call in enumerate(before) if "node end" in call)]
+    assert [call for call in before if "--signal" not in call] == (TAKEN_BACK if taken_back else [])
+
+
+@pytest.mark.parametrize(
+    ("lines", "taken_back"),
+    [
+        ({"modules": ["nowhere"]}, TAKEN_BACK),
+        ({"setup": ["false || exit 1"]}, TAKEN_BACK),
+        ({"setup": ["kill -TERM $$", "exit 1"]}, []),  # by another job, which ends what the setup was waiting for
+    ],
+)
+def test_what_cant_be_set_up_ends_the_chain_but_where_another_job_ended_it(tmp_path, lines, taken_back):
+    job = stand(tmp_path, **CHAIN, node={"python": "python", **lines})
+    job.set(pending=PENDING, job="Reason=None PreemptTime=2026-01-01T00:00:00")
+    assert job.run() == 1 and not job.calls("python")
+    assert [call for call in job.calls("scancel") if "--signal" not in call] == taken_back
+
+
+@pytest.mark.parametrize("script", ["job.sbatch", "last.sbatch"])
+def test_an_array_is_no_chain_and_takes_nothing_back(tmp_path, script):
+    job = stand(tmp_path, prepared(array=4, rounds=2), **CHAIN)
+    job._script = job._script.with_name(script)
+    job.set(pending=PENDING, end=11)
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"} if script == "job.sbatch" else {}
+    assert job.run("1", **array) == 1 and not job.calls("scancel") and not job.calls("scontrol requeue")
 
 
 def test_the_rest_of_a_chain_goes_on_without_unfit_nodes(tmp_path):
     job = stand(tmp_path, **CHAIN, preflight={})
     job.set(verdict=30, unfit="node2", pending=PENDING)
     assert job.run(nodes=2) == 1 and not job.calls("sbatch")
-    assert job.calls("scontrol update") == [f"scontrol update JobId={i} ExcNodeList=node2" for i in (8, 9)]
+    assert sorted(job.calls("scontrol update")) == [f"scontrol update JobId={i} ExcNodeList=node2" for i in (8, 9)]
     assert job.calls("python")[-1].endswith(" 8")
 
 
@@ -379,9 +484,11 @@ def test_a_chain_is_held_until_all_of_it_is_there_and_taken_back_where_it_isnt(t
     assert done.stdout.split() == ["99"] * 3
     assert "--hold" in job.calls("sbatch")[0] and "--dependency=afternotok:99" in job.calls("sbatch")[2]
     assert job.calls("scontrol") == ["scontrol release 99"]
-    (tmp_path / "stand/bin/sbatch").write_text('#!/bin/bash\n[ "$3" = --hold ] && echo 5')
+    (tmp_path / "stand/bin/sbatch").write_text(
+        '#!/bin/bash\ncase "$*" in *--hold*) echo 5 ;; *afternotok:5*) echo 6 ;; *) exit 1 ;; esac'
+    )
     done = subprocess.run(["bash", str(submit)], env=path, capture_output=True, text=True)
-    assert done.returncode and not done.stdout and job.calls("scancel") == ["scancel 5"]
+    assert done.returncode and not done.stdout and job.calls("scancel") == ["scancel 6", "scancel 5"]
 
 
 @pytest.fixture
@@ -392,6 +499,8 @@ def answers(monkeypatch):
     def ask(command, *, timeout_s, unsure=None):
         calls.append(list(command))
         answer = table.get(command[0], "")
+        if isinstance(answer, list):  # one after the other
+            answer = answer.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -407,15 +516,15 @@ ASKED = make_job()
 @pytest.mark.parametrize(
     ("queue", "phase"),
     [
-        ("7|RUNNING|None|node[1-2]|1:00\n", Phase.RUNNING),
-        ("7|PENDING|Resources||0:00\n", Phase.WAITING),
-        ("7|REQUEUED|None||0:00\n", Phase.WAITING),
-        ("7|COMPLETING|None|node1|0:00\n", Phase.RUNNING),
-        ("7|TIMEOUT|TimeLimit|node1|0:00\n", Phase.FAILED),
-        ("7|CANCELLED|None|node1|0:00\n", Phase.CANCELLED),
-        ("7|COMPLETED|None|node1|0:00\n7|RUNNING|None|node2|0:01\n7|PENDING|Priority||0:00\n", Phase.RUNNING),
-        ("7|COMPLETED|None|node1|0:00\n7|FAILED|NonZeroExitCode|node2|0:01\n", Phase.FAILED),
-        ("7|COMPLETED|None|node1|0:00\n7|COMPLETED|None|node2|0:01\n", Phase.DONE),
+        ("7|RUNNING|node[1-2]|1:00|None\n", Phase.RUNNING),
+        ("7|PENDING||0:00|Resources\n", Phase.WAITING),
+        ("7|REQUEUED||0:00|None\n", Phase.WAITING),
+        ("7|COMPLETING|node1|0:00|None\n", Phase.RUNNING),
+        ("7|TIMEOUT|node1|0:00|TimeLimit\n", Phase.FAILED),
+        ("7|CANCELLED|node1|0:00|None\n", Phase.CANCELLED),
+        ("7|COMPLETED|node1|0:00|None\n7|RUNNING|node2|0:01|None\n7|PENDING||0:00|Priority\n", Phase.RUNNING),
+        ("7|COMPLETED|node1|0:00|None\n7|FAILED|node2|0:01|NonZeroExitCode\n", Phase.FAILED),
+        ("7|COMPLETED|node1|0:00|None\n7|COMPLETED|node2|0:01|None\n", Phase.DONE),
     ],
 )
 def test_a_job_stands_where_the_queue_says_and_an_array_where_its_tasks_do(answers, queue, phase):
@@ -446,11 +555,13 @@ def test_a_scheduler_that_cant_be_asked_is_no_job_that_is_gone(answers, program)
         launcher(ASKED).status(["7"])
 
 
-def test_jobs_are_found_by_their_comment_and_a_chain_that_is_still_held_is_taken_back(answers):
-    answers["squeue"] = "10|Dependency|clips-0123abcd\n9|None|clips-0123abcd\n3|None|(null)\n"
-    assert launcher(ASKED).find(ASKED) == ["9", "10"]
-    answers["squeue"] = answers["squeue"].replace("9|None", "9|JobHeldUser")
-    assert launcher(ASKED).find(ASKED) == []
+def test_jobs_are_found_by_their_comment_and_only_a_chain_that_is_still_held_is_taken_back(answers):
+    chain = CASES["chain"]
+    answers["squeue"] = "10|Dependency|clips-0123abcd\n9|JobHeldUser|clips-0123abcd\n3|None|(null)\n"
+    for found in (launcher(chain).find(chain), launcher(ASKED).settle(ASKED)):
+        assert found == ["9", "10"], "to look changes nothing, and a single job is held by its user"
+    assert not [call for call in answers["calls"] if call[0] == "scancel"]
+    assert launcher(chain).settle(chain) == []
     assert answers["calls"][-1] == ["scancel", "10", "9"]
 
 
@@ -468,13 +579,51 @@ def test_an_answer_without_an_id_leaves_open_what_was_submitted(answers):
     assert launcher(ASKED).submit(ASKED) == ["7"]
 
 
-def test_those_that_wait_are_cancelled_first_and_a_run_is_told_through_its_script(answers):
-    answers["squeue"] = "7|RUNNING|None|node1|0:01\n8|PENDING|Dependency||0:00\n6|COMPLETED|None||0:00\n"
-    launcher(ASKED).cancel(["6", "7", "8"])
-    assert [c for c in answers["calls"] if c[0] == "scancel"] == [
-        ["scancel", "--state=PENDING", "8", "7"],
-        ["scancel", "--batch", "--signal=TERM", "7"],
-    ]
+def test_what_others_write_into_comments_is_no_answer(answers):
+    answers["squeue"] = "9|None|clips-0123abcd\n3|None|a|b\n4|None|two\nlines|\n\n5\n"
+    assert launcher(ASKED).find(ASKED) == ["9"]
+    assert "--me" in answers["calls"][0]
+
+
+def ended(answers, *job_ids):
+    """The calls of scancel, in order."""
+    launcher(ASKED).cancel(job_ids)
+    return [c[1:] for c in answers["calls"] if c[0] == "scancel"]
+
+
+TERM = ["--batch", "--signal=TERM"]
+
+
+def test_the_last_of_a_chain_is_cancelled_first_and_a_run_is_told_through_its_script(answers):
+    answers["squeue"] = ["7|RUNNING\n8|PENDING\n9|PENDING\n6|COMPLETED\n", "7|RUNNING\n8|CANCELLED\n9|CANCELLED\n"]
+    assert ended(answers, "6", "7", "8", "9") == [["9"], ["8"], [*TERM, "7"]]
+
+
+@pytest.mark.parametrize("state", ["CONFIGURING", "SUSPENDED", "RESIZING", "REQUEUED", "REQUEUE_HOLD", "COMPLETING", "PENDING"])
+def test_whatever_is_not_over_is_cancelled(answers, state):
+    answers["squeue"] = [f"7|{state}\n", "7|COMPLETING\n"]
+    assert ended(answers, "7") == [["7"]]
+
+
+def test_tasks_of_an_array_are_cancelled_as_each_stands(answers):
+    answers["squeue"] = ["7_1|COMPLETED\n7_2|RUNNING\n7_3|PENDING\n7_4|PENDING\n8|PENDING\n", "7_2|RUNNING\n"]
+    assert ended(answers, "7", "8") == [["8"], ["7_3", "7_4"], [*TERM, "7_2"]]
+
+
+def test_what_begins_or_is_requeued_between_a_look_and_a_call_is_cancelled_all_the_same(answers):
+    answers["squeue"] = ["7|PENDING\n", "7|RUNNING\n", "7|RUNNING\n"]
+    assert ended(answers, "7") == [["7"], [*TERM, "7"]]
+    answers["calls"].clear()
+    answers["squeue"] = ["7|RUNNING\n", "7|PENDING\n", "7|CANCELLED\n"]
+    answers["scancel"] = [LaunchError("Kill job error on job id 7: Job is pending execution"), ""]
+    assert ended(answers, "7") == [[*TERM, "7"], ["7"]]
+
+
+def test_what_cant_be_cancelled_is_said(answers):
+    answers.update(squeue="8|PENDING\n7|CANCELLED\n", scancel=LaunchError("Access/permission denied"))
+    with pytest.raises(LaunchError, match=r"still there: job 8 \(PENDING\)") as caught:
+        launcher(ASKED).cancel(["7", "8"])
+    assert "permission denied" in str(caught.value.__cause__)
 
 
 def test_logs_are_those_of_rank_0_of_the_newest_restart(tmp_path):

@@ -5,7 +5,8 @@ set -uo pipefail
 folder=/runs/clips/launch/0001
 ids=()
 take_back() {
-  [ -z "${ids[*]}" ] || scancel "${ids[@]}"
+  # The last first: none is to see the end of the one before.
+  [ -z "${ids[*]}" ] || printf '%s\n' "${ids[@]}" | tac | xargs -n 1 scancel
   exit 1
 }
 submit() {
