@@ -26,6 +26,7 @@ def add_parser(verbs: Any) -> None:
     end = _add(actions, "end", _end, "an attempt ended: 0 done, 10 start it again, 11 it failed, 12 a user stopped it")
     _add_attempt(end, task=True)
     end.add_argument("--code", type=int, required=True, metavar="RC", help="of what started the ranks, or of the preflight")
+    end.add_argument("--stopped-by", choices=["user", "scheduler"], help="who asked it to stop, where the script knows")
     resubmitted = _add(actions, "resubmitted", _resubmitted, "another job goes on, without nodes that are unfit")
     _add_attempt(resubmitted, task=False)
     resubmitted.add_argument("job_id", metavar="JOBID", help="the scheduler's")
@@ -85,8 +86,10 @@ def _begin(args: argparse.Namespace) -> int:
 
 def _end(args: argparse.Namespace) -> int:
     from opensora_dist.recipes.node import end
+    from opensora_dist.resilience.attempts import StoppedBy
 
-    return end(args.submission, attempt=args.attempt, code=args.code, task=args.task)
+    stopped_by = None if args.stopped_by is None else StoppedBy(args.stopped_by)
+    return end(args.submission, attempt=args.attempt, code=args.code, stopped_by=stopped_by, task=args.task)
 
 
 def _resubmitted(args: argparse.Namespace) -> int:

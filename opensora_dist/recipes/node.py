@@ -26,6 +26,7 @@ from opensora_dist.resilience.attempts import (
     Attempt,
     Next,
     Outcome,
+    StoppedBy,
     append_line,
     attempts_of,
     begin_line,
@@ -65,7 +66,8 @@ def begin(submission: Path, *, attempt: str, task: str | None = None) -> int:
     Returns:
         0 go on; 20 nothing is left to do; 21 another attempt is of no use, or one too many.
     """
-    job = read_record(submission).job
+    record = read_record(submission)
+    job = record.job
     attempts = _attempts(job, task=task)
     if attempts and attempts[-1].outcome is None:
         attempts[-1] = _close(job, attempts, code=None, task=task)
@@ -75,7 +77,9 @@ def begin(submission: Path, *, attempt: str, task: str | None = None) -> int:
         print(f"attempt {attempts[-1].name} of {submission.name} ended: {last.next}, {last.why}")
         if last.next is Next.DONE:
             return NOTHING_TO_DO
-        if last.next is Next.FAILED:
+        # Of a chain, the next job starts by itself where a user cancels this one and its script has no time to take the rest back.
+        chained = record.backend == "slurm" and job.site.slurm.requeue == "chain"
+        if last.next is Next.FAILED or (last.next is Next.STOPPED and chained):
             return REFUSED
     started = max(len(attempts), restarts_of(attempt))
     if (why := refused(attempts, started=started, max_requeues=job.max_requeues, run_dir=_trained_in(job))) is not None:
@@ -90,11 +94,12 @@ def begin(submission: Path, *, attempt: str, task: str | None = None) -> int:
     return GO_ON
 
 
-def end(submission: Path, *, attempt: str, code: int, task: str | None = None) -> int:
+def end(submission: Path, *, attempt: str, code: int, stopped_by: StoppedBy | None = None, task: str | None = None) -> int:
     """Notes how an attempt ended; says on stdout, and returns as exit code, what follows (``Next.code``).
 
     Args:
         code: Exit code of what started the ranks, or of the preflight where that was the last step.
+        stopped_by: Who asked this attempt to stop, where its script knows.
     """
     job = read_record(submission).job
     attempts = _attempts(job, task=task)
@@ -103,7 +108,7 @@ def end(submission: Path, *, attempt: str, code: int, task: str | None = None) -
             Attempt(name=attempt, began=last_step(job.run_dir / CHECKPOINTS_DIR), starts_before=num_starts(job.run_dir))
         )
     if attempts[-1].outcome is None:
-        attempts[-1] = _close(job, attempts, code=code, task=task)
+        attempts[-1] = _close(job, attempts, code=code, stopped_by=stopped_by, task=task)
     outcome = attempts[-1].outcome
     assert outcome is not None
     print(f"attempt {attempt} of {submission.name} ended: {outcome.next}, {outcome.why}")
@@ -115,8 +120,8 @@ def resubmitted(submission: Path, *, attempt: str, job_id: str) -> None:
     job = read_record(submission).job
     mine = [a for a in _attempts(job, task=None) if a.name == attempt]
     step = mine[-1].began if mine else last_step(job.run_dir / CHECKPOINTS_DIR)
-    outcome = Outcome(next=Next.AGAIN, why=f"nodes were unfit; job {job_id} goes on without them")
-    ended = Attempt(name=attempt, began=step, ended=step, outcome=outcome, preflight=True)
+    outcome = Outcome(next=Next.AGAIN, why=f"nodes were unfit; job {job_id} goes on without them", excused=True)
+    ended = Attempt(name=attempt, began=step, ended=step, outcome=outcome)
     _note(job, end_line(ended, submission=submission.name, task=None))
     with _record_lock(submission):
         record = read_record(submission)
@@ -168,16 +173,20 @@ def _judgement(submission: Path, attempt: str) -> Path:
     return submission / "preflight" / f"{attempt}.json"
 
 
-def _close(job: Job, attempts: Sequence[Attempt], *, code: int | None, task: str | None) -> Attempt:
+def _close(
+    job: Job, attempts: Sequence[Attempt], *, code: int | None, task: str | None, stopped_by: StoppedBy | None = None
+) -> Attempt:
     """The last of ``attempts``, ended and noted."""
     last = attempts[-1]
     ended = replace(last, ended=last_step(job.run_dir / CHECKPOINTS_DIR), starts=num_starts(job.run_dir) - last.starts_before)
     unfit = _unfit(job, last.name) if code is None else []
     if unfit:  # the job that goes on without them began before this could be noted, or there is none
-        outcome = Outcome(next=Next.AGAIN, why=f"nodes were unfit: {', '.join(unfit)}")
-        ended = replace(ended, preflight=True)
+        outcome = Outcome(next=Next.AGAIN, why=f"nodes were unfit: {', '.join(unfit)}", excused=True)
     else:
-        outcome = decide(_ends(job, last.name, code=code), code=code)
+        # What a process that was asked to stop returns says no more than that.
+        own = code if stopped_by is None or code == 0 else None
+        outcome = decide(_ends(job, last.name, code=own), code=code, stopped_by=stopped_by)
+    ended = replace(ended, outcome=outcome)
     whole, started = [*attempts[:-1], ended], max(len(attempts), restarts_of(last.name) + 1)
     outcome = bounded(outcome, whole, started=started, max_requeues=job.max_requeues, run_dir=_trained_in(job))
     ended = replace(ended, outcome=outcome)

@@ -12,7 +12,7 @@ import json
 import os
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -43,16 +43,25 @@ class Next(StrEnum):
         return {Next.DONE: 0, Next.AGAIN: 10, Next.FAILED: 11, Next.STOPPED: 12}[self]
 
 
+class StoppedBy(StrEnum):
+    """Who asked an attempt to stop, as its script knows it."""
+
+    USER = "user"
+    SCHEDULER = "scheduler"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """
     Args:
         next: What follows.
         why: In words.
+        excused: It says nothing of the run's progress: it was asked to stop, or nodes were unfit.
     """
 
     next: Next
     why: str
+    excused: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +74,6 @@ class Attempt:
         starts_before: How often ranks of this run had begun to train before it.
         starts: How often they did in it.
         outcome: What was decided; None while it has no end line.
-        preflight: It ended before any rank was started, since a node was unfit.
     """
 
     name: str
@@ -74,23 +82,32 @@ class Attempt:
     starts_before: int = 0
     starts: int = 0
     outcome: Outcome | None = None
-    preflight: bool = False
 
     @property
     def progressed(self) -> bool:
         """It committed a checkpoint. Not just a newer one: a run may have gone back behind one that was damaged."""
         return self.ended != self.began
 
+    @property
+    def counts(self) -> bool:
+        """It had its chance to commit one."""
+        return self.outcome is None or not self.outcome.excused
 
-def decide(ends: Mapping[int, Ended], *, code: int | None) -> Outcome:
+
+def decide(ends: Mapping[int, Ended], *, code: int | None, stopped_by: StoppedBy | None = None) -> Outcome:
     """What the ranks of an attempt say, before any bound.
 
     Args:
         ends: Of all ranks.
         code: Exit code of what started them; None where it isn't known.
+        stopped_by: Who asked them to stop; None where nobody did, or only the ranks know.
     """
     if own := [r for r in sorted(ends) if ends[r].ending in (Ending.CONFIG, Ending.ERROR)]:
         return Outcome(next=Next.FAILED, why=f"{_who(ends, own)}, which would come again")
+    if all(e.ending is Ending.DONE for e in ends.values()):
+        return Outcome(next=Next.DONE, why="all ranks are done")
+    if stopped_by is not None:
+        return _asked_to_stop(stopped_by)
     silent = all(e.ending is Ending.KILLED for e in ends.values())
     if silent and code in PREFLIGHT_CODES:
         return Outcome(next=Next.FAILED, why="nodes are unfit, and no others can be asked for; the preflight says why")
@@ -99,10 +116,9 @@ def decide(ends: Mapping[int, Ended], *, code: int | None) -> Outcome:
     if stopped := [r for r in sorted(ends) if ends[r].ending is Ending.STOPPED]:
         signals = {ends[r].signal for r in stopped} - {None}
         if signals and signal.SIGUSR1.name not in signals:
-            return Outcome(next=Next.STOPPED, why=f"a user asked it to stop, by {' and '.join(sorted(filter(None, signals)))}")
-        return Outcome(next=Next.AGAIN, why="the scheduler asked it to stop, before its time limit or for another job")
-    # Every process returned 0: a rank that said nothing had nowhere to write.
-    if code == 0 or all(e.ending is Ending.DONE for e in ends.values()):
+            return _asked_to_stop(StoppedBy.USER, how=f", by {' and '.join(sorted(filter(None, signals)))}")
+        return _asked_to_stop(StoppedBy.SCHEDULER)
+    if code == 0:  # of every process: a rank that said nothing had nowhere to write
         return Outcome(next=Next.DONE, why="all ranks are done")
     for ending in (Ending.DEVICE, Ending.HANG, Ending.KILLED, Ending.LOST):  # a cause before what follows from it
         if ranks := [r for r in sorted(ends) if ends[r].ending is ending]:
@@ -110,12 +126,18 @@ def decide(ends: Mapping[int, Ended], *, code: int | None) -> Outcome:
     raise AssertionError(ends)
 
 
+def _asked_to_stop(by: StoppedBy, *, how: str = "") -> Outcome:
+    if by is StoppedBy.USER:
+        return Outcome(next=Next.STOPPED, why=f"a user asked it to stop{how}", excused=True)
+    return Outcome(next=Next.AGAIN, why="the scheduler asked it to stop, before its time limit or for another job", excused=True)
+
+
 def bounded(outcome: Outcome, attempts: Sequence[Attempt], *, started: int, max_requeues: int, run_dir: Path | None) -> Outcome:
     """The outcome, once the number and the progress of attempts are looked at; arguments as of ``refused``."""
     why = refused(attempts, started=started, max_requeues=max_requeues, run_dir=run_dir)
     if outcome.next is not Next.AGAIN or why is None:
         return outcome
-    return Outcome(next=Next.FAILED, why=f"{outcome.why}; not started again: {why}")
+    return replace(outcome, next=Next.FAILED, why=f"{outcome.why}; not started again: {why}")
 
 
 def refused(attempts: Sequence[Attempt], *, started: int, max_requeues: int, run_dir: Path | None) -> str | None:
@@ -128,7 +150,7 @@ def refused(attempts: Sequence[Attempt], *, started: int, max_requeues: int, run
     """
     if started > max_requeues:
         return f"it was started {started} times, and --max-requeues={max_requeues}; submit it again to go on"
-    trained = [a for a in attempts if not a.preflight]
+    trained = [a for a in attempts if a.counts]
     if run_dir is None or len(trained) < 2 or any(a.progressed for a in trained[-2:]) or trained[-2].ended != trained[-1].began:
         return None
     began = any(a.starts for a in trained[-2:])
@@ -189,7 +211,7 @@ def end_line(attempt: Attempt, *, submission: str, task: str | None) -> dict[str
     assert attempt.outcome is not None
     return {
         **{"event": "end", "submission": submission, "task": task, "attempt": attempt.name, "step": attempt.ended},
-        **{"starts": attempt.starts, "preflight": attempt.preflight, "next": attempt.outcome.next, "why": attempt.outcome.why},
+        **{"starts": attempt.starts, **asdict(attempt.outcome)},
     }
 
 
@@ -203,9 +225,8 @@ def attempts_of(lines: Sequence[Mapping[str, Any]], *, submission: str, task: st
         index = max((i for i, a in enumerate(attempts) if a.name == line["attempt"]), default=len(attempts))
         if index == len(attempts):  # its begin could not be written
             attempts.append(Attempt(name=line["attempt"], began=line["step"]))
-        outcome = Outcome(next=Next(line["next"]), why=line["why"])
-        more = {"starts": line["starts"], "preflight": line["preflight"]}
-        attempts[index] = replace(attempts[index], ended=line["step"], outcome=outcome, **more)
+        outcome = Outcome(next=Next(line["next"]), why=line["why"], excused=line["excused"])
+        attempts[index] = replace(attempts[index], ended=line["step"], starts=line["starts"], outcome=outcome)
     return attempts
 
 

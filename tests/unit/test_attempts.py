@@ -21,6 +21,7 @@ from opensora_dist.resilience.attempts import (
     Attempt,
     Next,
     Outcome,
+    StoppedBy,
     append_line,
     attempts_of,
     bounded,
@@ -98,6 +99,28 @@ def test_what_follows_from_how_ranks_ended(ends, code, follows, names):
     assert outcome.next is follows and names in outcome.why, outcome
 
 
+@pytest.mark.parametrize(
+    "ends, code, by_user, by_scheduler",
+    [
+        ([K, K], 1, STOPPED, AGAIN),  # before they began
+        ([K, K], 143, STOPPED, AGAIN),
+        ([K, K], 0, STOPPED, AGAIN),
+        ([K, K], 2, STOPPED, AGAIN),
+        ([K, K], 30, STOPPED, AGAIN),
+        ([L, K], 1, STOPPED, AGAIN),
+        ([TERM, TERM], 0, STOPPED, AGAIN),
+        ([USR1, USR1], 0, STOPPED, AGAIN),
+        # What it did of itself stays what it is.
+        ([D, D], 0, DONE, DONE),
+        ([E, L], 1, FAILED, FAILED),
+    ],
+)
+def test_a_script_that_knows_who_stopped_it_is_believed(ends, code, by_user, by_scheduler):
+    of = {rank: e if isinstance(e, Ended) else Ended(ending=e) for rank, e in enumerate(ends)}
+    assert decide(of, code=code, stopped_by=StoppedBy.USER).next is by_user
+    assert decide(of, code=code, stopped_by=StoppedBy.SCHEDULER).next is by_scheduler
+
+
 def test_many_ranks_are_named_in_a_line_with_what_the_first_said_and_where():
     ends = {r: Ended(ending=L, said="peer\ngone", host="node1") for r in range(100)}
     assert decide(ends, code=1).why == "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 92 more on node1: lost contact (peer gone)"
@@ -111,9 +134,9 @@ def test_what_follows_from_the_exit_code_of_a_single_process(code, follows):
     assert decide({0: ended_with(code)}, code=code).next is follows
 
 
-def _attempt(began, ended, *, starts=1, preflight=False):
-    outcome = Outcome(next=AGAIN, why="")
-    return Attempt(name="1.0", began=began, ended=ended, starts=starts, outcome=outcome, preflight=preflight)
+def _attempt(began, ended, *, starts=1, excused=False):
+    outcome = Outcome(next=AGAIN, why="", excused=excused)
+    return Attempt(name="1.0", began=began, ended=ended, starts=starts, outcome=outcome)
 
 
 @pytest.mark.parametrize(
@@ -129,10 +152,10 @@ def _attempt(began, ended, *, starts=1, preflight=False):
         ([_attempt(0, 50), _attempt(50, 50), _attempt(50, 50)], 9, "after going on from step 50"),
         ([_attempt(50, 50), _attempt(50, 50), _attempt(50, 60)], 9, None),
         ([_attempt(0, 50), _attempt(50, 50)], 9, None),
-        # A node that was unfit says nothing of the run, but it is a start.
-        ([_attempt(0, 0, preflight=True), _attempt(0, 0, preflight=True)], 3, None),
-        ([_attempt(0, 0), _attempt(0, 0, preflight=True), _attempt(0, 0)], 9, "two starts in a row failed"),
-        ([_attempt(0, 0, preflight=True)] * 4, 3, "it was started 4 times"),
+        # A stop, or a node that was unfit, says nothing of the run, but it is a start.
+        ([_attempt(0, 0, excused=True), _attempt(0, 0, excused=True)], 3, None),
+        ([_attempt(0, 0), _attempt(0, 0, excused=True), _attempt(0, 0)], 9, "two starts in a row failed"),
+        ([_attempt(0, 0, excused=True)] * 4, 3, "it was started 4 times"),
         # It went back behind a checkpoint that was damaged, and has come on since.
         ([_attempt(100, 75), _attempt(75, 100)], 9, None),
     ],
@@ -162,7 +185,7 @@ def submission(tmp_path):
     return _submission(tmp_path)
 
 
-def _submission(run_dir, *, kind="train", max_requeues=3):
+def _submission(run_dir, *, kind="train", max_requeues=3, site=None):
     folder = run_dir / "launch" / "0001"
     job = Job(
         id="run-0123abcd",
@@ -177,7 +200,7 @@ def _submission(run_dir, *, kind="train", max_requeues=3):
         run_dir=run_dir,
         folder=folder,
         config=folder / "config.yaml",
-        site=SiteConfig(),
+        site=SiteConfig.model_validate(site or {}),
     )
     write_record(Record(backend="slurm", job=job, job_ids=("7",), git=None, time="2026-01-01T00:00:00"))
     return folder
@@ -257,6 +280,45 @@ def test_a_stop_by_a_user_is_no_failure_and_may_be_taken_up_again(submission):
     assert begin(submission, attempt="7.1") == GO_ON
 
 
+def test_a_run_that_is_preempted_before_its_first_save_goes_on_as_often_as_it_may(submission, tmp_path):
+    """And what fails of itself is still ended by the second time, whatever came between."""
+    for restart, (signal, how) in enumerate([("SIGUSR1", None), ("SIGTERM", StoppedBy.SCHEDULER), (None, StoppedBy.SCHEDULER)]):
+        assert begin(submission, attempt=f"7.{restart}") == GO_ON
+        if signal:
+            record = {"ending": "stopped", "said": "", "signal": signal}
+            write_json(endings_folder(submission, f"7.{restart}") / "rank-0.json", record)
+        assert end(submission, attempt=f"7.{restart}", code=1, stopped_by=how) == 10
+    assert begin(submission, attempt="7.3") == GO_ON
+    assert end(submission, attempt="7.3", code=1, stopped_by=StoppedBy.SCHEDULER) == 11
+    assert "started 4 times, and --max-requeues=3" in _lines(submission)[-1]["why"]
+    other = _submission(tmp_path / "other", max_requeues=9)
+    for restart, (how, follows) in enumerate([(None, 10), (StoppedBy.SCHEDULER, 10), (None, 11)]):
+        assert begin(other, attempt=f"7.{restart}") == GO_ON
+        assert end(other, attempt=f"7.{restart}", code=1, stopped_by=how) == follows
+
+
+def test_a_cancel_before_ranks_begin_is_written_down_as_one(submission, tmp_path, capsys):
+    begin(submission, attempt="7.0")
+    assert end(submission, attempt="7.0", code=1) == 10
+    begin(submission, attempt="7.1")
+    assert main(["node", "end", str(submission), "--attempt", "7.1", "--stopped-by", "user", "--code", "1"]) == 12
+    line = _lines(submission)[-1]
+    assert (line["next"], line["why"]) == ("stopped", "a user asked it to stop")
+    array = _submission(tmp_path / "array", kind="prepare")
+    begin(array, attempt="8.0", task="1")
+    assert end(array, attempt="8.0", code=1, task="1", stopped_by=StoppedBy.USER) == 12
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("signal, goes_on", [("SIGTERM", False), ("SIGUSR1", True)])
+def test_the_next_job_of_a_chain_does_not_begin_where_a_user_cancelled_the_one_before(tmp_path, signal, goes_on):
+    """Slurm killed its script before that could take the rest of the chain back."""
+    submission = _submission(tmp_path, site={"slurm": {"requeue": "chain"}})
+    begin(submission, attempt="7.0")
+    write_json(endings_folder(submission, "7.0") / "rank-0.json", {"ending": "stopped", "said": "", "signal": signal})
+    assert begin(submission, attempt="8.0") == (GO_ON if goes_on else REFUSED)
+
+
 def test_the_marker_speaks_for_rank_0_where_that_could_not_note_its_ending(submission):
     run_dir = submission.parent.parent
     begin(submission, attempt="7.0")
@@ -274,7 +336,7 @@ def test_unfit_nodes_end_an_attempt_and_the_job_that_goes_on_is_found(submission
     resubmitted(submission, attempt="7.0", job_id="8")
     assert read_record(submission).job_ids == ("7", "8")
     (attempt,) = attempts_of(_lines(submission), submission="0001", task=None)
-    assert attempt.preflight and attempt.outcome == Outcome(next=AGAIN, why="nodes were unfit; job 8 goes on without them")
+    assert attempt.outcome == Outcome(next=AGAIN, why="nodes were unfit; job 8 goes on without them", excused=True)
     assert begin(submission, attempt="8.0") == GO_ON
 
 
@@ -287,7 +349,7 @@ def test_a_job_that_goes_on_without_unfit_nodes_may_begin_before_that_is_noted(s
     assert begin(submission, attempt="8.0") == GO_ON
     resubmitted(submission, attempt="7.1", job_id="8")
     attempts = attempts_of(_lines(submission), submission="0001", task=None)
-    assert [(a.name, a.preflight) for a in attempts] == [("7.0", False), ("7.1", True), ("8.0", False)]
+    assert [(a.name, a.counts) for a in attempts] == [("7.0", True), ("7.1", False), ("8.0", True)]
 
 
 def test_a_submission_is_counted_by_itself(submission):
