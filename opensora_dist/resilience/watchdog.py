@@ -9,6 +9,7 @@ does not answer), and a store that is gone (``parallel.timeout_s`` ends such a r
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -22,7 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
@@ -138,24 +139,36 @@ class Watchdog:
     def _end(self) -> None:
         """Writes what is known and ends this process, so that a launcher can start the run again."""
         self._ending = True
-        self._logs.mkdir(parents=True, exist_ok=True)
-        with open(self._logs / f"stacks-rank-{self._rank}.txt", "w") as stacks:
-            # Whatever happens below, by C code that needs no lock of Python's.
-            faulthandler.dump_traceback_later(_LAST_S, exit=True, file=stacks)
-            clock = self.clock
-            stacks.write(f"rank {self._rank}, step {clock.step}, phase {clock.phase}, {clock.age_s:.1f} s in it\n")
-            stacks.flush()
-            faulthandler.dump_traceback(file=stacks, all_threads=True)
+        # Whatever happens below: a disk that doesn't answer, or what ends this thread.
+        last = threading.Timer(_LAST_S, os._exit, [1])
+        last.daemon = True
+        last.start()
+        clock, where = self.clock, str(self._logs)
+        with contextlib.ExitStack() as stack:
+            try:
+                self._logs.mkdir(parents=True, exist_ok=True)
+                self._write_stacks(stack.enter_context(open(self._logs / f"stacks-rank-{self._rank}.txt", "w")))
+            except OSError as error:
+                where = f"stderr, since {self._logs} can't be written ({error})"
+                self._write_stacks(sys.stderr)
             try:
                 text = self._agree_on_culprit()
             except (RuntimeError, OSError) as error:  # the store is gone, or the disk is full: the run ends all the same
                 text = f"the other ranks can't be asked: {error}"
             note_ending(Ended(ending=Ending.HANG, said=f"no progress for {clock.age_s:.0f} s: {text}"))
-            _log.error("no progress for %.0f s: %s; stacks are in %s", clock.age_s, text, self._logs)
+            _log.error("no progress for %.0f s: %s; stacks are in %s", clock.age_s, text, where)
             logging.shutdown()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
+
+    def _write_stacks(self, file: TextIO) -> None:
+        """Raises OSError. The file stays open: where Python's lock is lost below, C code that needs none writes them again and exits."""
+        faulthandler.dump_traceback_later(_LAST_S, exit=True, file=file)
+        clock = self.clock
+        file.write(f"rank {self._rank}, step {clock.step}, phase {clock.phase}, {clock.age_s:.1f} s in it\n")
+        file.flush()
+        faulthandler.dump_traceback(file=file, all_threads=True)
 
     def _agree_on_culprit(self) -> str:
         seconds = time.monotonic() - self._there

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from datetime import timedelta
@@ -367,6 +368,34 @@ def test_the_store_of_a_single_process_can_be_asked_from_a_thread_of_its_own():
     store = dist.PrefixStore("watchdog", dist.HashStore().clone())
     store.set("hang", "0")
     assert store.check(["hang"]) and not store.check(["other"])
+
+
+_HANGS = """
+import sys, time
+from pathlib import Path
+import torch.distributed as dist
+from opensora_dist.resilience import watchdog
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+watchdog._POLL_S, watchdog._LAST_S = 0.05, 0.5
+def event(kind, record):
+    raise KeyError("what nobody thought of")
+dog = watchdog.Watchdog(watchdog_s=0.01, run_dir=Path(sys.argv[1]), rank=0, world=1, event=event)
+dog.start()
+time.sleep(50)
+"""
+
+
+def test_a_run_that_hangs_is_ended_whatever_happens_to_who_ends_it(tmp_path):
+    """A run directory that can't be written, as one on a disk that went read-only; and what ends the watchdog's own thread."""
+    (tmp_path / "logs").write_text("no folder")
+    runs = [
+        subprocess.Popen([sys.executable, "-c", _HANGS, folder], stderr=subprocess.PIPE, text=True)
+        for folder in (tmp_path, tmp_path / "run")
+    ]
+    said = [run.communicate(timeout=40)[1] for run in runs]
+    assert [run.returncode for run in runs] == [1, 1]
+    assert "stacks are in stderr, since" in said[0] and "step 0, phase data" in said[0] and "most recent call first" in said[0]
+    assert "what nobody thought of" in said[1]
 
 
 # --- the name of a start
