@@ -140,8 +140,17 @@ class SiteConfig(Section):
 
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"\w*(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?", re.IGNORECASE)
-_ASSIGNED = re.compile(r"(\w+)=(?![\"']?[$/~])[\"']?[^\s\"']")  # NAME=value, but not NAME=$OTHER, nor the path of a file
+# A part of a name ends so: of HF_TOKEN_READ, PGPASS, GITHUB_PAT, but not of TOKENIZERS_PARALLELISM, nor of NCCL_IB_PKEY.
+_SECRET = re.compile(
+    r"\w*((?<!P)KEY|TOKEN|SECRET|PASSW(OR)?D|PASSPHRASE|(?<!BY)(?<!COM)PASS|CREDENTIAL|(?<![A-Z])(PAT|PWD))S?(_\w*)?",
+    re.IGNORECASE,
+)
+_OF_A_FILE = re.compile(r"\w*(CREDENTIALS|_FILE|_PATH|_DIR)", re.IGNORECASE)
+_HARMLESS = re.compile(r"|\d{1,6}|true|false|yes|no|on|off|none", re.IGNORECASE)
+_ASSIGNED = re.compile(r"([A-Za-z_]\w*)=(?=[\"']?([^\s\"',;]*))")  # the value isn't taken: --export=ALL,NAME=value has two
+# Of a URL: who logs in, but not $NAME. A name alone is harmless but where a token may stand in for it, as in https://.
+_LOGIN = re.compile(r"\bhttps?://[^/@\s$]+@|://[^/@\s:]*:(?!\$)[^/@\s]+@", re.IGNORECASE)
+_REMEDY = "scripts are kept in the run directory; export it where you submit, and leave it out"
 
 
 def site_path() -> Path | None:
@@ -171,7 +180,7 @@ def site_problems(site: SiteConfig) -> list[Problem]:
 
 
 def _text_problems(section: Section, *, at: str = "") -> list[Problem]:
-    """No shell holds a NUL."""
+    """No shell holds a NUL, and no file a password."""
     problems = []
     for name in type(section).model_fields:
         field, value = f"{at}{name}", getattr(section, name)
@@ -179,6 +188,9 @@ def _text_problems(section: Section, *, at: str = "") -> list[Problem]:
             problems += _text_problems(value, at=f"{field}.")
         elif any("\0" in text for text in _texts(value)):
             said = f"{field}={value!r} holds a NUL, which no shell can; take it out"
+            problems.append(Problem(fields=(field,), message=said))
+        elif any(_LOGIN.search(text) for text in _texts(value)):
+            said = f"{field} holds a URL with a user or password in it; {_REMEDY}"
             problems.append(Problem(fields=(field,), message=said))
     return problems
 
@@ -191,18 +203,26 @@ def _texts(value: object) -> list[str]:
 
 
 def _variable_problems(site: SiteConfig) -> list[Problem]:
-    problems, remedy = [], "scripts are kept in the run directory; export it where you submit, and leave it out"
+    problems = []
     for name, value in site.node.variables.items():
         field = f"node.variables.{name}"
         if not _NAME.fullmatch(name):
             said = f"{field}: {name!r} is no name of a variable; use letters, digits and _"
             problems.append(Problem(fields=(field,), message=said))
-        elif _SECRET.fullmatch(name) and not value.startswith(("$", "/", "~")):
-            problems.append(Problem(fields=(field,), message=f"{field} looks like a secret, and {remedy}"))
+        elif _is_secret(name, value):
+            problems.append(Problem(fields=(field,), message=f"{field} looks like a secret; {_REMEDY}"))
     for field, lines in (("node.setup", site.node.setup), ("slurm.options", site.slurm.options)):
-        for name in (match[1] for line in lines for match in _ASSIGNED.finditer(line) if _SECRET.fullmatch(match[1])):
-            problems.append(Problem(fields=(field,), message=f"{field} sets {name}, which looks like a secret, and {remedy}"))
+        for name, value in (match.groups() for line in lines for match in _ASSIGNED.finditer(line)):
+            read = field == "node.setup" and value.startswith("$")  # by a shell, where it runs
+            if not read and _is_secret(name, value):
+                problems.append(Problem(fields=(field,), message=f"{field} sets {name}, which looks like a secret; {_REMEDY}"))
     return problems
+
+
+def _is_secret(name: str, value: str) -> bool:
+    """By its name, since a secret looks like nothing in particular."""
+    a_path = _OF_A_FILE.fullmatch(name) is not None and value.startswith(("/", "~/"))
+    return _SECRET.fullmatch(name) is not None and not a_path and not _HARMLESS.fullmatch(value)
 
 
 def _python_problems(node: NodeSite) -> list[Problem]:

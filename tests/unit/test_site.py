@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from opensora_dist.config.site import SiteConfig, load_site, site_path
@@ -47,7 +49,15 @@ container: {runtime: pyxis, mounts: ["/a b:/c", "/a:/b:rx"]}
         ("AWS_SECRET_ACCESS_KEY", "x", True),
         ("AWS_ACCESS_KEY_ID", "x", True),
         ("DB_PASSWORD", "x", True),
-        ("HF_TOKEN", "$MINE", False),
+        ("HF_TOKEN_READ", "hf_x", True),
+        ("PGPASS", "hf_x", True),
+        ("MYSQL_PWD", "hf_x", True),
+        ("GITHUB_PAT", "hf_x", True),
+        ("WANDB_API_KEY", "/abc", True),
+        ("HF_TOKEN_PATH", "/home/me/token", False),
+        ("MAX_TOKENS", "16384", False),
+        ("NCCL_IB_PKEY", "0x8001", False),
+        ("NO_BYPASS", "everywhere", False),
         ("GOOGLE_APPLICATION_CREDENTIALS", "/etc/gcs.json", False),
         ("TOKENIZERS_PARALLELISM", "false", False),
         ("NCCL_DEBUG", "INFO", False),
@@ -57,14 +67,51 @@ def test_a_secret_is_refused_by_its_name_wherever_it_stands(tmp_path, name, valu
     for text in (
         f"node: {{variables: {{{name}: '{value}'}}}}",
         f"node: {{setup: ['export {name}={value}']}}",
-        f"slurm: {{options: ['--export=ALL,{name}={value}']}}",
+        f"slurm: {{options: ['--export=ALL,{name}={value},A=b']}}",
     ):
         (tmp_path / "site.yaml").write_text(text)
         if refused:
             (said,) = problems_of(tmp_path, text)
-            assert name in said and "leave it out" in said and "hf_x" not in said
+            assert re.search(rf"\b{name}\b", said) and "leave it out" in said and "hf_x" not in said
         else:
             load_site(tmp_path / "site.yaml")
+
+
+def test_a_secret_that_a_shell_reads_where_it_runs_may_be_named_and_only_there(tmp_path):
+    (tmp_path / "site.yaml").write_text(
+        "node: {setup: ['export HF_TOKEN=$MINE A_KEY=\"$(cat ~/key)\" http_proxy=http://$ME:$MINE@proxy:1']}"
+    )
+    load_site(tmp_path / "site.yaml")
+    for text in ("node: {variables: {HF_TOKEN: $MINE}}", "slurm: {options: ['--export=HF_TOKEN=$MINE']}"):
+        (said,) = problems_of(tmp_path, text)
+        assert re.search(r"\bHF_TOKEN\b", said)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "node: {variables: {https_proxy: 'http://me:s3cr3t@proxy:3128'}}",
+        "node: {setup: ['export https_proxy=http://me:s3cr3t@proxy:3128']}",
+        "node: {setup: ['pip install git+https://s3cr3t@example.com/x']}",
+        "slurm: {options: ['--export=ALL,http_proxy=http://me:s3cr3t@proxy']}",
+        "sky: {file_mounts: {/data: 'https://me:s3cr3t@example.com/x'}}",
+        "container: {image: 'docker://me:s3cr3t@example.com/image'}",
+    ],
+)
+def test_a_password_in_a_url_is_refused_wherever_it_stands(tmp_path, text):
+    (said,) = problems_of(tmp_path, text)
+    assert "holds a URL with a user or password" in said and "s3cr3t" not in said
+
+
+def test_a_url_that_holds_no_password_is_left_alone(tmp_path):
+    lines = [
+        "pip install git+ssh://git@example.com/x",
+        "curl http://proxy:3128/a@b",
+        "A=s3://bucket/a@b",
+        "B=docker:x/y@sha256:0a",
+    ]
+    (tmp_path / "site.yaml").write_text(f"node: {{setup: {lines}}}")
+    load_site(tmp_path / "site.yaml")
 
 
 @pytest.mark.parametrize(
