@@ -24,7 +24,7 @@ PROGRAMS = {
 UNREACHABLE = {
     "slurm": "slurm_load_jobs error: Unable to contact slurm controller (connect failure)",
     "k8s": "The connection to the server localhost:6443 was refused - did you specify the right host or port?",
-    "sky": "Could not connect to SkyPilot API server at http://127.0.0.1:46580.",
+    "sky": "sky.exceptions.ApiServerConnectionError: Could not connect to SkyPilot API server at http://127.0.0.1:46580.",
 }
 REFUSED = {
     "slurm": "sbatch: error: invalid partition specified: nix\nsbatch: error: Batch job submission failed: Invalid partition name specified",

@@ -20,8 +20,17 @@ _LAUNCH_TIMEOUT_S: Final = 1800.0
 _ASK_TIMEOUT_S: Final = 180.0
 # A cancelled or preempted machine gives no notice that could be relied on.
 _GRACE_S: Final = 90
-# What is said before anything was sent; whatever else fails may have arrived.
-_REFUSED: Final = r"Usage:|Invalid|ResourcesUnavailableError|NoCloudAccessError|No cloud access|not found|can't be run here|ApiServerConnectionError|Could not connect to SkyPilot API server"
+# What `sky` ends with where nothing was sent, or the server took nothing; whatever else fails may have arrived. Not
+# ApiServerConnectionError: it comes before a request, and also while its answer is waited for.
+_REFUSALS: Final = frozenset(
+    f"sky.exceptions.{name}" for name in ("InvalidSkyPilotConfigError", "NoCloudAccessError", "ResourcesUnavailableError")
+)
+_RAISED: Final = re.compile(r"(?:^|failed with \d+: )((?:\w+\.)+[A-Z]\w+)(?::|$)", re.MULTILINE)
+_UNSENT: Final = re.compile(r"failed with \d+: Usage: |^`sky` can't be run here")
+# Where no job ran for long, or none ever did, there is no controller to ask, and no job.
+_NO_JOBS: Final = re.compile(
+    r"(?:^|failed with \d+: )sky\.exceptions\.ClusterNotUpError: .*No in-progress managed jobs", re.MULTILINE
+)
 _NAME: Final = re.compile(r"[a-zA-Z]+[a-zA-Z0-9]*(?:[._-]{1,2}[a-zA-Z0-9]+)*")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PHASES: Final = {
@@ -70,7 +79,7 @@ class SkyLauncher:
         except UnsureError:
             raise
         except LaunchError as error:
-            if re.search(_REFUSED, str(error)):
+            if _was_refused(str(error)):
                 raise
             raise UnsureError(str(error)) from error
         # Asked for rather than read from what it printed, which is for people.
@@ -99,7 +108,12 @@ class SkyLauncher:
 
     def _queue(self) -> list[dict[str, Any]]:
         command = ["sky", "jobs", "queue", "--all", "--output", "json"]
-        answer = ask(command, timeout_s=_ASK_TIMEOUT_S)
+        try:
+            answer = ask(command, timeout_s=_ASK_TIMEOUT_S)
+        except LaunchError as error:
+            if _NO_JOBS.search(str(error)):
+                return []
+            raise
         try:
             found = json.loads(answer[answer.index("[") :])
         except ValueError as error:
@@ -107,6 +121,12 @@ class SkyLauncher:
                 f"`{' '.join(command)}` printed no list of jobs: {answer.strip()[:500]!r}; update skypilot"
             ) from error
         return [entry for entry in found if isinstance(entry, dict)]
+
+
+def _was_refused(said: str) -> bool:
+    """By the exception that `sky` ended with: the last of those that led to each other."""
+    raised = _RAISED.findall(said)
+    return raised[-1] in _REFUSALS if raised else _UNSENT.search(said) is not None
 
 
 def _status(job_id: str, entry: dict[str, Any]) -> Status:

@@ -284,8 +284,16 @@ def test_skypilots_job_is_found_by_its_name_and_its_state_by_its_id(fake):
     ("said", "kind"),
     [
         ("sky.exceptions.ResourcesUnavailableError: no H100 in aws", LaunchError),
-        ("ValueError: Invalid task YAML", LaunchError),
+        ("sky.exceptions.InvalidSkyPilotConfigError: Invalid task YAML: Instead of 'runn', did you mean 'run'?", LaunchError),
+        ("Usage: sky jobs launch [OPTIONS] ENTRYPOINT...\nError: No such option: --nix", LaunchError),
         ("Connection reset by peer", UnsureError),
+        # Words that a refusal has, too.
+        ("urllib3.exceptions.InvalidChunkLength: Invalid chunk length", UnsureError),
+        ("sky.exceptions.ClusterNotUpError: job controller not found", UnsureError),
+        ("sky.exceptions.RequestInterruptedError: Request was not found, Usage: sky api", UnsureError),
+        # Comes while an answer is waited for, too.
+        ("sky.exceptions.ApiServerConnectionError: Could not connect to SkyPilot API server at http://127.0.0.1:1.", UnsureError),
+        ("sky.exceptions.NoCloudAccessError: x\n\nDuring handling another\n\nrequests.exceptions.ReadTimeout: y", UnsureError),
     ],
 )
 def test_what_skypilot_says_before_it_submits_is_a_refusal_and_all_else_may_have_arrived(fake, said, kind):
@@ -293,6 +301,15 @@ def test_what_skypilot_says_before_it_submits_is_a_refusal_and_all_else_may_have
     with pytest.raises(LaunchError) as caught:
         SkyLauncher(SMALL_SITE).submit(pool_job())
     assert type(caught.value) is kind
+
+
+def test_no_controller_is_no_jobs_and_one_that_isnt_up_is_no_answer(fake):
+    """So that a first submission that failed without a clear word can be made again."""
+    fake("sky", err="sky.exceptions.ClusterNotUpError: No in-progress managed jobs.", code=1)
+    assert SkyLauncher(SMALL_SITE).find(pool_job()) == []
+    fake("sky", err="sky.exceptions.ClusterNotUpError: Controller's latest status is INIT; jobs will not be shown", code=1)
+    with pytest.raises(LaunchError):
+        SkyLauncher(SMALL_SITE).find(pool_job())
 
 
 def test_logs_are_a_command_that_shows_every_node(fake):

@@ -176,7 +176,8 @@ def test_an_unreachable_scheduler_is_an_error_and_never_an_answer(backend, tmp_p
     with pytest.raises(LaunchError) as caught:
         _call(launcher, call, job)
     assert UNREACHABLE[backend] in str(caught.value)
-    assert call != "submit" or not isinstance(caught.value, UnsureError)
+    # SkyPilot says the same where the connection is lost after a job was sent.
+    assert call != "submit" or isinstance(caught.value, UnsureError) == (backend == "sky")
 
 
 def test_what_is_submitted_is_found_seen_and_cancelled(backend, tmp_path, scheduler):
