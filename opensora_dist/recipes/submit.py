@@ -237,7 +237,7 @@ def _refuse_second(records: Path) -> None:
         LaunchError: The scheduler can't be asked.
     """
     made = read_records(records)
-    record = held(_settled(made[-1])) if made else None
+    record = _settled(made[-1]) if made else None
     going = [] if record is None else [s for s in statuses(record) if not s.phase.over]
     if record is not None and going:
         said = ", ".join(f"{s.job_id} ({s.phase})" for s in going)
@@ -248,5 +248,6 @@ def _refuse_second(records: Path) -> None:
 
 
 def statuses(record: Record) -> list[Status]:
-    """Of the jobs of a submission. Raises LaunchError where the scheduler can't be asked."""
-    return build_launcher(record.backend, record.job.site).status(record.job_ids) if record.job_ids else []
+    """Of all jobs that are ``held``. Raises LaunchError."""
+    job_ids = held(record).job_ids
+    return build_launcher(record.backend, record.job.site).status(job_ids) if job_ids else []

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from pathlib import Path
 
 from opensora_dist.core.errors import ConfigError
-from opensora_dist.launch.base import Status
+from opensora_dist.launch.base import LaunchError, Status
 from opensora_dist.launch.records import LAUNCH_DIR, Record, read_records
 from opensora_dist.launch.registry import build_launcher
 from opensora_dist.recipes.submit import alone, held, statuses
@@ -14,7 +15,7 @@ from opensora_dist.resilience.attempts import ATTEMPTS_NAME, Attempt, attempts_o
 
 
 def newest(records: Path) -> Record:
-    """The newest submission of a run, with all that the scheduler holds of it.
+    """The newest submission of a run; where it was left without an answer, the scheduler is asked for it.
 
     Raises:
         ConfigError: None was made, or it is being made.
@@ -26,7 +27,7 @@ def newest(records: Path) -> Record:
             f"{records}/{LAUNCH_DIR} holds no submission; name the run directory of a run that was submitted, or its --records"
         )
     if found[-1].job_ids is not None:
-        return held(found[-1])
+        return found[-1]
     with alone(records.absolute()):  # else its answer is still to come
         return held(read_records(records.absolute())[-1])
 
@@ -43,6 +44,8 @@ def attempts(record: Record) -> list[tuple[str | None, Attempt]]:
 def show_logs(records: Path, *, follow: bool) -> int:
     """Prints the newest log; the exit code of what shows it."""
     record = newest(records)
+    with contextlib.suppress(LaunchError):  # files are there without their scheduler
+        record = held(record)
     if not record.job_ids:
         raise ConfigError(f"{record.job.folder} was refused or never arrived, so that nothing of it was written; submit it again")
     shown = build_launcher(record.backend, record.job.site).logs(record.job, record.job_ids, follow=follow)

@@ -385,6 +385,9 @@ def test_status_logs_and_cancel_know_what_was_submitted(capfd, slurm, train, tmp
     log.parent.mkdir(parents=True)
     log.write_text("step 1\n")
     assert submit(capfd, "logs", run)[1] == "step 1\n"
+    slurm.mode = "unreachable"
+    assert submit(capfd, "logs", run)[1] == "step 1\n"
+    slurm.mode = "up"
     assert submit(capfd, "cancel", run)[1] == "cancelled 1\n" and slurm.jobs[0]["state"] == "cancelled"
     assert submit(capfd, "cancel", run)[1] == "nothing to cancel: it is over\n"
     slurm.mode = "unreachable"
