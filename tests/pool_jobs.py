@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from opensora_dist.config.site import K8sSite, NetworkSite, NodeSite, SiteConfig, SkySite
 from opensora_dist.launch.job import Job
@@ -72,3 +75,8 @@ def pool_jobs(backend: str) -> dict[str, Job]:
     full = pool_job(FULL_SITE, nodes=4, gpus_per_node=8, ranks_per_node=8, time_limit_s=86400 if backend == "k8s" else None)
     cpus = pool_job(SMALL_SITE, nodes=2, gpus_per_node=0, ranks_per_node=2)
     return {"small": pool_job(), "full": full, "cpus": cpus}
+
+
+def as_kubernetes_reads(text: str, variables: Mapping[str, str] = MappingProxyType({})) -> str:
+    """What a container is given of a value or an argument of its pod: k8s.io/kubernetes/third_party/forked/golang/expansion."""
+    return re.sub(r"\$\$|\$\(([^)]*)\)", lambda m: "$" if m[0] == "$$" else variables.get(m[1], m[0]), text)

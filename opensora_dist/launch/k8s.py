@@ -40,6 +40,7 @@ class KubernetesLauncher:
         devices = {k8s.gpu_resource: job.gpus_per_node} if job.gpus_per_node else {}
         if k8s.rdma_resource is not None:
             devices[k8s.rdma_resource] = 1
+        grace_s = max(k8s.grace_s - _MARGIN_S, k8s.grace_s // 2)
         text = fill(
             "k8s/trainjob.yaml.j2",
             job=job,
@@ -48,13 +49,11 @@ class KubernetesLauncher:
             | {name: str(count) for name, count in devices.items()},
             limits={name: str(count) for name, count in devices.items()},  # devices have no request without a limit
             submission_variable=SUBMISSION_VARIABLE,
-            submission=packed(job, backend=self.name),
-            variables=variables(job.site),
+            submission=_literal(packed(job, backend=self.name)),
+            variables={name: _literal(value) for name, value in variables(job.site).items()},
             secrets=[(name, *place.split("/", 1)) for name, place in k8s.secrets.items()],
             claims=[(f"claim-{i}", claim, path) for i, (claim, path) in enumerate(k8s.claims.items())],
-            script=node_script(
-                job, rank='"$PET_NODE_RANK"', head='"$PET_MASTER_ADDR"', grace_s=max(k8s.grace_s - _MARGIN_S, k8s.grace_s // 2)
-            ),
+            script=_literal(node_script(job, rank='"$PET_NODE_RANK"', head='"$PET_MASTER_ADDR"', grace_s=grace_s)),
         )
         return {MANIFEST_NAME: text}
 
@@ -105,6 +104,11 @@ class KubernetesLauncher:
 
 _MARGIN_S: Final = 30
 """Of a pod's grace, what is left for telling the head and deciding, once ranks have saved."""
+
+
+def _literal(text: str) -> str:
+    """What Kubernetes makes ``text`` of: in arguments and in values of variables it reads $(NAME) as a variable's, and $$ as one $."""
+    return text.replace("$", "$$")
 
 
 def _status(job: dict[str, Any]) -> Status:

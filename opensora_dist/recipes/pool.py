@@ -2,7 +2,8 @@
 
 Slurm has one script per job, on one node; a pool starts the same command on every node, and looks at each one's exit code. So node 0 asks
 ``opensora-dist node begin`` and ``end`` for all, and tells the others: first by a connection, since nothing on the shared disk says which
-start of the job it belongs to, then by files of the attempt.
+start of the job it belongs to, then by files of the attempt. The connections stay open to the end: a node that ended long before node 0
+knows by them that node 0 is still there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -28,7 +30,7 @@ from opensora_dist.core.layout import LOGS_DIR
 from opensora_dist.core.logging import get_logger
 from opensora_dist.launch.job import Job
 from opensora_dist.launch.pools import AGAIN_CODE, SUBMISSION_VARIABLE
-from opensora_dist.launch.records import RECORD_NAME, read_record
+from opensora_dist.launch.records import RECORD_NAME, Record, read_record
 from opensora_dist.recipes.node import GO_ON, NOTHING_TO_DO, endings_folder
 from opensora_dist.resilience.attempts import Next
 from opensora_dist.resilience.endings import ENDINGS_VARIABLE
@@ -38,7 +40,9 @@ _PROGRAM: Final = (sys.executable, "-m", "opensora_dist")
 _POLL_S: Final = 0.2
 _WORD_S: Final = 10.0  # for a word over a connection that is there
 _SHARED_DISK_S: Final = 60.0  # NFS clients believe for as long that a file isn't there
-_DECIDE_S: Final = 120.0  # from the end of node 0's ranks to its decision, those of other nodes included
+_DECIDE_S: Final = 120.0  # node 0 waits half of it for the ends of others, and they all of it from its last sign of life
+# A machine that lost its power sends no end: after a minute without an answer to these, it is gone (Linux).
+_KEEP_ALIVE: Final = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 _AGAIN_EVERY_S: Final = 5.0  # a rank that is just starting may miss a signal
 # A rank's output goes to its file; that of the node's first also to where the pool shows it. tee outlives the signals that stop ranks.
 _RANK: Final = """
@@ -82,37 +86,43 @@ def run_node(submission: Path, *, node: PoolNode, program: Sequence[str] = _PROG
     Raises:
         OpensoraError: Nodes didn't meet, or don't see the same files.
     """
-    with _stop_on_sigterm() as stop:
+    with _stop_on_sigterm() as stop, contextlib.ExitStack() as open_:
         try:
-            attempt = _lead(submission, node, program, stop) if node.rank == 0 else _follow(node, stop)
+            if node.rank == 0:
+                attempt, head = _lead(submission, node, program, stop, open_), None
+            else:
+                attempt, head = _follow(node, stop, open_)
         except _StoppedError:
             return AGAIN_CODE
         if isinstance(attempt, int):
             return attempt
         folder = endings_folder(submission, attempt)
         _until(lambda: (submission / RECORD_NAME).exists() and folder.is_dir(), within_s=_SHARED_DISK_S, what=_unshared(folder))
-        code = _run_ranks(read_record(submission).job, attempt, node, program, stop)
+        record = read_record(submission)
+        _warn_of_locked_memory(record)
+        code = _run_ranks(record.job, attempt, node, program, stop)
         write_json(folder / f"node-{node.rank}.json", {"code": code})
-        return _decide(submission, attempt, code, node, program) if node.rank == 0 else _hear(folder)
+        return _decide(submission, attempt, code, node, program) if head is None else _hear(folder, head)
 
 
 class _StoppedError(Exception):
     """This node was told to stop before its ranks began."""
 
 
-def _lead(submission: Path, node: PoolNode, program: Sequence[str], stop: threading.Event) -> str | int:
+def _lead(
+    submission: Path, node: PoolNode, program: Sequence[str], stop: threading.Event, open_: contextlib.ExitStack
+) -> str | int:
     """Node 0: the attempt's name once all nodes are there, or the exit code where there is nothing to begin."""
-    with contextlib.ExitStack() as stack:
-        others = _gather(node, stop, stack)
-        _unpack(submission)
-        job = read_record(submission).job
-        attempt = f"{job.id}.{_num_attempts(submission)}"
-        endings_folder(submission, attempt).mkdir(parents=True)  # first: so no two attempts have one name
-        code = subprocess.run([*program, "node", "begin", str(submission), "--attempt", attempt], check=False).returncode
-        answer: str | int = attempt if code == GO_ON else 0 if code == NOTHING_TO_DO else _FAILED
-        for connection in others.values():
-            with contextlib.suppress(OSError):  # it is gone: its ranks will be missed
-                connection.sendall(json.dumps(answer).encode() + b"\n")
+    others = _gather(node, stop, open_)
+    _unpack(submission)
+    job = read_record(submission).job
+    attempt = f"{job.id}.{_num_attempts(submission)}"
+    endings_folder(submission, attempt).mkdir(parents=True)  # first: so no two attempts have one name
+    code = subprocess.run([*program, "node", "begin", str(submission), "--attempt", attempt], check=False).returncode
+    answer: str | int = attempt if code == GO_ON else 0 if code == NOTHING_TO_DO else _FAILED
+    for connection in others.values():
+        with contextlib.suppress(OSError):  # it is gone: its ranks will be missed
+            connection.sendall(json.dumps(answer).encode() + b"\n")
     return answer
 
 
@@ -120,7 +130,7 @@ def _num_attempts(submission: Path) -> int:
     return sum(1 for _ in (submission / "endings").glob("*/"))
 
 
-def _gather(node: PoolNode, stop: threading.Event, stack: contextlib.ExitStack) -> dict[int, socket.socket]:
+def _gather(node: PoolNode, stop: threading.Event, open_: contextlib.ExitStack) -> dict[int, socket.socket]:
     """A connection to each of the other nodes."""
     others: dict[int, socket.socket] = {}
     deadline = time.monotonic() + node.meet_s
@@ -137,7 +147,7 @@ def _gather(node: PoolNode, stop: threading.Event, stack: contextlib.ExitStack) 
                 connection, _ = server.accept()
             except TimeoutError:
                 continue
-            stack.enter_context(connection)
+            open_.enter_context(connection)
             connection.settimeout(_WORD_S)
             with contextlib.suppress(OSError, ValueError):  # not one of ours
                 rank = int(connection.recv(16))
@@ -146,17 +156,19 @@ def _gather(node: PoolNode, stop: threading.Event, stack: contextlib.ExitStack) 
     return others
 
 
-def _follow(node: PoolNode, stop: threading.Event) -> str | int:
-    """What node 0 answers."""
+def _follow(node: PoolNode, stop: threading.Event, open_: contextlib.ExitStack) -> tuple[str | int, socket.socket]:
+    """What node 0 answers, and the connection to it."""
     deadline = time.monotonic() + node.meet_s
     said = "it isn't up yet"
     while time.monotonic() < deadline:
         _not_stopped(stop)
         try:
-            with socket.create_connection((node.head, node.port), timeout=_WORD_S) as connection:
-                connection.sendall(str(node.rank).encode())
-                if (answer := _line(connection, stop, deadline)) is not None:
-                    return answer
+            connection = open_.enter_context(socket.create_connection((node.head, node.port), timeout=_WORD_S))
+            _keep_alive(connection)
+            connection.sendall(str(node.rank).encode())
+            if (answer := _line(connection, stop, deadline)) is not None:
+                return answer, connection
+            connection.close()
         except OSError as error:
             said = str(error)
         time.sleep(1.0)
@@ -166,11 +178,13 @@ def _follow(node: PoolNode, stop: threading.Event) -> str | int:
 
 
 def _line(connection: socket.socket, stop: threading.Event, deadline: float) -> str | int | None:
-    """One line of JSON; None where node 0 went away."""
+    """One line of JSON; None where node 0 went away, or said no whole line in time."""
     connection.settimeout(_POLL_S)
     heard = b""
-    while not heard.endswith(b"\n") and time.monotonic() < deadline:
+    while not heard.endswith(b"\n"):
         _not_stopped(stop)
+        if time.monotonic() > deadline:
+            return None
         try:
             heard += (more := connection.recv(1024))
         except TimeoutError:
@@ -180,6 +194,23 @@ def _line(connection: socket.socket, stop: threading.Event, deadline: float) -> 
     answer = json.loads(heard)
     assert isinstance(answer, str | int)
     return answer
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEP_ALIVE:
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _is_open(connection: socket.socket) -> bool:
+    """Whether the other end is there; nothing more is sent by it."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 def _unpack(submission: Path) -> None:
@@ -265,17 +296,31 @@ def _decide(submission: Path, attempt: str, code: int, node: PoolNode, program: 
     return decision
 
 
-def _hear(folder: Path) -> int:
-    """Another node: what node 0 decided; without a word from it, its machine is gone, and all begin again."""
+def _hear(folder: Path, head: socket.socket) -> int:
+    """Another node: what node 0 decided, whose ranks may go on for long after ours; once its machine is gone, all begin again."""
     decision = folder / "decision.json"
-    try:
-        _until(decision.exists, within_s=_DECIDE_S, what=f"node 0 left no {decision}")
-        code = read_json(decision)["code"]
-        assert isinstance(code, int)
-        return code
-    except OpensoraError as error:
-        _log.error("%s", error)
-        return AGAIN_CODE
+    last_sign = time.monotonic()
+    while not decision.exists():
+        if _is_open(head):
+            last_sign = time.monotonic()
+        elif time.monotonic() - last_sign > _DECIDE_S:
+            _log.error("node 0 is gone, and left no %s within %.0f s", decision, _DECIDE_S)
+            return AGAIN_CODE
+        time.sleep(_POLL_S)
+    code = read_json(decision)["code"]
+    assert isinstance(code, int)
+    return code
+
+
+def _warn_of_locked_memory(record: Record) -> None:
+    """Where RDMA was asked for, and this process may not pin what it needs: the capability that a pod is given is root's alone."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if record.backend == "k8s" and record.job.site.k8s.rdma_resource and os.geteuid() and limit != resource.RLIM_INFINITY:
+        _log.warning(
+            "k8s.rdma_resource is set, and this pod may lock only %d bytes of memory: RDMA may fail, or NCCL go over plain TCP; set "
+            "LimitMEMLOCK=infinity for the node's containerd (docs/kubernetes.md)",
+            limit,
+        )
 
 
 def _unshared(folder: Path) -> str:

@@ -20,6 +20,7 @@ import pytest
 import yaml
 from dataset_factory import write_dataset
 from fake_schedulers import Scheduler
+from pool_jobs import as_kubernetes_reads
 from training import SAMPLES, curve, metrics, overrides
 
 from opensora_dist.cli.main import main
@@ -84,8 +85,13 @@ class Submitted:
         addresses = [host.address for host in self._hosts.values()]
         if self._backend == "k8s":
             trainer = self.manifest["spec"]["trainer"]
-            given = {e["name"]: e["value"] for e in trainer["env"]}
-            return trainer["args"][0], {**given, "PET_NODE_RANK": str(rank), "PET_MASTER_ADDR": NAMES[0], "PET_NNODES": "2"}
+            given = {e["name"]: as_kubernetes_reads(e["value"]) for e in trainer["env"]}
+            return as_kubernetes_reads(trainer["args"][0]), {
+                **given,
+                "PET_NODE_RANK": str(rank),
+                "PET_MASTER_ADDR": NAMES[0],
+                "PET_NNODES": "2",
+            }
         given = {"SKYPILOT_NODE_RANK": str(rank), "SKYPILOT_NODE_IPS": "\n".join(addresses), "SKYPILOT_NUM_NODES": "2"}
         return self.manifest["run"], {**self.manifest["envs"], **given}
 

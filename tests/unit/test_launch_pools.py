@@ -10,11 +10,12 @@ import os
 import re
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from pool_jobs import FULL_SITE, SMALL_SITE, pool_job, pool_jobs
+from pool_jobs import FULL_SITE, SMALL_SITE, as_kubernetes_reads, pool_job, pool_jobs
 
 from opensora_dist.launch.base import LaunchError, Phase, UnsureError
 from opensora_dist.launch.k8s import KubernetesLauncher
@@ -23,6 +24,7 @@ from opensora_dist.launch.registry import build_launcher
 from opensora_dist.launch.sky import SkyLauncher
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 CASES = [(backend, name) for backend in ("k8s", "sky") for name in pool_jobs(backend)]
 
 
@@ -44,7 +46,7 @@ def test_a_manifest_is_its_golden_file(backend, name):
 
 
 def _script(backend, manifest):
-    return manifest["run"] if backend == "sky" else manifest["spec"]["trainer"]["args"][0]
+    return manifest["run"] if backend == "sky" else as_kubernetes_reads(manifest["spec"]["trainer"]["args"][0])
 
 
 @pytest.mark.parametrize(("backend", "name"), CASES)
@@ -52,16 +54,33 @@ def test_what_a_node_runs_is_clean_to_shellcheck(backend, name, tmp_path):
     script = tmp_path / "node.sh"
     script.write_text("#!/bin/bash\n" + _script(backend, yaml.safe_load((GOLDEN / backend / f"{name}.yaml").read_text())))
     # What node.setup sources isn't here.
-    found = subprocess.run(["shellcheck", "--exclude=SC1091", str(script)], capture_output=True, text=True, check=False)
+    found = subprocess.run([SHELLCHECK, "--exclude=SC1091", str(script)], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
 
 
 @pytest.mark.parametrize("backend", ["k8s", "sky"])
 def test_lines_of_setup_stay_lines_whatever_they_hold(backend):
-    nasty = ["echo 'a: b' # c", 'x="$(id) {{ y }}"', "  echo - indented", "echo \\\\"]
+    nasty = ["echo 'a: b' # c", 'x="$(id) {{ y }}"', "  echo - indented", "echo \\\\", 'kill $$ "$(OMP_NUM_THREADS)" $$(x)']
     site = SMALL_SITE.model_copy(update={"node": SMALL_SITE.node.model_copy(update={"setup": nasty})})
     text = _only(build_launcher(backend, site).render(pool_job(site)))
     assert _script(backend, yaml.safe_load(text)).splitlines()[1 : len(nasty) + 1] == nasty
+
+
+def _given(manifest):
+    """Variables of a container; each may name those before it."""
+    found = {}
+    for variable in manifest["spec"]["trainer"]["env"]:
+        found[variable["name"]] = as_kubernetes_reads(variable["value"], found)
+    return found
+
+
+def test_a_dollar_is_a_dollar_to_kubernetes_as_well():
+    variables = {"FIRST": "1", "SECOND": "$(FIRST) $$ $FIRST $$(FIRST)"}
+    site = SMALL_SITE.model_copy(update={"node": SMALL_SITE.node.model_copy(update={"variables": variables})})
+    job = pool_job(site, config_text="name: $(FIRST) $$\n")
+    given = _given(yaml.safe_load(_only(KubernetesLauncher(site).render(job))))
+    assert {name: given[name] for name in variables} == variables
+    assert json.loads(given[SUBMISSION_VARIABLE])["config.yaml"] == job.config_text
 
 
 @pytest.mark.parametrize("backend", ["k8s", "sky"])
@@ -72,7 +91,7 @@ def test_nodes_bring_along_what_was_submitted_to_where_they_look_for_it(backend)
     if backend == "sky":
         carried = manifest["envs"][SUBMISSION_VARIABLE]
     else:
-        carried = next(e["value"] for e in manifest["spec"]["trainer"]["env"] if e["name"] == SUBMISSION_VARIABLE)
+        carried = _given(manifest)[SUBMISSION_VARIABLE]
     files = json.loads(carried)
     assert files["config.yaml"] == job.config_text
     seen = json.loads(files["submission.json"])["job"]

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
+import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from threading import Event
+from threading import Event, Timer
 
 import pytest
 from pool_jobs import SMALL_SITE, pool_job
 
 from opensora_dist.launch.pools import AGAIN_CODE, SUBMISSION_VARIABLE, packed
-from opensora_dist.launch.records import read_record
+from opensora_dist.launch.records import Record, read_record
+from opensora_dist.recipes import pool as pool_module
 from opensora_dist.recipes.pool import PoolNode, run_node
 
 LIMIT_S = 60
@@ -41,6 +44,9 @@ if os.environ["RANKS"] == "wait":
     signal.signal(signal.SIGUSR1, stop)
     (endings / f"ready-{rank}").touch()
     time.sleep(60)
+if os.environ["RANKS"] == "late":
+    time.sleep(0 if rank == "1" else 4)
+    sys.exit(3)
 sys.exit(int(os.environ["RANKS"]))
 """
 
@@ -114,11 +120,12 @@ class Pool:
         return (self.run_dir / "logs" / f"{self.job.id}.{attempt}" / f"node-{rank}" / f"rank-{rank}.log").read_text()
 
 
-def test_two_nodes_run_one_world_and_end_as_node_0_decides(tmp_path):
+def test_two_nodes_run_one_world_and_end_as_node_0_decides(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool_module, "_DECIDE_S", 1.0)
     pool = Pool(tmp_path, nodes=2)
     first = f"{pool.job.id}.0"
-    # A rank fails, and it was the machine: all start again.
-    assert pool.run(ranks="3", codes={"begin": 0, "end": 10}) == [AGAIN_CODE, AGAIN_CODE]
+    # A mistake ends ranks of node 1 while those of node 0 sit in a collective, for longer: all end for good, and nothing starts again.
+    assert pool.run(ranks="late", codes={"begin": 0, "end": 11}) == [1, 1]
     assert pool.asked() == [["begin", first], ["end", first, "--code", "1"]]  # torchrun's code is 1 whatever happened
     assert read_record(pool.submission).job.max_requeues == pool.job.max_requeues
     assert (pool.submission / "config.yaml").read_text() == pool.job.config_text
@@ -127,6 +134,46 @@ def test_two_nodes_run_one_world_and_end_as_node_0_decides(tmp_path):
     # The next start has a name of its own, and nothing of the first one is taken for an answer.
     assert pool.run(ranks="0", codes={"begin": 20}) == [0, 0]
     assert pool.asked()[2:] == [["begin", f"{pool.job.id}.1"]]
+
+
+def test_node_0_is_waited_for_as_long_as_its_connection_is_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool_module, "_DECIDE_S", 0.3)
+    ours, heads = socket.socketpair()
+    with ours, heads:
+        decided = Timer(1.2, (tmp_path / "decision.json").write_text, ['{"code": 1}'])
+        decided.start()
+        assert pool_module._hear(tmp_path, ours) == 1
+        decided.join()
+        (tmp_path / "decision.json").unlink()
+        heads.close()
+        assert pool_module._hear(tmp_path, ours) == AGAIN_CODE
+
+
+@pytest.mark.parametrize(("said", "answer"), [(b'"clips.0"\n', "clips.0"), (b"1\n", 1), (b'"cli', None), (b"", None)])
+def test_half_a_line_of_node_0_is_no_answer(said, answer):
+    ours, heads = socket.socketpair()
+    with ours, heads:
+        heads.sendall(said)
+        assert pool_module._line(ours, Event(), time.monotonic() + 0.5) == answer
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "user", "limit", "warned"),
+    [
+        ("k8s", "rdma/hca", 10001, 8 << 20, True),
+        ("k8s", "rdma/hca", 10001, resource.RLIM_INFINITY, False),
+        ("k8s", "rdma/hca", 0, 8 << 20, False),
+        ("k8s", None, 10001, 8 << 20, False),
+        ("sky", "rdma/hca", 10001, 8 << 20, False),
+    ],
+)
+def test_a_pod_that_may_not_pin_memory_for_rdma_says_so(backend, device, user, limit, warned, monkeypatch, caplog):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    site = SMALL_SITE.model_copy(update={"k8s": SMALL_SITE.k8s.model_copy(update={"rdma_resource": device})})
+    with caplog.at_level("WARNING", logger=pool_module.__name__):
+        pool_module._warn_of_locked_memory(Record(backend=backend, job=pool_job(site), job_ids=None, git=None, time=""))
+    assert ("LimitMEMLOCK=infinity" in caplog.text) is warned
 
 
 @pytest.mark.parametrize(("begin", "code"), [(20, 0), (21, 1)])
@@ -150,8 +197,9 @@ def test_a_pod_that_is_told_to_stop_lets_its_ranks_save_and_asks_for_another_sta
     assert "saved" in pool.log(0, 0) and pool.asked()[-1][0] == "end"
 
 
-def test_a_benchmark_is_one_process_and_its_own_failure_is_for_good(tmp_path):
+@pytest.mark.parametrize(("end", "code"), [(11, 1), (10, AGAIN_CODE)])
+def test_a_benchmark_is_one_process_and_whether_it_starts_again_is_node_0s_word(tmp_path, end, code):
     pool = Pool(tmp_path, nodes=1, kind="bench")
     # Without torchrun it has no rank, which the stand-in takes for a mistake.
-    assert pool.run(ranks="0", codes={"begin": 0, "end": 11}) == [1]
+    assert pool.run(ranks="0", codes={"begin": 0, "end": end}) == [code]
     assert pool.asked()[-1] == ["end", f"{pool.job.id}.0", "--code", "1"]
