@@ -14,6 +14,7 @@ import pytest
 import yaml
 from dataset_factory import write_dataset
 from fake_schedulers import LOST, REFUSED, UNREACHABLE, Scheduler
+from pool_jobs import as_kubernetes_reads
 from training import SAMPLES, overrides
 
 from opensora_dist.cli.main import main
@@ -21,6 +22,7 @@ from opensora_dist.config.load import dump_yaml
 from opensora_dist.config.site import SiteConfig
 from opensora_dist.launch.base import BACKENDS, LaunchError, Phase, UnsureError, ask
 from opensora_dist.launch.job import Job
+from opensora_dist.launch.k8s import MANIFEST_NAME
 from opensora_dist.launch.records import read_records
 from opensora_dist.launch.registry import LAUNCHERS, build_launcher
 
@@ -102,7 +104,8 @@ def held(files):
     """All texts of all files."""
     found = []
     for name, text in files.items():
-        found += texts(yaml.safe_load(text) if name.endswith(".yaml") else text)
+        seen = as_kubernetes_reads(text) if name == MANIFEST_NAME else text
+        found += texts(yaml.safe_load(seen) if name.endswith(".yaml") else seen)
     return found
 
 
