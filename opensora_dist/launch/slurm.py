@@ -53,11 +53,12 @@ _TAKEN: Final[Mapping[str, str]] = {
     **dict.fromkeys(("container-image", "container-mounts"), "the section container"),
 }
 _OURS: Final = frozenset(
-    (
-        "comment output o error e open-mode ntasks n ntasks-per-node ntasks-per-socket ntasks-per-core ntasks-per-gpu chdir D "
-        "dependency d hold H begin b parsable wrap wait W test-only kill-on-invalid-dep input i no-kill k het-group export "
-        "export-file quiet Q clusters M"
-    ).split()
+    [
+        *("comment", "output", "o", "error", "e", "open-mode", "ntasks", "n", "ntasks-per-node", "ntasks-per-socket"),
+        *("ntasks-per-core", "ntasks-per-gpu", "chdir", "D", "dependency", "d", "hold", "H", "begin", "b", "parsable"),
+        *("wrap", "wait", "W", "test-only", "kill-on-invalid-dep", "input", "i", "no-kill", "k", "het-group", "export"),
+        *("export-file", "quiet", "Q", "clusters", "M"),
+    ]
 )
 
 _PHASES: Final[Mapping[str, Phase]] = {
@@ -244,6 +245,11 @@ def slurm_problems(job: Job) -> list[str]:
                 problems.append(f"slurm.options: {option!r} is set by {_TAKEN[name]}; leave it out there, and use that")
             elif name in _OURS:
                 problems.append(f"slurm.options: {option!r} is what the job's script needs for itself; leave it out")
+    if _is_sweep(job) and job.site.container.runtime != "none":
+        problems.append(
+            f"--sweep starts steps of Slurm itself, and container.runtime={job.site.container.runtime} has no Slurm in its image; submit each "
+            "point without --sweep, or set container.runtime=none and node.python to an environment of the nodes"
+        )
     if job.time_limit_s is not None and job.kind == "train" and job.time_limit_s <= slurm.signal_s:
         problems.append(
             f"--time {time_limit_text(job.time_limit_s)} is no more than slurm.signal_s={slurm.signal_s}, the seconds before it at which the "
@@ -273,8 +279,7 @@ def _steps(job: Job) -> list[dict[str, str]]:
 def _script(job: Job, *, array: int | None) -> str:
     """A batch script, complete."""
     site = job.site
-    sweep = job.kind == "bench" and any(word == "--sweep" or word.startswith("--sweep=") for word in job.argv)
-    start = "step" if job.kind == "prepare" else "script" if sweep else "torchrun"
+    start = "step" if job.kind == "prepare" else "script" if _is_sweep(job) else "torchrun"
     checked = site.preflight.enabled and job.kind != "prepare"
     return fill(
         "slurm/job.sbatch.j2",
@@ -289,6 +294,10 @@ def _script(job: Job, *, array: int | None) -> str:
         variables=variables(site),
         **_container(job),
     )
+
+
+def _is_sweep(job: Job) -> bool:
+    return job.kind == "bench" and any(word == "--sweep" or word.startswith("--sweep=") for word in job.argv)
 
 
 def _container(job: Job) -> dict[str, list[str]]:

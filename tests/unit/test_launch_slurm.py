@@ -655,3 +655,15 @@ def test_gloo_is_told_the_interface_that_leads_to_the_first_node_where_the_site_
     env |= {"GLOO_SOCKET_IFNAME": told} if told else {}
     script = ["bash", str(module.TEMPLATES / "slurm/network.sh"), "bash", "-c", 'echo "${GLOO_SOCKET_IFNAME:-none}"']
     assert subprocess.run(script, env=env, capture_output=True, text=True, check=True).stdout.strip() == said
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
+@pytest.mark.parametrize("words", [("--sweep", "/c.yaml"), ("--sweep=/c.yaml",)])
+def test_a_sweep_which_starts_steps_itself_is_refused_in_a_container(runtime, words):
+    container = {"container": {"runtime": runtime, "image": "ours"}}
+    job = make_job("bench", argv=("bench", "step", *words, "--out", "/o"), site=container)
+    (problem,) = launcher(job).problems(job)
+    assert f"container.runtime={runtime}" in problem and "without --sweep" in problem
+    assert launcher(CASES["sweep"]).problems(CASES["sweep"]) == []
+    one = make_job("bench", argv=("bench", "step", "--out", "/o"), site=container)
+    assert launcher(one).problems(one) == []
