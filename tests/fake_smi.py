@@ -47,18 +47,22 @@ import json, sys
 option, _, fields = sys.argv[1].partition("=")
 gpus = json.loads({gpus!r})
 for field in fields.split(","):
-    if field not in gpus[0] or field.startswith("remapped_rows") != (option == "--query-remapped-rows") and field != "uuid":
+    if field not in gpus[0] or field.startswith(("remapped_rows", "gpu_")) != (option == "--query-remapped-rows"):
         print(f'Field "{{field}}" is not a valid field to query.')
         sys.exit(2)
+if option == "--query-gpu":
+    print({said!r}, end="")
 for gpu in gpus:
     print(", ".join(gpu[field] for field in fields.split(",")))
 """
 
 
-def put_smi(folder: Path, *gpus: dict[str, str]) -> None:
-    """An nvidia-smi in ``folder`` that knows these GPUs, numbered in order."""
-    numbered = [{**gpu, "index": str(i), "uuid": f"{gpu['uuid'][:-2]}{i:02d}"} for i, gpu in enumerate(gpus)]
-    put_script(folder, _SCRIPT.format(python=sys.executable, gpus=json.dumps(numbered)))
+def put_smi(folder: Path, *gpus: dict[str, str], said: str = "") -> None:
+    """An nvidia-smi in ``folder`` that knows these GPUs, numbered in order, and says something besides."""
+    names = [f"{gpu['uuid'][:-2]}{i:02d}" for i, gpu in enumerate(gpus)]
+    # --query-remapped-rows has another name for the same.
+    numbered = [{**gpu, "index": str(i), "uuid": names[i], "gpu_uuid": names[i]} for i, gpu in enumerate(gpus)]
+    put_script(folder, _SCRIPT.format(python=sys.executable, gpus=json.dumps(numbered), said=said))
 
 
 def put_script(folder: Path, text: str) -> None:

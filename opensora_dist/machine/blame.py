@@ -6,9 +6,6 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-_SLOW_SHARE = 0.5
-"""A node whose best link has less than this share of what nodes usually have at best, is what makes a floor missed."""
-
 Pair = tuple[str, str]
 
 
@@ -25,13 +22,17 @@ def cut_off(unreachable: Sequence[Pair]) -> list[str]:
     return found
 
 
-def slow_nodes(pairs: Mapping[Pair, float]) -> list[str]:
-    """Nodes all of whose links are slow, against what others have; none of two."""
+def slow_nodes(pairs: Mapping[Pair, float], *, share: float) -> dict[str, float]:
+    """Nodes all of whose links are slow, with what part of others' best link theirs is; none of two.
+
+    Args:
+        share: A node is slow whose part is less.
+    """
     best: dict[str, float] = {}
     for pair, rate in pairs.items():
         for node in pair:
             best[node] = max(best.get(node, 0.0), rate)
     if len(best) < 3:
-        return []
+        return {}
     usual = statistics.median_high(best.values())
-    return [node for node, rate in best.items() if rate < _SLOW_SHARE * usual]
+    return {node: rate / usual for node, rate in best.items() if rate < share * usual}

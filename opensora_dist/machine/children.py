@@ -5,18 +5,21 @@ A driver that hangs or a kernel that ends its process is what such checks look f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import IO, Any
 
 from opensora_dist.machine.finding import Finding, Level
 
 _TAIL_LINES = 12
+_AFTER_KILL_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,36 +48,62 @@ class Said:
 def run_child(command: Sequence[str], *, timeout_s: float, variables: Mapping[str, str] | None = None) -> Said:
     """Runs a command to its end, at most ``timeout_s``; then it and all that it started are ended.
 
+    Whatever it does, this returns within ``timeout_s`` and 5 s: one that waits within the kernel, for a driver or a dead NFS, can't be
+    ended, and is left to itself.
+
     Args:
         variables: On top of this process's environment.
     """
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env={**os.environ, **(variables or {})},
-        start_new_session=True,
-    )
-    code: int | None
-    try:
-        out, err = process.communicate(timeout=timeout_s)
-        code = process.returncode
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        code = None
-    except BaseException:  # an interrupt ends it, too
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        raise
-    return Said(code=code, out=out, err="\n".join(err.splitlines()[-_TAIL_LINES:]))
+    # Files, since a pipe ends only when the last process that got hold of it does.
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            env={**os.environ, **(variables or {})},
+            start_new_session=True,
+        )
+        code: int | None
+        try:
+            code = process.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            code = None
+        except BaseException:  # an interrupt ends it, too
+            _end(process)
+            raise
+        out_text, err_text = _text(out), _text(err)
+    return Said(code=code, out=out_text, err="\n".join(err_text.splitlines()[-_TAIL_LINES:]))
 
 
-def findings_of_child(module: str, *args: str, timeout_s: float, variables: Mapping[str, str] | None = None) -> list[Finding]:
-    """What ``python -m MODULE ARGS`` found, whose ``main`` is a ``Teller``'s user; where it did not come to its end, that too."""
+def _end(process: subprocess.Popen[bytes]) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=_AFTER_KILL_S)
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
+
+
+def findings_of_child(
+    module: str,
+    *args: str,
+    timeout_s: float,
+    level: Level = Level.PROBLEM,
+    remedy: str = "install again what it names",
+    variables: Mapping[str, str] | None = None,
+) -> list[Finding]:
+    """What ``python -m MODULE ARGS`` found, whose ``main`` is a ``Teller``'s user; where it did not come to its end, that too.
+
+    Args:
+        timeout_s: How long it may take.
+        level: Of an end before its end.
+        remedy: Of the same, beside running it by hand.
+        variables: On top of this process's environment.
+    """
     said = run_child([sys.executable, "-m", module, *args], timeout_s=timeout_s, variables=variables)
     found, begun = [], ("checks", module)
     for line in said.out.splitlines():
@@ -93,9 +122,9 @@ def findings_of_child(module: str, *args: str, timeout_s: float, variables: Mapp
             Finding(
                 subject=subject,
                 name=name,
-                level=Level.PROBLEM,
+                level=level,
                 said=text,
-                remedy=f"run `python -m {' '.join([module, *args])}` to see all it says, and install again what it names",
+                remedy=f"run `python -m {' '.join([module, *args])}` to see all it says, and {remedy}",
             )
         )
     return found

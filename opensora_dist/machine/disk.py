@@ -1,4 +1,8 @@
-"""A folder's file system: free space, and what it writes and reads past the page cache."""
+"""A folder's file system: free space, and what it writes and reads past the page cache.
+
+Run as ``python -m opensora_dist.machine.disk FOLDER LEAST_GIB LEVEL``, in a process of its own (``children``): a server that is gone
+leaves whoever asks for its files waiting within the kernel.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,19 @@ import errno
 import mmap
 import os
 import shutil
+import sys
 import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from opensora_dist.machine.children import Teller, findings_of_child
 from opensora_dist.machine.finding import Finding, Level, Subject
 
 _SUBJECT: Final = Subject("disk")
+FREE_SPACE: Final = "free space"
+_FOLDER_S: Final = 60.0  # a slow disk syncs 128 MiB in less
 _BLOCK = 4 << 20
 _BLOCKS = 32
 _LIMIT_S = 2.0  # of each direction: a slow disk has been measured by then
@@ -149,6 +157,36 @@ def free_space_finding(folder: Path, *, least_gib: float, level: Level) -> Findi
     free = usage.free / 2**30
     said, values = f"{folder} has {free:.1f} GiB free of {usage.total / 2**30:.1f}", {"free_gib": free}
     if free >= least_gib:
-        return _SUBJECT.finding("free space", Level.OK, said, values=values)
+        return _SUBJECT.finding(FREE_SPACE, Level.OK, said, values=values)
     way_out = "free some space, or write elsewhere (run.dir)"
-    return _SUBJECT.finding("free space", level, f"{said}, and {least_gib:g} are needed", way_out, values=values)
+    return _SUBJECT.finding(FREE_SPACE, level, f"{said}, and {least_gib:g} are needed", way_out, values=values)
+
+
+def folder_findings(folder: Path, *, least_gib: float, level: Level, timeout_s: float = _FOLDER_S) -> list[Finding]:
+    """Speed of a folder, and its free space where it can be written; within ``timeout_s``, whatever its file system does.
+
+    Args:
+        least_gib: Free space that is needed.
+        level: Of less.
+        timeout_s: How long it may take; more is a problem.
+    """
+    remedy = f"see whether {folder} answers at all (`stat -f`): the server of a network file system may be gone"
+    module, args = "opensora_dist.machine.disk", (str(folder), str(least_gib), level.value)
+    return findings_of_child(module, *args, timeout_s=timeout_s, remedy=remedy)
+
+
+def main(folder: Path, *, least_gib: float, level: Level) -> None:
+    """Tells all findings. Arguments as ``folder_findings`` has them."""
+    tell, found = Teller().check, list[Finding]()
+
+    def speed() -> list[Finding]:
+        found.extend(disk_findings(folder))
+        return found
+
+    tell(_SUBJECT.name, "speed", speed)
+    if not any(finding.level is Level.PROBLEM for finding in found):  # else it isn't there
+        tell(_SUBJECT.name, FREE_SPACE, lambda: free_space_finding(folder, least_gib=least_gib, level=level))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), least_gib=float(sys.argv[2]), level=Level(sys.argv[3]))

@@ -6,10 +6,10 @@ Asked of nvidia-smi, which works where torch does not: a GPU that fell off the b
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from opensora_dist.core.errors import OpensoraError
+from opensora_dist.machine.children import run_child
 from opensora_dist.machine.finding import Finding, Level, Subject
 
 _SUBJECT: Final = Subject("gpus")
@@ -43,7 +44,9 @@ _FIELDS = (
     "retired_pages.pending",
     "persistence_mode",
 )
-_ROW_FIELDS = ("uuid", "remapped_rows.pending", "remapped_rows.failure")
+_ROW_FIELDS = ("gpu_uuid", "remapped_rows.pending", "remapped_rows.failure")
+_VITAL = ("memory.total", "memory.used", "clocks.sm", "clocks.max.sm")  # a GPU that answers at all knows these
+_NO_ANSWER = "Unknown Error"
 
 # nvml.h, nvmlClocksEventReason*: those that are no choice of an administrator and no ordinary power limit.
 _SLOWED = {0x08: "hardware slowdown", 0x20: "heat (software)", 0x40: "heat (hardware)", 0x80: "power brake"}
@@ -61,6 +64,8 @@ _XIDS = {
     140: "memory error that could not be recovered from",
 }
 _XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)")
+# Of an NVSwitch, as the Fabric Manager's guide has it; those that aren't fatal are mended by the link itself.
+_SXID = re.compile(r"nvidia-nvswitch\d*:? SXid \(PCI:([0-9a-fA-F:.]+)\): (\d+), Fatal")
 
 
 class SmiError(OpensoraError):
@@ -74,7 +79,7 @@ class Gpu:
         index, name, uuid, bus_id, driver: As nvidia-smi says.
         memory_mib, used_mib: Of the device's memory.
         sm_mhz, most_sm_mhz: The clock now, and the highest there is.
-        limit_sm_mhz: What applications are held to.
+        limit_sm_mhz: What applications ask for; it says little of what they get.
         slowed: Bits of what holds the clock down.
         ecc: Whether memory errors are corrected; None where the GPU can't.
         uncorrected: Memory errors since the driver was loaded.
@@ -82,6 +87,7 @@ class Gpu:
         rows_failed: No spare row was left for one.
         persistence: Whether the driver stays loaded while nobody uses the GPU.
         lost: The driver can't reach it.
+        unread: What the driver fails to read, though it reaches the GPU.
 
     Numbers are None where the driver does not say.
     """
@@ -104,46 +110,67 @@ class Gpu:
     rows_failed: bool
     persistence: bool | None
     lost: bool
+    unread: tuple[str, ...]
 
 
-def query_gpus() -> tuple[Gpu, ...]:
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """
+    Args:
+        gpus: All of this machine.
+        said: What nvidia-smi said besides, as of a damaged infoROM.
+    """
+
+    gpus: tuple[Gpu, ...]
+    said: tuple[str, ...]
+
+
+def query_gpus() -> Seen:
     """All GPUs of this machine; none where there is no nvidia-smi.
 
     Raises:
         SmiError: It fails, or takes longer than 30 s.
     """
     if shutil.which("nvidia-smi") is None:
-        return ()
-    rows = _query("--query-gpu", _FIELDS)
+        return Seen(gpus=(), said=())
+    rows, said = _query("--query-gpu", _FIELDS, first=r"\d+")
     try:
-        remapped = {row["uuid"]: row for row in _query("--query-remapped-rows", _ROW_FIELDS)}
+        remapped = {row["gpu_uuid"]: row for row in _query("--query-remapped-rows", _ROW_FIELDS, first=r"\S+")[0]}
     except SmiError:  # GPUs before Ampere have no rows to remap
         remapped = {}
-    return tuple(_gpu({**row, **remapped.get(row.get("uuid", ""), {})}) for row in rows)
+    return Seen(gpus=tuple(_gpu({**row, **remapped.get(row.get("uuid", ""), {})}) for row in rows), said=tuple(said))
 
 
-def _query(option: str, fields: Sequence[str]) -> list[dict[str, str]]:
-    """Rows by field. A field that this driver doesn't know is left out: they come and go between versions."""
+def _query(option: str, fields: Sequence[str], *, first: str) -> tuple[list[dict[str, str]], list[str]]:
+    """Rows by field, and the lines that are none. A field that this driver doesn't know is left out: they come and go between versions.
+
+    Args:
+        first: Pattern of the first field, by which a row is known; a driver has to have it.
+    """
     fields = list(fields)
     while True:
         code, out = _smi(f"{option}={','.join(fields)}", "--format=csv,noheader,nounits")
         if code == 0:
-            lines = list(csv.reader(out.splitlines(), skipinitialspace=True))
-            return [dict(zip(fields, (cell.strip() for cell in line))) for line in lines if line]
+            break
         unknown = re.search(r'Field "([\w.]+)" is not a valid field', out)
-        if unknown is None or unknown[1] not in fields:
+        if unknown is None or unknown[1] not in fields[1:]:
             raise SmiError(f"nvidia-smi failed with exit code {code}: {' '.join(out.split())[:300]}")
         fields.remove(unknown[1])
+    rows, others = [], []
+    for line in filter(str.strip, out.splitlines()):
+        cells = [cell.strip() for cell in next(csv.reader([line], skipinitialspace=True))]
+        if len(cells) == len(fields) and re.fullmatch(first, cells[0]):
+            rows.append(dict(zip(fields, cells)))
+        else:
+            others.append(line.strip())
+    return rows, others
 
 
 def _smi(*args: str) -> tuple[int, str]:
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=_TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise SmiError(f"nvidia-smi gave no answer within {_TIMEOUT_S:g} s: the driver, or a GPU, hangs") from error
-    return done.returncode, done.stdout
+    said = run_child(["nvidia-smi", *args], timeout_s=_TIMEOUT_S)
+    if said.code is None:
+        raise SmiError(f"nvidia-smi gave no answer within {_TIMEOUT_S:g} s: the driver, or a GPU, hangs")
+    return said.code, f"{said.out}\n{said.err}"
 
 
 def _gpu(row: dict[str, str]) -> Gpu:
@@ -166,7 +193,8 @@ def _gpu(row: dict[str, str]) -> Gpu:
         rows_pending=_said_yes(row.get("remapped_rows.pending")),
         rows_failed=_said_yes(row.get("remapped_rows.failure")),
         persistence=_switch(row.get("persistence_mode")),
-        lost=any(re.search(r"GPU is lost|Unknown Error", value) for value in row.values()),
+        lost=any("GPU is lost" in value for value in row.values()) or any(_NO_ANSWER in row.get(field, "") for field in _VITAL),
+        unread=tuple(field for field, value in row.items() if _NO_ANSWER in value),
     )
 
 
@@ -187,16 +215,19 @@ def gpu_findings(*, expect: int | None, clock_share: float) -> list[Finding]:
 
     Args:
         expect: How many there must be; None: any number will do.
-        clock_share: What of its highest SM clock a GPU must be allowed at least.
+        clock_share: What of its highest SM clock a GPU's applications usually ask for at least.
     """
     try:
-        gpus = query_gpus()
+        seen = query_gpus()
     except SmiError as error:
         way_out = "restart the driver or the machine, or take it out of service"
         return [_SUBJECT.finding("nvidia-smi", Level.PROBLEM, str(error), way_out)]
-    found = [_count(gpus, expect=expect)]
+    gpus, found = seen.gpus, [_count(seen.gpus, expect=expect)]
     for gpu in gpus:
         found += _of_one(gpu, clock_share=clock_share)
+    if seen.said:
+        way_out = "ask NVIDIA's documentation what it means; where training fails on this node, take it out of service"
+        found.append(_SUBJECT.finding("nvidia-smi", Level.WARNING, " / ".join(seen.said)[:600], way_out))
     if gpus:
         drivers = sorted({gpu.driver for gpu in gpus})
         found.append(_SUBJECT.finding("driver", Level.OK, ", ".join(drivers)))
@@ -230,11 +261,13 @@ def _of_one(gpu: Gpu, *, clock_share: float) -> list[Finding]:
         found.append(_SUBJECT.finding(name, Level.PROBLEM, "memory that could not be remapped: no spare rows are left", swap))
     if gpu.rows_pending or gpu.pages_pending:
         found.append(_SUBJECT.finding(name, Level.PROBLEM, "bad memory waits for a reset to be taken out of use", reset))
-    if slowed := [said for bit, said in _SLOWED.items() if (gpu.slowed or 0) & bit]:
-        cool = f"look at cooling and power supply, or {swap}"
-        found.append(_SUBJECT.finding(name, Level.PROBLEM, f"slowed down by {' and '.join(slowed)}", cool))
-    if (clock := clock_finding(name, gpu.limit_sm_mhz, gpu.most_sm_mhz, clock_share=clock_share)) is not None:
-        found.append(clock)
+    found += slowed_findings(name, gpu)
+    if gpu.unread:
+        said = f"the driver can't read {', '.join(gpu.unread)}"
+        found.append(_SUBJECT.finding(name, Level.WARNING, said, f"restart the machine; where it comes back, {swap}"))
+    if gpu.limit_sm_mhz is not None and gpu.limit_sm_mhz < clock_share * (gpu.most_sm_mhz or 0):
+        said = f"applications ask for {gpu.limit_sm_mhz} of {gpu.most_sm_mhz} MHz; what they get is seen under load"
+        found.append(_SUBJECT.finding(name, Level.NOTE, said, "`nvidia-smi -rac`"))
     if gpu.ecc is False:
         found.append(_SUBJECT.finding(name, Level.WARNING, "memory errors are not corrected", "`nvidia-smi -e 1`, and a reset"))
     if gpu.persistence is False:
@@ -252,12 +285,33 @@ def _of_one(gpu: Gpu, *, clock_share: float) -> list[Finding]:
     return found
 
 
-def clock_finding(name: str, mhz: int | None, most_mhz: int | None, *, clock_share: float) -> Finding | None:
-    """A problem where a GPU's clock, or the limit of it, is less than ``clock_share`` of the highest."""
-    if mhz is None or not most_mhz or mhz >= clock_share * most_mhz:
-        return None
-    said = f"SM clock {mhz} of {most_mhz} MHz, less than preflight.clock_share={clock_share:g} of it"
-    return _SUBJECT.finding(name, Level.PROBLEM, said, "`nvidia-smi -rac`, `nvidia-smi -rgc`, and look at its power limit")
+def slowed_findings(name: str, gpu: Gpu) -> list[Finding]:
+    """A problem where something holds a GPU's clock down that no administrator chose."""
+    slowed = [said for bit, said in _SLOWED.items() if (gpu.slowed or 0) & bit]
+    way_out = "look at cooling and power supply, or take the node out of service and have it looked at"
+    return [_SUBJECT.finding(name, Level.PROBLEM, f"slowed down by {' and '.join(slowed)}", way_out)] if slowed else []
+
+
+def loaded_findings(gpu: Gpu, *, clock_share: float) -> list[Finding]:
+    """What is wrong with a GPU that has been computing for a second: idle clocks say nothing.
+
+    Args:
+        clock_share: What of its highest SM clock it must run at least.
+    """
+    name = f"GPU {gpu.index} under load"
+    if gpu.lost:
+        return [
+            _SUBJECT.finding(
+                name, Level.PROBLEM, "the driver can't reach it any more", "restart the machine, and look for Xid 79"
+            )
+        ]
+    found = slowed_findings(name, gpu)
+    if gpu.sm_mhz is not None and gpu.sm_mhz < clock_share * (gpu.most_sm_mhz or 0):
+        said = f"SM clock {gpu.sm_mhz} of {gpu.most_sm_mhz} MHz, less than preflight.clock_share={clock_share:g} of it"
+        found.append(
+            _SUBJECT.finding(name, Level.PROBLEM, said, "`nvidia-smi -rac`, `nvidia-smi -rgc`, and look at its power limit")
+        )
+    return found
 
 
 def read_kernel_log(path: Path) -> list[str] | None:
@@ -268,12 +322,16 @@ def read_kernel_log(path: Path) -> list[str] | None:
         return None
     parts = []
     try:
-        while part := os.read(handle, 1 << 16):
+        while True:
+            try:
+                part = os.read(handle, 1 << 16)
+            except OSError as error:
+                if error.errno == errno.EPIPE:  # the next record was overwritten meanwhile; the oldest that is left follows
+                    continue
+                break  # EAGAIN: that was the newest
+            if not part:
+                break
             parts.append(part)
-    except BlockingIOError:
-        pass  # that was the newest
-    except OSError:  # records that were overwritten while we read: what came before them is as good as gone, too
-        pass
     finally:
         os.close(handle)
     return b"".join(parts).decode(errors="replace").splitlines()
@@ -289,14 +347,17 @@ def xid_finding(log: Iterable[str] | None, *, uptime_s: float) -> Finding:
     if log is None:
         way_out = "run as root, or `sysctl kernel.dmesg_restrict=0`"
         return _SUBJECT.finding("xid", Level.NOTE, "the kernel's log can't be read, so errors of the driver aren't seen", way_out)
-    seen: dict[tuple[str, int], None] = {}
+    seen: dict[tuple[str, int], str] = {}
     for record in log:
-        match, stamp = _XID.search(record), record.split(",")
-        recent = len(stamp) > 2 and stamp[2].isdigit() and uptime_s - int(stamp[2]) / 1e6 < _XID_RECENT_S
-        if match and recent and int(match[2]) in _XIDS:
-            seen[(match[1], int(match[2]))] = None
+        stamp = record.split(",", 3)
+        if len(stamp) < 3 or not stamp[2].isdigit() or uptime_s - int(stamp[2]) / 1e6 >= _XID_RECENT_S:
+            continue
+        if (match := _XID.search(record)) and int(match[2]) in _XIDS:
+            seen[match[1], int(match[2])] = f"Xid {match[2]} of {match[1]} ({_XIDS[int(match[2])]})"
+        elif match := _SXID.search(record):
+            seen[match[1], int(match[2])] = f"SXid {match[2]} of {match[1]} (fatal error of an NVSwitch)"
     if not seen:
         return _SUBJECT.finding("xid", Level.OK, "no error of a GPU in the kernel's log of the last day")
-    said = "; ".join(f"Xid {number} of {bus} ({_XIDS[number]})" for bus, number in seen)
-    way_out = "reset the GPU or restart the machine; where it comes back, take the node out of service"
-    return _SUBJECT.finding("xid", Level.PROBLEM, said, way_out, values={"xids": [list(key) for key in seen]})
+    # A reset of the GPU mends as much, and leaves the log as it is.
+    way_out = "restart the machine, which clears its log, too; where it comes back, take the node out of service"
+    return _SUBJECT.finding("xid", Level.PROBLEM, "; ".join(seen.values()), way_out, values={"xids": [list(key) for key in seen]})

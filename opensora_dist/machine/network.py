@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import ipaddress
 import os
@@ -23,6 +24,7 @@ _SIOCGIFADDR = 0x8915  # linux/sockios.h
 _SIOCGIFFLAGS = 0x8913
 _IFF_UP, _IFF_LOOPBACK = 0x1, 0x8
 _LOOPBACK_S = 0.3
+_ANSWER_S = 5.0  # a loopback that is down carries nothing, and never says so
 _CHUNK = 1 << 20
 
 
@@ -115,7 +117,7 @@ def network_findings(variables: Mapping[str, str] = os.environ) -> list[Finding]
     """Interfaces, RDMA devices, and what ranks would use of them."""
     known = interfaces()
     found = [_of_interface(i) for i in known]
-    found += _rdma()
+    found += rdma_findings(variables.get("NCCL_IB_HCA"))
     found.append(_of_address(rank_address(variables, known=known), known))
     found.append(_of_nccl(variables, known))
     return found
@@ -142,21 +144,38 @@ def _of_interface(interface: Interface) -> Finding:
     return _SUBJECT.finding(interface.name, Level.OK, ", ".join(words), values=asdict(interface))
 
 
-def _rdma() -> list[Finding]:
-    """Ports of InfiniBand and RoCE."""
-    found = []
+def rdma_findings(hcas: str | None) -> list[Finding]:
+    """Ports of InfiniBand and RoCE: one that isn't active is a problem where NCCL is told to use it, and a warning elsewhere.
+
+    Args:
+        hcas: As network.hcas and NCCL_IB_HCA have it; None: NCCL chooses among those that are active.
+    """
+    found, used = [], 0
+    way_out = "look at its cable and its subnet manager, or leave it out of network.hcas (NCCL_IB_HCA)"
     for port in sorted((_SYS / "infiniband").glob("*/ports/*")):
+        name = f"{port.parts[-3]}:{port.name}"
         state, rate, layer = (_read(port / file) or "unknown" for file in ("state", "rate", "link_layer"))
-        active = "ACTIVE" in state
-        found.append(
-            _SUBJECT.finding(
-                f"{port.parts[-3]}:{port.name}",
-                Level.OK if active else Level.WARNING,
-                f"{layer}, {rate}, {state}",
-                None if active else "look at its cable and its subnet manager, or leave it out by network.hcas",
-            )
-        )
+        wanted = hcas is not None and _names_port(hcas, name)
+        used += wanted
+        level = Level.OK if "4: ACTIVE" in state else Level.PROBLEM if wanted else Level.WARNING
+        said = f"{layer}, {rate}, {state}"
+        found.append(_SUBJECT.finding(name, level, said, None if level is Level.OK else way_out))
+    if hcas is not None and not used:
+        here = ", ".join(finding.name for finding in found) or "there is none"
+        said = f"no RDMA port of this machine is one of {hcas}, which network.hcas (NCCL_IB_HCA) names"
+        found.append(_SUBJECT.finding("RDMA", Level.PROBLEM, said, f"name ports that are here ({here}), or mend its driver"))
     return found
+
+
+def _names_port(hcas: str, port: str) -> bool:
+    """By NCCL's rules: beginnings of names, with = whole names, with ^ all but those; with a port of a device, or without."""
+    exact = hcas.lstrip("^").startswith("=")
+    named = False
+    for entry in filter(None, hcas.lstrip("^=").split(",")):
+        device, _, number = entry.partition(":")
+        name, _, its = port.partition(":")
+        named |= (name == device if exact else name.startswith(device)) and number in ("", its)
+    return named != hcas.startswith("^")
 
 
 def _of_address(chosen: RankAddress, known: Sequence[Interface]) -> Finding:
@@ -194,12 +213,18 @@ def _of_nccl(variables: Mapping[str, str], known: Sequence[Interface]) -> Findin
 
 
 def loopback_bytes_per_s() -> float:
-    """What one TCP connection of this machine to itself carries, during 0.3 s."""
+    """What one TCP connection of this machine to itself carries, during 0.3 s.
+
+    Raises:
+        OSError: It carries nothing, or nothing within 5 s.
+    """
     with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(_ANSWER_S)
         sender = threading.Thread(target=_send, args=(server.getsockname(),), daemon=True)
         sender.start()
         connection, _ = server.accept()
         with connection:
+            connection.settimeout(_ANSWER_S)
             buffer, total, began = bytearray(_CHUNK), 0, time.perf_counter()
             while count := connection.recv_into(buffer):
                 total += count
@@ -210,13 +235,18 @@ def loopback_bytes_per_s() -> float:
 
 def _send(address: tuple[str, int]) -> None:
     chunk, deadline = bytes(_CHUNK), time.perf_counter() + _LOOPBACK_S
-    with socket.create_connection(address) as connection:
+    # Whoever waits for it says what is wrong.
+    with contextlib.suppress(OSError), socket.create_connection(address, timeout=_ANSWER_S) as connection:
         while time.perf_counter() < deadline:
             connection.sendall(chunk)
 
 
 def loopback_finding() -> Finding:
-    """The loopback's speed."""
-    rate = loopback_bytes_per_s()
+    """The loopback's speed: a problem where it carries nothing, since ranks of one machine talk over it."""
+    try:
+        rate = loopback_bytes_per_s()
+    except OSError as error:
+        said = f"127.0.0.1 can't be talked to ({error.strerror or error})"
+        return _SUBJECT.finding("loopback", Level.PROBLEM, said, "`ip link set lo up`, and look for a firewall")
     said = f"{rate / 1e9:.2f} GB/s by one TCP connection (measured)"
     return _SUBJECT.finding("loopback", Level.OK, said, values={"bytes_per_s": rate})

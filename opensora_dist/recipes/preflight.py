@@ -7,6 +7,7 @@ says how far each rank came: a rank that is gone can't say so.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -17,13 +18,13 @@ import opensora_dist
 from opensora_dist.config.site import SiteConfig
 from opensora_dist.core.io import write_json
 from opensora_dist.core.logging import get_logger
-from opensora_dist.machine.disk import disk_findings, free_space_finding
+from opensora_dist.machine.disk import FREE_SPACE, folder_findings
 from opensora_dist.machine.finding import Finding, Level, problems_of
 from opensora_dist.machine.gpus import gpu_findings
 from opensora_dist.machine.limits import limit_findings, shared_memory_finding
-from opensora_dist.machine.network import interface_finding
+from opensora_dist.machine.network import interface_finding, rdma_findings
 from opensora_dist.observe.environment import git_state, package_versions
-from opensora_dist.recipes.doctor import kernel_findings, num_gpus
+from opensora_dist.recipes.doctor import kernel_findings, usable_gpus
 
 if TYPE_CHECKING:  # the checks of a node alone don't wait for torch
     from opensora_dist.machine.links import Rates
@@ -32,6 +33,8 @@ if TYPE_CHECKING:  # the checks of a node alone don't wait for torch
 LINKS_NAME: Final = "links.json"
 RANKS_DIR: Final = "links"
 NO_HEAD: Final = "no head"
+_DISK_SHARE: Final = 1 / 6
+_KERNELS_SHARE: Final = 0.95  # the rest is for the report
 _log = get_logger(__name__)
 
 
@@ -65,18 +68,22 @@ def preflight(site: SiteConfig, *, node: str, run_dir: Path, gpus: int, folder: 
         gpus: How many there must be; with 0, GPUs and kernels aren't looked at.
         folder: ``<submission>/preflight/<attempt>``.
     """
-    least, found, shared = site.preflight, list[Finding](), list[Finding]()
+    began, least, found, shared = time.monotonic(), site.preflight, list[Finding](), list[Finding]()
     if gpus:
         found += gpu_findings(expect=gpus, clock_share=least.clock_share)
-        found += kernel_findings(num_gpus=num_gpus(found), clock_share=least.clock_share, timeout_s=least.timeout_s / 2)
     if site.network.interface is not None:
         found.append(interface_finding(site.network.interface))
-    speed = disk_findings(run_dir)
-    found += speed
-    if not problems_of(speed):  # else it isn't there
-        shared.append(free_space_finding(run_dir, least_gib=least.free_disk_gib, level=Level.PROBLEM))
+    found += rdma_findings(site.network.hcas if gpus else None)
+    for finding in folder_findings(
+        run_dir, least_gib=least.free_disk_gib, level=Level.PROBLEM, timeout_s=_DISK_SHARE * least.timeout_s
+    ):
+        (shared if finding.name == FREE_SPACE else found).append(finding)
     found.append(shared_memory_finding(least_gib=least.shared_memory_gib, level=Level.PROBLEM))
     found += limit_findings()
+    if gpus:  # last, with all the time that is left: from a cold file system torch alone takes a minute
+        left_s = max(_KERNELS_SHARE * least.timeout_s - (time.monotonic() - began), 1.0)
+        usable = usable_gpus(found, expect=gpus)
+        found += kernel_findings(num_gpus=usable, clock_share=least.clock_share, timeout_s=left_s)
     state = git_state(Path(opensora_dist.__file__).parent)
     report = NodeReport(
         node=node,

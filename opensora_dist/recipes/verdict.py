@@ -6,13 +6,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from opensora_dist.core.io import read_json
 from opensora_dist.machine.blame import cut_off, slow_nodes
 from opensora_dist.recipes.preflight import LINKS_NAME, NO_HEAD, RANKS_DIR
 
 _Reasons = dict[str, list[str]]
+
+# What of others' best link a node's best one has at most, to be blamed: for a floor that is missed, and where none is.
+_SLOW_SHARE: Final = 0.5
+_MUCH_SLOWER_SHARE: Final = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +157,16 @@ def _judge_found(found: Mapping[str, Any], nodes: Sequence[str], unfit: _Reasons
         shared.append(
             f"these don't reach each other: {', '.join(f'{a} and {b}' for a, b in pairs)}; look at the network between them"
         )
+    rates = {(a, b): rate for a, b, rate in found["pairs"]}
     if found["problems"]:
-        slow = slow_nodes({(a, b): rate for a, b, rate in found["pairs"]})
+        slow = slow_nodes(rates, share=_SLOW_SHARE)
         for node in slow:
             unfit[node] += found["problems"]
         if not slow:
             shared += found["problems"]
+    else:
+        for node, part in slow_nodes(rates, share=_MUCH_SLOWER_SHARE).items():
+            unfit[node].append(
+                f"its best link is {1 / part:.0f} times slower than others' (more than {1 / _MUCH_SLOWER_SHARE:g} times is too slow, "
+                "whatever the floors of preflight are); look at its cable, its port and network.hcas"
+            )

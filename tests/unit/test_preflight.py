@@ -10,7 +10,7 @@ import pytest
 
 from opensora_dist.config.site import NetworkSite, PreflightSite, SiteConfig
 from opensora_dist.core.io import write_json
-from opensora_dist.machine import gpus
+from opensora_dist.machine import gpus, network
 from opensora_dist.machine.blame import cut_off, slow_nodes
 from opensora_dist.machine.finding import Finding, Level
 from opensora_dist.recipes import preflight as recipe
@@ -74,7 +74,20 @@ def test_gpus_and_kernels_are_looked_at_where_there_must_be_some(tmp_path, smi, 
     report = _look(tmp_path, site=_site(clock_share=0.6, timeout_s=100), num_gpus=8)
     missing, ecc, kernel = report.problems
     assert "and 8 are expected" in missing and ecc.startswith("gpus, GPU 6: 1 memory errors") and kernel.endswith("update torch")
-    assert asked == {"num_gpus": 7, "clock_share": 0.6, "timeout_s": 50.0}
+    assert 60.0 < asked.pop("timeout_s") < 100.0  # nearly all that is left
+    assert asked == {"num_gpus": 7, "clock_share": 0.6}
+
+
+def test_a_node_whose_rdma_port_is_down_is_unfit_where_the_site_names_it(tmp_path, smi, monkeypatch):
+    port = tmp_path / "sys/infiniband/mlx5_1/ports/1"
+    port.mkdir(parents=True)
+    (port / "state").write_text("1: DOWN\n")
+    monkeypatch.setattr(network, "_SYS", tmp_path / "sys")
+    monkeypatch.setattr(recipe, "kernel_findings", lambda **given: [])
+    fake_smi.put_smi(smi, fake_smi.GOOD)
+    assert not _look(tmp_path, num_gpus=1).problems
+    (said,) = _look(tmp_path, site=_site().model_copy(update={"network": NetworkSite(hcas="mlx5_0,mlx5_1")}), num_gpus=1).problems
+    assert said.startswith("network, mlx5_1:1: unknown, unknown, 1: DOWN; look at its cable")
 
 
 def test_too_little_space_in_the_run_directory_is_nobodys_fault(tmp_path):
@@ -236,8 +249,16 @@ def test_a_floor_that_is_missed_is_blamed_on_the_node_whose_links_are_slow_or_on
     assert found.code == 30 and dict(found.unfit) == {"node2": ("all-reduce: 0.1 GB/s",)}
     _write_links(tmp_path, problems=["all-reduce: 0.1 GB/s"])
     assert _judge(tmp_path).code == 31
-    _write_links(tmp_path, pairs=slow)
-    assert _judge(tmp_path).code == 0  # without a floor, a slow link is no reason
+
+
+@pytest.mark.parametrize("slower, code", [(3, 0), (40, 30)])
+def test_without_a_floor_a_node_is_blamed_whose_links_are_more_than_four_times_slower(tmp_path, slower, code):
+    _write(tmp_path)
+    rates = [["node1", "node2", 1e9 / slower], ["node1", "node3", 1e9], ["node2", "node3", 1e9 / slower]]
+    _write_links(tmp_path, pairs=rates)
+    found = _judge(tmp_path)
+    assert found.code == code and list(found.unfit) == ["node2"] * (code != 0)
+    assert code == 0 or "40 times slower than others' (more than 4 times is too slow" in found.unfit["node2"][0]
 
 
 def test_blame_is_the_fewest_nodes_that_explain_it():
@@ -246,5 +267,5 @@ def test_blame_is_the_fewest_nodes_that_explain_it():
     assert cut_off([("a", "x"), ("b", "x"), ("c", "x"), ("a", "y"), ("b", "y")]) == ["x", "y"]
     fast, slow = 1e9, 1e8
     pairs = {("a", "b"): fast, ("a", "x"): slow, ("a", "y"): slow, ("b", "x"): slow, ("b", "y"): slow, ("x", "y"): slow}
-    assert slow_nodes(pairs) == ["x", "y"]
-    assert slow_nodes({("a", "b"): slow}) == []
+    assert slow_nodes(pairs, share=0.5) == {"x": 0.1, "y": 0.1} and slow_nodes(pairs, share=0.1) == {}
+    assert slow_nodes({("a", "b"): slow}, share=0.5) == {}
