@@ -57,7 +57,8 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/shellcheck launch/*.sh launch/docker/*.sh
+	$(BIN)/shellcheck launch/*.sh launch/docker/*.sh launch/slurm/bench.sbatch \
+		launch/slurm/network.sh launch/slurm/node.sh launch/slurm/rank.sh
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

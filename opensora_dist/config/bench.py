@@ -12,16 +12,16 @@ from pydantic import Field
 
 from opensora_dist.config.base import Section
 from opensora_dist.config.load import Problem
+from opensora_dist.config.train import ModelName, SchemeName, SizeName
 
 _MOST_POINTS = 1000
 Count = Annotated[int, Field(ge=1)]
 Sizes = Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*x[1-9]\d*$")]
-Scheme = Literal["dsp", "ulysses", "fastseq", "ring", "usp", "allgather"]
 
 
 class _Grid(Section):
     nodes: tuple[Count, ...] = Field((1,), min_length=1, description="Machines; under Slurm the first of the job's.")
-    model: tuple[Literal["stdit", "dit"], ...] = Field((), description="Whose step or block.")
+    model: tuple[ModelName, ...] = Field((), description="Whose step or block.")
     width: tuple[Count, ...] = Field((), description="Of the model.")
     heads: tuple[Count, ...] = Field((), description="Of attention.")
     batch: tuple[Count, ...] = Field((), description="Samples of the ranks that share them.")
@@ -40,11 +40,11 @@ class _Grid(Section):
 class StepGrid(_Grid):
     """Cases of `bench step`: every combination is a point."""
 
-    size: tuple[Literal["S", "B", "L", "XL"], ...] = Field((), description="Published sizes.")
+    size: tuple[SizeName, ...] = Field((), description="Published sizes.")
     depth: tuple[Count, ...] = Field((), description="Blocks, instead of the size's.")
     clip: tuple[Sizes, ...] = Field((), description="Latents of a sample, FRAMESxROWSxCOLUMNS.")
     sp: tuple[Count, ...] = Field((), description="Ranks that share a sample.")
-    scheme: tuple[Scheme, ...] = Field((), description="How they do.")
+    scheme: tuple[SchemeName, ...] = Field((), description="How they do.")
     zero: tuple[Literal[0, 1, 2, 3], ...] = Field((), description="ZeRO stage.")
     dp_replicate: tuple[Count, ...] = Field((), description="Groups of ranks that hold copies (HSDP).")
     grad_accum: tuple[Count, ...] = Field((), description="Micro-batches of a step.")

@@ -40,6 +40,13 @@ SIZES = {
 }
 
 
+ModelName = Literal["stdit", "dit"]
+SizeName = Literal["S", "B", "L", "XL"]
+"""Keys of ``SIZES``."""
+SchemeName = Literal["dsp", "ulysses", "fastseq", "ring", "usp", "allgather"]
+"""Of sequence parallelism; ``parallel.sequence.registry`` has them."""
+
+
 class ImportConfig(Section):
     """Weights to start from. A run that resumes doesn't read them again."""
 
@@ -52,8 +59,8 @@ class ImportConfig(Section):
 class ModelConfig(Section):
     """The diffusion transformer."""
 
-    name: Literal["stdit", "dit"] = Field("stdit", description="stdit: factorised space and time; dit: joint attention.")
-    size: Literal["S", "B", "L", "XL"] = Field("S", description="Published size; depth, width and heads override it.")
+    name: ModelName = Field("stdit", description="stdit: factorised space and time; dit: joint attention.")
+    size: SizeName = Field("S", description="Published size; depth, width and heads override it.")
     depth: int | None = Field(None, ge=1, description="Blocks.")
     width: int | None = Field(None, ge=4, description="Width of the residual stream; a multiple of heads and of 4.")
     heads: int | None = Field(None, ge=1, description="Attention heads.")
@@ -186,7 +193,7 @@ class SpConfig(Section):
     """Sequence parallelism: ranks that share a sample, each with some of its frames (or rows)."""
 
     degree: int = Field(1, ge=1, description="Ranks that share one sample.")
-    scheme: Literal["dsp", "ulysses", "fastseq", "ring", "usp", "allgather", "auto"] = Field(
+    scheme: Literal[SchemeName, "auto"] = Field(
         "dsp",
         description="How tokens on different ranks meet: dsp (stdit only; fewest bytes), ulysses, fastseq, ring, usp (ulysses inside, "
         "ring outside), allgather (the baseline); auto predicts which is fastest for each shape.",

@@ -88,7 +88,7 @@ def describe_environment(*, world: int = 1) -> dict[str, Any]:
         "packages": package_versions(),
         "platform": platform.platform(),
         "host": platform.node(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_cores": os.cpu_count(),
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -108,7 +108,8 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """This machine's processor."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(errors="replace"), re.MULTILINE)

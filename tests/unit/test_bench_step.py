@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import dataclasses
 import json
 from contextlib import contextmanager
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
+import opensora_dist
+from opensora_dist.cli import bench as bench_cli
 from opensora_dist.cli.main import main
-from opensora_dist.config.train import ModelConfig, ParallelConfig, SpConfig, ZeroConfig
+from opensora_dist.config.train import SIZES, ModelConfig, ModelName, ParallelConfig, SchemeName, SizeName, SpConfig, ZeroConfig
 from opensora_dist.core.errors import ConfigError, OpensoraError
 from opensora_dist.core.types import Thw
+from opensora_dist.parallel.sequence.registry import SCHEMES
 from opensora_dist.parallel.sequence.traffic import SentBytes
 from opensora_dist.plan.memory import MemoryCase, estimate
 from opensora_dist.recipes.bench import step as steps
+from opensora_dist.recipes.bench.show import megabytes
 from opensora_dist.recipes.bench.speed import Work, speed
 from opensora_dist.recipes.bench.step import (
     FormResult,
@@ -246,3 +254,36 @@ def test_defaults_are_those_of_a_training():
     )
     assert case.model == ModelConfig() and case.parallel == ParallelConfig(timeout_s=5.0) and case.dtype == "float32"
     assert options == StepOptions(rounds=1, warmup=0, steps=1)
+
+
+def test_training_imports_nothing_that_is_private_to_fsdp2():
+    """What is private changes with any release of torch; a benchmark's switch of its collectives may break by that, and no training."""
+    folder = Path(opensora_dist.__file__).parent
+    found = {}
+    for path in folder.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+                found.setdefault(node.module, set()).add(str(path.relative_to(folder)))
+    private = {name: places for name, places in found.items() if name.startswith("torch.distributed.fsdp._")}
+    assert list(private.values()) == [{"parallel/zero/silent.py"}]
+    assert "opensora_dist.parallel.zero.silent" not in found
+
+
+def test_names_on_the_command_line_are_those_of_the_config():
+    for action in ("step", "sequence"):
+        for name, names in {"--model": ModelName, "--size": SizeName}.items():
+            given = next((a for a in _options(action) if name in a.option_strings), None)
+            assert given is None or tuple(given.choices) == get_args(names)
+    assert set(get_args(SchemeName)) == set(SCHEMES) and set(get_args(SizeName)) == set(SIZES)
+
+
+def _options(action):
+    parser = argparse.ArgumentParser()
+    bench_cli.add_parser(parser.add_subparsers())
+    for word in ("bench", action):
+        parser = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices[word]
+    return parser._actions
+
+
+def test_memory_that_nobody_knows_is_a_dash():
+    assert (megabytes(None), megabytes(0), megabytes(5_000_000_000)) == ("-", "0.0", "5,000.0")

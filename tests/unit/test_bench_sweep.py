@@ -9,15 +9,18 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from opensora_dist.cli.main import main
 from opensora_dist.config.bench import SequenceSweep, StepGrid, StepSweep
+from opensora_dist.config.load import load_config
 from opensora_dist.core.errors import ConfigError
 from opensora_dist.observe.charts import line_svg
 from opensora_dist.recipes.bench import sweep as sweeping
-from opensora_dist.recipes.bench.machines import machines_here
+from opensora_dist.recipes.bench.machines import Machines, machines_here
 from opensora_dist.recipes.bench.sweep import Point, point_argv, point_problems, run_sweep, sweep_points
 from opensora_dist.recipes.bench.sweep_show import sweep_rows, sweep_table
 
@@ -50,11 +53,12 @@ def grid(tmp_path):
 
 def _speed(tokens, **more):
     speed = {"step_s": 0.1, "samples_per_s": 10.0, "tokens_per_s_per_rank": tokens, "mfu": 0.4, "exposed_share": 0.1}
-    return {**speed, "dollars_per_million_tokens": None, **more}
+    return {**speed, **more}
 
 
 def _result(tokens, world=2, **more):
-    figures = {"step_ms": {"low": 90.0, "median": 100.0, "high": 110.0}, "speed": _speed(tokens, **more)}
+    spread = {"low": 90.0, "median": 100.0, "high": 110.0}
+    figures = {"step_ms": spread, "exposed_ms": {"low": 8.0, "median": 10.0, "high": 12.0}, "speed": _speed(tokens, **more)}
     return {"world": world, "results": [{"name": "eager", "memory_bytes": 5_000_000, "figures": figures}]}
 
 
@@ -120,6 +124,49 @@ def test_another_way_of_measuring_is_another_point(tmp_path):
     assert sweep_points("step", patient, ranks=2)[0].name == names[0]
 
 
+def test_another_device_or_commit_is_another_point_and_another_price_is_not(monkeypatch):
+    def name(device="auto", **how):
+        return sweep_points("step", StepSweep(device=device, **how), ranks=2)[0].name
+
+    here = name("cpu")
+    assert name("cpu", dollars_per_gpu_hour=2.5) == here
+    monkeypatch.setattr(sweeping, "resolve_device", torch.device)
+    found = [here]
+    for gpu in ("NVIDIA H800", "NVIDIA A100-SXM4-80GB"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, gpu=gpu: gpu)
+        found.append(name("cuda"))
+    for code in ({"commit": "1", "changed": False}, {"commit": "2", "changed": False}, None):
+        monkeypatch.setattr(sweeping, "git_state", lambda _, code=code: code)
+        found.append(name("cpu"))
+    assert len(set(found)) == 6
+
+
+def test_a_new_price_changes_the_table_and_runs_nothing(grid, tmp_path, runs):
+    for price, shown in ((None, "| - |"), (3.6, "| 1 |"), (7.2, "| 2 |")):
+        grid.write_text(GRID + (f"dollars_per_gpu_hour: {price}\n" if price else ""))
+        run_sweep("step", grid, out=tmp_path / "out")
+        # 3.6 dollars an hour are a thousandth of a dollar a second, for 1000 tokens.
+        assert shown in (tmp_path / "out/table.md").read_text()
+    assert len(runs()) == 2 and not any("--dollars-per-gpu-hour" in command for command in runs())
+
+
+@pytest.mark.parametrize("name", ["h800", "a100"])
+def test_a_point_that_no_gpu_of_80_gb_holds_is_refused_before_it_runs(name, monkeypatch):
+    monkeypatch.setattr(sweeping, "resolve_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H800")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 << 30))
+    sweep = load_config(StepSweep, ROOT / f"configs/bench/{name}.yaml")
+    machines = Machines(nodes=tuple("abcdefgh"), address="1.2.3.4", job_id=1, said="8 nodes")
+    points = sweep_points("step", sweep, ranks=8)
+    said = {p.name: point_problems(sweep, p, ranks=8, machines=machines) for p in points}
+    refused = [p.values for p in points if said[p.name]]
+    assert len(refused) < len(points) / 8
+    assert {(p["clip"], p["sp"], p["recompute"]) for p in refused} == {("64x64x64", 1, "none")}
+    (first,) = said[next(p.name for p in points if said[p.name])]
+    assert "a rank needs 134.6 GiB, and the GPU has 80.0" in first and "recompute=full" in first
+
+
 def test_where_no_ranks_share_a_sample_a_scheme_is_no_other_point():
     points = sweep_points("step", StepSweep(grid=StepGrid(sp=(1, 2), scheme=("dsp", "ring"))), ranks=2)
     assert [(p.values["sp"], p.values.get("scheme")) for p in points] == [(1, None), (2, "dsp"), (2, "ring")]
@@ -149,12 +196,10 @@ def test_options_beside_a_sweep_and_a_sweep_without_a_folder_are_refused(grid, c
 
 
 def test_a_point_is_a_command_that_a_user_could_type():
-    sweep = StepSweep(dollars_per_gpu_hour=2.5, grid=StepGrid(dp_replicate=(2,)))
+    sweep = StepSweep(device="cpu", dollars_per_gpu_hour=2.5, grid=StepGrid(dp_replicate=(2,)))
     (point,) = sweep_points("step", sweep, ranks=8)
     words = " ".join(point_argv("step", sweep, point, out=Path("o")))
-    assert words == (
-        "bench step --out o --device auto --timeout 600 --rounds 5 --warmup 2 --steps 3 --dollars-per-gpu-hour 2.5 --dp-replicate 2"
-    )
+    assert words == ("bench step --out o --device cpu --timeout 600 --rounds 5 --warmup 2 --steps 3 --dp-replicate 2")
 
 
 def test_a_sweep_of_sequence_names_its_schemes_and_refuses_what_no_scheme_shares():
@@ -190,7 +235,8 @@ def test_under_slurm_a_point_is_one_torchrun_on_each_of_the_first_nodes(slurm):
             machines.command(["bench", "step"], nodes=nodes, ranks=8), capture_output=True, text=True, check=True
         )
         words = done.stdout.splitlines()
-        assert words[:5] == [
+        assert words[:6] == [
+            "--cpu-bind=none",
             f"--nodes={nodes}",
             f"--ntasks={nodes}",
             "--ntasks-per-node=1",
@@ -203,9 +249,15 @@ def test_under_slurm_a_point_is_one_torchrun_on_each_of_the_first_nodes(slurm):
 
 def test_the_number_of_a_node_is_asked_for_on_the_node(slurm, tmp_path):
     command = machines_here().command(["bench", "step"], nodes=2, ranks=1)
-    on_node = command[command.index("bash") :]
+    on_node = command[command.index("env") :]
     on_node[on_node.index(sys.executable)] = "/bin/echo"
-    done = subprocess.run(on_node, capture_output=True, text=True, check=True, env={**os.environ, "SLURM_NODEID": "1"})
+    (tmp_path / "bin/ip").write_text(
+        '#!/bin/sh\necho "$@" >&2\ncase $2 in route) echo x src 1.1.1.1 uid;; *) echo 2: ib0 inet;; esac\n'
+    )
+    (tmp_path / "bin/ip").chmod(0o755)
+    environ = {**os.environ, "SLURM_NODEID": "1", "SLURM_JOB_NUM_NODES": "2"}
+    done = subprocess.run(on_node, capture_output=True, text=True, check=True, env=environ)
+    assert "route get 10.0.0.1" in done.stderr  # as network.sh asks, for gloo's interface
     assert done.stdout.startswith("-m torch.distributed.run --node-rank 1 --nnodes=2 ")
 
 
@@ -229,9 +281,7 @@ def test_a_job_of_fewer_nodes_refuses_the_points_of_more(slurm):
 
 def test_the_batch_script_is_clean_and_runs_a_sweep(tmp_path):
     script = ROOT / "launch/slurm/bench.sbatch"
-    shellcheck = Path(sys.executable).parent / "shellcheck"
-    if shellcheck.exists():
-        subprocess.run([shellcheck, script], check=True)
+    subprocess.run([Path(sys.executable).with_name("shellcheck"), script], check=True)
     fake = tmp_path / "python"
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     fake.chmod(0o755)
@@ -257,15 +307,17 @@ def test_efficiency_is_of_the_same_case_on_the_fewest_nodes_it_ran_on():
         _outcome(4, 30.0, sp=2),
         _outcome(8, 1, state="refused"),
     ]
-    assert [row["efficiency"] for row in sweep_rows(found)] == pytest.approx([1.0, 0.9, 1.0, 0.5])
+    assert [row["efficiency"] for row in sweep_rows(found, dollars_per_gpu_hour=None)] == pytest.approx([1.0, 0.9, 1.0, 0.5])
 
 
 def test_the_table_has_a_row_for_what_ran_and_a_line_for_what_did_not():
-    found = [_outcome(1, 100.0, dollars_per_million_tokens=0.25), _outcome(2, 90.0, mfu=None), _outcome(4, 1, state="failed")]
-    lines = sweep_table(found, sweep_rows(found)).splitlines()
+    found = [_outcome(1, 100.0), _outcome(2, 90.0, mfu=None), _outcome(4, 1, state="failed")]
+    (result,) = found[1]["result"]["results"]
+    result["memory_bytes"] = result["figures"]["exposed_ms"] = None  # neither is known
+    lines = sweep_table(found, sweep_rows(found, dollars_per_gpu_hour=0.09)).splitlines()
     assert lines[0] == "Everywhere: sp 1."
-    assert lines[4] == "| 1 | eager | 2 | 100 [90, 110] | 10 | 100 | 100% | 40% | 10% | 0.25 | 5.0 |"
-    assert lines[5] == "| 2 | eager | 4 | 100 [90, 110] | 10 | 90 | 90% | - | 10% | - | 5.0 |"
+    assert lines[4] == "| 1 | eager | 2 | 100 [90, 110] | 10 | 100 | 100% | 40% | 10 [8, 12] | 10% | 0.25 | 5.0 |"
+    assert lines[5] == "| 2 | eager | 4 | 100 [90, 110] | 10 | 90 | 90% | - | - | 10% | 0.278 | - |"
     assert lines[-1] == "- nodes 4: failed: a rule"
 
 

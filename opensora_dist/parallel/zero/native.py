@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,9 @@ from opensora_dist.parallel.tensor.linear import packed_parts, tp_size
 from opensora_dist.parallel.tensor.state import in_order, put_back
 from opensora_dist.parallel.zero.optimizer import adamw, start_moments
 from opensora_dist.parallel.zero.replicated import GradientSums
-from opensora_dist.parallel.zero.silent import SilentGather, SilentScatter
+
+if TYPE_CHECKING:
+    from opensora_dist.parallel.zero.silent import SilentGather, SilentScatter
 
 _CPU = torch.device("cpu")
 
@@ -98,6 +101,9 @@ class NativeBackend:
             self._sums.silent = True
         sharded = [module for module in self._module.modules() if isinstance(module, FSDPModule)]
         if self._comms is None and sharded:
+            # It is made of parts of FSDP2 that are private to it, which no training may depend on.
+            from opensora_dist.parallel.zero.silent import SilentGather, SilentScatter
+
             self._comms = SilentGather(), SilentScatter()
             for module in sharded:
                 module.set_custom_all_gather(self._comms[0])

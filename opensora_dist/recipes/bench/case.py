@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from opensora_dist.config.train import ModelConfig
+from opensora_dist.config.train import ModelConfig, ModelName
 from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.types import Axis, Region, Thw
 from opensora_dist.models.base import ModelIo, VideoTransformer
@@ -35,7 +35,7 @@ class SequenceCase:
         recompute: What backward runs again, without communicating again.
     """
 
-    model: Literal["stdit", "dit"] = "stdit"
+    model: ModelName = "stdit"
     batch: int = 1
     grid: Thw = DEFAULT_GRID
     width: int = 384

@@ -44,6 +44,7 @@ class Figures:
     Args:
         ratio: To the baseline's forward and backward, round by round.
         exposed_forward_ms: Time beyond that of the same form without communication, round by round.
+        exposed_ms: The same of both directions.
         hidden: Of what the scheme's own blocking form exposes, per "forward", "backward" and "both".
     """
 
@@ -54,6 +55,7 @@ class Figures:
     ratio: Spread | None
     exposed_forward_ms: Spread | None
     exposed_backward_ms: Spread | None
+    exposed_ms: Spread | None
     hidden: dict[str, Hidden] | None
 
 
@@ -76,6 +78,7 @@ def figures(result: SequenceResult, others: Sequence[SequenceResult]) -> Figures
         ratio=Spread.of([p.both_s / b.both_s for p, b in zip(result.passes, baseline.passes)]) if baseline else None,
         exposed_forward_ms=_exposed(result, lambda p: p.forward_s),
         exposed_backward_ms=_exposed(result, lambda p: p.backward_s),
+        exposed_ms=_exposed(result, lambda p: p.both_s),
         hidden=_hidden(result, blocking) if result.overlap and blocking is not None else None,
     )
 

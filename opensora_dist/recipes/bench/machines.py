@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opensora_dist.core.errors import ConfigError
+from opensora_dist.launch.templates import TEMPLATES
 
 _PORT, _PORTS = 20_000, 10_000
 _SCONTROL_S = 30.0
@@ -39,6 +40,7 @@ class Machines:
         port = _PORT + self.job_id % _PORTS
         srun = [
             "srun",
+            "--cpu-bind=none",
             f"--nodes={nodes}",
             f"--ntasks={nodes}",
             "--ntasks-per-node=1",
@@ -47,7 +49,9 @@ class Machines:
         if cores := os.environ.get("SLURM_CPUS_ON_NODE"):
             srun.append(f"--cpus-per-task={cores}")  # a step gets one core of each node where it asks for none
         torchrun = [f"--nnodes={nodes}", f"--nproc-per-node={ranks}", f"--master-addr={self.address}", f"--master-port={port}"]
-        on_node = ["bash", "-c", _ON_NODE, sys.executable, *torchrun, "-m", "opensora_dist", *argv]
+        # Where a node's own name is loopback, gloo is told the interface, as in any job.
+        network = ["env", f"MASTER_ADDR={self.address}", "bash", str(TEMPLATES / "slurm" / "network.sh")]
+        on_node = [*network, "bash", "-c", _ON_NODE, sys.executable, *torchrun, "-m", "opensora_dist", *argv]
         return [*srun, "--kill-on-bad-exit=1", *on_node]
 
 

@@ -77,7 +77,7 @@ def _cells(result: SequenceResult, found: Figures) -> list[str]:
         f"{percent(hidden.wall)}, {percent(hidden.wait)}" if hidden is not None else DASH,
         f"{sent.forward / 1e6:.3f} + {sent.backward / 1e6:.3f}",
         "yes" if result.bytes_match else "NO",
-        f"{(result.memory_bytes or 0) / 1e6:.1f}",
+        megabytes(result.memory_bytes),
     ]
 
 
@@ -88,6 +88,10 @@ def ms(spread: Spread) -> str:
 def three(value: float) -> str:
     """Three digits, without an exponent."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def megabytes(count: int | None) -> str:
+    return DASH if count is None else f"{count / 1e6:,.1f}"
 
 
 def percent(share: float | None) -> str:

@@ -52,14 +52,19 @@ def speed(step_s: float, *, work: Work, exposed_s: float | None) -> Speed:
         exposed_s: Of these, what the step takes longer than without communication; None where that isn't known.
     """
     tokens = work.samples * work.tokens
-    hours = work.world * step_s / 3600
+    per_rank = tokens / step_s / work.world
     price = work.dollars_per_gpu_hour
     return Speed(
         step_s=step_s,
         samples_per_s=work.samples / step_s,
-        tokens_per_s_per_rank=tokens / step_s / work.world,
+        tokens_per_s_per_rank=per_rank,
         mfu=3 * work.flops * work.samples / (step_s * work.peak_flops * work.world) if work.peak_flops else None,
         # Two medians may differ by noise alone: less than nothing is nothing.
         exposed_share=None if exposed_s is None else max(0.0, exposed_s) / step_s,
-        dollars_per_million_tokens=None if price is None else price * hours / tokens * 1e6,
+        dollars_per_million_tokens=None if price is None else dollars_per_million_tokens(per_rank, dollars_per_gpu_hour=price),
     )
+
+
+def dollars_per_million_tokens(tokens_per_s_per_rank: float, *, dollars_per_gpu_hour: float) -> float:
+    """What a million tokens of training cost."""
+    return dollars_per_gpu_hour / 3600 / tokens_per_s_per_rank * 1e6

@@ -1,6 +1,7 @@
 """A grid of benchmarks: each point a run of its own, on this machine or over the first nodes of a Slurm job.
 
-What a point came to is one file, so that a sweep that was stopped goes on where it was: points that ran are not run again.
+What a point came to is one file, so that a sweep that was stopped goes on where it was: points that ran are not run again, unless the
+code or the hardware is another one since.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 
+import opensora_dist
 from opensora_dist.config.bench import SWEEPS, SequenceSweep, StepSweep, Sweep, sweep_problems
 from opensora_dist.config.load import load_config
 from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.io import exclusive_lock, read_json, write_json
 from opensora_dist.core.logging import get_logger
 from opensora_dist.core.types import Thw
+from opensora_dist.observe.environment import cpu_name, git_state
 from opensora_dist.parallel.mesh import resolve_device
 from opensora_dist.parallel.spawn import die_with_parent
+from opensora_dist.plan.memory import MemoryCase, estimate
 from opensora_dist.recipes.bench.case import DEFAULT_GRID
 from opensora_dist.recipes.bench.launch import num_ranks
 from opensora_dist.recipes.bench.machines import Machines, machines_here
@@ -36,6 +40,8 @@ _log = get_logger(__name__)
 _FORMAT = 1
 _GRACE_S = 30.0
 _TAIL_LINES = 12
+_NOT_MEASURED: Final = {"grid", "point_timeout_s", "timeout_s", "device", "dollars_per_gpu_hour"}
+"""What no measured number depends on, or ``_here`` says better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +49,7 @@ class Point:
     """One combination of a grid.
 
     Args:
-        name: Of its file: what it is, and a digest of that and of how it is measured.
+        name: Of its file: what it is, and a digest of that, of how it is measured, on what and by which commit.
         values: Of the grid's keys.
     """
 
@@ -68,6 +74,7 @@ def run_sweep(kind: str, path: Path, *, out: Path) -> int:
         ConfigError: Everything that is wrong with the file, or another sweep is writing to ``out``.
     """
     sweep: Sweep = load_config(SWEEPS[kind], path, rules=sweep_problems)
+    price = sweep.dollars_per_gpu_hour if isinstance(sweep, StepSweep) else None
     machines = machines_here()
     ranks = sweep.ranks_per_node or num_ranks(None, device=sweep.device)
     points = sweep_points(kind, sweep, ranks=ranks)
@@ -78,7 +85,9 @@ def run_sweep(kind: str, path: Path, *, out: Path) -> int:
         for number, point in enumerate(points, 1):
             said = f"{number}/{len(points)} {point.name}"
             found.append(_settle(kind, sweep, point, said=said, ranks=ranks, machines=machines, out=out))
-            write_sweep(found, kind=kind, out=out)  # what there is so far can be read while it goes on
+            write_sweep(
+                found, kind=kind, dollars_per_gpu_hour=price, out=out
+            )  # what there is so far can be read while it goes on
     return 1 if any(row["state"] == "failed" for row in found) else 0
 
 
@@ -89,7 +98,8 @@ def sweep_points(kind: str, sweep: Sweep, *, ranks: int) -> list[Point]:
         ranks: On each node.
     """
     how = {
-        **sweep.model_dump(mode="json", exclude={"grid", "point_timeout_s", "timeout_s"}),
+        **sweep.model_dump(mode="json", exclude=_NOT_MEASURED),
+        **_here(sweep),
         "kind": kind,
         "ranks_per_node": ranks,
     }
@@ -99,6 +109,13 @@ def sweep_points(kind: str, sweep: Sweep, *, ranks: int) -> list[Point]:
         digest = hashlib.sha256(json.dumps([how, values], sort_keys=True).encode()).hexdigest()[:8]
         points.append(Point(name="-".join([*(f"{key}={value}" for key, value in values.items()), digest]), values=values))
     return points
+
+
+def _here(sweep: Sweep) -> dict[str, Any]:
+    """Code and hardware: what ran on others, in the same folder, is not this sweep's."""
+    device = resolve_device(sweep.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {"device": device.type, "hardware": name, "code": git_state(Path(opensora_dist.__file__).parent)}
 
 
 def _without_scheme(values: dict[str, Any]) -> dict[str, Any]:
@@ -145,12 +162,22 @@ def point_problems(sweep: Sweep, point: Point, *, ranks: int, machines: Machines
     del given["nodes"]
     try:
         if isinstance(sweep, StepSweep):
-            step_case(given, world=world, timeout_s=sweep.timeout_s)
+            problems += _memory_problems(step_case(given, world=world, timeout_s=sweep.timeout_s), device)
         else:
             _sequence_case(sweep, given, world=world)
     except ConfigError as error:
         problems += error.problems
     return problems
+
+
+def _memory_problems(case: MemoryCase, device: torch.device) -> list[str]:
+    """Of a case that can't fit the memory of a GPU like this machine's, by formula and without what libraries take beside."""
+    if device.type != "cuda":
+        return []
+    needed, there = estimate(case).total / 2**30, torch.cuda.get_device_properties(device).total_memory / 2**30
+    if needed <= there:
+        return []
+    return [f"a rank needs {needed:.1f} GiB, and the GPU has {there:.1f}; raise sp or zero, or set recompute=full"]
 
 
 def _sequence_case(sweep: SequenceSweep, given: dict[str, Any], *, world: int) -> None:
@@ -173,12 +200,10 @@ def _sequence_case(sweep: SequenceSweep, given: dict[str, Any], *, world: int) -
 
 def point_argv(kind: str, sweep: Sweep, point: Point, *, out: Path) -> list[str]:
     """The command of a point, as a user would type it, but for the number of ranks."""
-    argv = ["bench", kind, "--out", str(out), "--device", sweep.device, "--timeout", f"{sweep.timeout_s:g}"]
+    argv = ["bench", kind, "--out", str(out), "--device", resolve_device(sweep.device).type, "--timeout", f"{sweep.timeout_s:g}"]
     argv += ["--rounds", str(sweep.rounds), "--warmup", str(sweep.warmup)]
     if isinstance(sweep, StepSweep):
         argv += ["--steps", str(sweep.steps)]
-        if sweep.dollars_per_gpu_hour is not None:
-            argv += ["--dollars-per-gpu-hour", f"{sweep.dollars_per_gpu_hour:g}"]
     elif sweep.schemes:
         argv += ["--schemes", *sweep.schemes]
     for key, value in point.values.items():

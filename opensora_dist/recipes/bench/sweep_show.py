@@ -9,7 +9,8 @@ from typing import Any
 from opensora_dist.core.io import write_json, write_text
 from opensora_dist.observe.charts import line_svg
 from opensora_dist.recipes.bench.figures import Spread
-from opensora_dist.recipes.bench.show import DASH, ms, percent, three
+from opensora_dist.recipes.bench.show import DASH, megabytes, ms, percent, three
+from opensora_dist.recipes.bench.speed import dollars_per_million_tokens
 
 Row = dict[str, Any]
 _PICTURES: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
@@ -25,14 +26,15 @@ _PICTURES: dict[str, tuple[str, str, Callable[[Row], float | None]]] = {
 }
 
 
-def sweep_rows(found: Sequence[Mapping[str, Any]]) -> list[Row]:
+def sweep_rows(found: Sequence[Mapping[str, Any]], *, dollars_per_gpu_hour: float | None) -> list[Row]:
     """One for each form that was timed at each point, in order.
 
     Args:
         found: What points came to, as their files have it.
+        dollars_per_gpu_hour: Today's price, whatever it was when they ran; None leaves dollars out.
     Returns:
-        Each with the point's values, the form's name, ``step_ms``, ``speed`` (``bench.speed.Speed``) and ``efficiency``: its tokens/s per
-        rank over those of the same case on the fewest nodes on which it ran.
+        Each with the point's values, the form's name, ``step_ms``, ``exposed_ms`` (None where it isn't known), ``speed``
+        (``bench.speed.Speed``) and ``efficiency``: its tokens/s per rank over those of the same case on the fewest nodes on which it ran.
     """
     rows: list[Row] = []
     for outcome in found:
@@ -48,7 +50,8 @@ def sweep_rows(found: Sequence[Mapping[str, Any]]) -> list[Row]:
                     "world": outcome["result"]["world"],
                     "form": result["name"],
                     "step_ms": figures.get("step_ms") or figures["both_ms"],
-                    "speed": figures["speed"],
+                    "exposed_ms": figures["exposed_ms"],
+                    "speed": {**figures["speed"], "dollars_per_million_tokens": _price(figures["speed"], dollars_per_gpu_hour)},
                     "memory_bytes": result["memory_bytes"],
                 }
             )
@@ -59,9 +62,9 @@ def sweep_rows(found: Sequence[Mapping[str, Any]]) -> list[Row]:
     return rows
 
 
-def write_sweep(found: Sequence[Mapping[str, Any]], *, kind: str, out: Path) -> None:
+def write_sweep(found: Sequence[Mapping[str, Any]], *, kind: str, dollars_per_gpu_hour: float | None, out: Path) -> None:
     """``sweep.json``, ``table.md`` and a picture for each quantity that is known."""
-    rows = sweep_rows(found)
+    rows = sweep_rows(found, dollars_per_gpu_hour=dollars_per_gpu_hour)
     write_json(out / "sweep.json", {"format": 1, "kind": kind, "points": list(found), "rows": rows})
     write_text(out / "table.md", sweep_table(found, rows))
     varying = _varying(found)
@@ -86,6 +89,7 @@ def sweep_table(found: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> str:
         "tokens/s/rank",
         "efficiency",
         "MFU",
+        "exposed, ms",
         "exposed",
         "$/M tokens",
         "peak, MB",
@@ -106,9 +110,10 @@ def sweep_table(found: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> str:
             three(fast["tokens_per_s_per_rank"]),
             percent(row["efficiency"]),
             percent(fast["mfu"]),
+            DASH if row["exposed_ms"] is None else ms(Spread(**row["exposed_ms"])),
             percent(fast["exposed_share"]),
             DASH if price is None else three(price),
-            f"{(row['memory_bytes'] or 0) / 1e6:,.1f}",
+            megabytes(row["memory_bytes"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     left_out = [outcome for outcome in found if outcome["state"] != "done"]
@@ -142,6 +147,12 @@ def _fixed(found: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str,
 
 def _label(row: Row, varying: Sequence[str]) -> str:
     return ", ".join([*(f"{key} {row['values'][key]}" for key in varying if key in row["values"]), row["form"]])
+
+
+def _price(speed: Mapping[str, Any], dollars_per_gpu_hour: float | None) -> float | None:
+    if dollars_per_gpu_hour is None:
+        return None
+    return dollars_per_million_tokens(speed["tokens_per_s_per_rank"], dollars_per_gpu_hour=dollars_per_gpu_hour)
 
 
 def _times(factor: float, value: float | None) -> float | None:
