@@ -153,6 +153,11 @@ fi
 port=$((first_port + SLURM_JOB_ID % 1000))
 export MASTER_ADDR="$address"
 
+# A node that was cut off, and comes back just as the job is started again, can be taken from it (Slurm 22.05): steps then wait for ever.
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && ! step --nodes="$num_nodes" --ntasks="$num_nodes" --immediate=60 true; then
+  end 1
+  exit
+fi
 [ "$preflight_s" -eq 0 ] || check_nodes || exit
 case $start in
   torchrun)

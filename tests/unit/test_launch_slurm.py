@@ -159,6 +159,7 @@ case "$name $*" in
   "srun "*"torch.distributed.run"* | "srun "*"data prepare"*)
     while [ -e "$STAND/hold" ] && [ ! -e "$STAND/told" ]; do /bin/sleep 0.02; done
     exit "$(answer step 0)" ;;
+  "srun "*"--immediate=60 true") exit "$(answer first 0)" ;;
   "srun "*"node links"*) exit "$(answer links 0)" ;;
   "python "*"node begin"*) held begin; exit "$(answer begin 0)" ;;
   "python "*"node end"*) held end; exit "$(answer end 0)" ;;
@@ -210,9 +211,10 @@ class Stand:
         return self.start(*args, **more).wait(timeout=20)
 
     def calls(self, start):
-        """Of a program, in order."""
+        """Of a program, in order; but the step that does nothing, which each start but the first begins with."""
         path = self._folder / "calls"
-        return [line for line in (path.read_text().splitlines() if path.exists() else []) if line.startswith(start)]
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line for line in lines if line.startswith(start) and not line.endswith("--immediate=60 true")]
 
     def said(self):
         return (self._folder / "said").read_text()
@@ -247,6 +249,16 @@ def test_where_nothing_is_left_to_do_or_another_start_is_of_no_use_nothing_start
     job = stand(tmp_path)
     job.set(begin=begin)
     assert job.run() == code and not job.calls("srun")
+
+
+def test_a_job_that_is_started_again_and_can_make_no_step_is_started_once_more(tmp_path):
+    job = stand(tmp_path)
+    job.set(first=1, end=10)
+    assert job.run(nodes=2) == -signal.SIGTERM and not job.calls("srun")
+    assert job.calls("python")[-1].endswith("--attempt 7.1 --code 1") and job.calls("scontrol requeue")
+    first = stand(tmp_path / "first start")
+    first.set(first=1)
+    assert first.run(nodes=2, SLURM_RESTART_COUNT="0") == 0, "nothing can have been taken from it yet"
 
 
 def test_a_program_that_isnt_there_is_no_run_that_is_done(tmp_path):
