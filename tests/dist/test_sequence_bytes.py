@@ -114,7 +114,7 @@ def _chosen(scheme, world, *, shapes, every=cases):
     return [case for case in found if case.shape in shapes and not case.problems]
 
 
-WORLDS = list(itertools.product(SCHEMES, (2, 3, 4)))
+WORLDS = [pytest.param(*pair, marks=[pytest.mark.slow] * (pair[1] == 3)) for pair in itertools.product(SCHEMES, (2, 3, 4))]
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def test_fastseq_gives_the_output_and_every_gradient_of_one_process(ranks, world
         assert len(found) == len(pairs) and max(found.values()) <= TOLERANCE, found
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_form_sends_the_bytes_of_its_formula(ranks, world):
     pairs = _pairs()
     for found in ranks.run(sent, pairs, world=world):

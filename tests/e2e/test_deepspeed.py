@@ -34,7 +34,8 @@ def test_train_runs_by_deepspeed_from_the_command_line_and_goes_on_as_if_never_s
     assert_same_tensors(tensors(tmp_path / "parts"), tensors(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in range(3)), 3])
+@pytest.mark.slow  # tests/dist/test_cross_resume.py does the same without the command line
+@pytest.mark.parametrize("stage", range(4))
 def test_a_run_by_deepspeed_goes_on_by_pytorch_on_another_number_of_ranks_and_back(ranks, data, tmp_path, stage):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     # A key's bias has no gradient but rounding; with a smaller epsilon AdamW would make whole steps of that.
