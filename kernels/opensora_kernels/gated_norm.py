@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opensora_kernels.rows import ROWS_PER_PROGRAM, block_of, chunks_of, partial_sums, row_statistics, warps_of
+from opensora_kernels.rows import ROWS_PER_PROGRAM, block_of, chunks_of, norm_gradient, partial_sums, row_statistics, warps_of
 
 
 def reference(
@@ -167,10 +167,7 @@ def _backward(
         normal = tl.where(inside, (value - mean) * rstd, 0.0)
         shift_sum += dy
         scale_sum += dy * normal
-        dnormal = dy * by
-        along = tl.sum(dnormal * normal, axis=0) / D
-        constant = tl.sum(dnormal, axis=0) / D
-        total = (dnormal - constant - normal * along) * rstd + tl.load(dstream + at, mask=inside, other=0.0).to(tl.float32)
+        total = norm_gradient(dy * by, normal, rstd, D) + tl.load(dstream + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + at, total, mask=inside)
         tl.store(dbranch + at, total * opened, mask=inside)
         gate_sum += total * tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opensora_kernels.rows import ROWS_PER_PROGRAM, block_of, chunks_of, partial_sums, row_statistics, warps_of
+from opensora_kernels.rows import ROWS_PER_PROGRAM, block_of, chunks_of, norm_gradient, partial_sums, row_statistics, warps_of
 
 
 def reference(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float = 1e-6) -> Tensor:
@@ -119,10 +119,7 @@ def _backward(grad, x, scale, dx, dshift, dscale, L, D, eps, BLOCK: tl.constexpr
         normal = tl.where(inside, (value - mean) * rstd, 0.0)
         shift_sum += dy
         scale_sum += dy * normal
-        dnormal = dy * by
-        along = tl.sum(dnormal * normal, axis=0) / D
-        constant = tl.sum(dnormal, axis=0) / D
-        tl.store(dx + at, (dnormal - constant - normal * along) * rstd, mask=inside)
+        tl.store(dx + at, norm_gradient(dy * by, normal, rstd, D), mask=inside)
     to = (sample * tl.num_programs(0) + chunk) * D + column
     tl.store(dshift + to, shift_sum, mask=inside)
     tl.store(dscale + to, scale_sum, mask=inside)

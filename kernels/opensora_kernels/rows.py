@@ -32,6 +32,14 @@ def partial_sums(samples: int, *, rows: int, width: int, like: Tensor) -> Tensor
 
 
 @triton.jit
+def norm_gradient(dnormal, normal, rstd, width):
+    """Gradient of a row, given that of the row as LayerNorm makes it; all float32."""
+    along = tl.sum(dnormal * normal, axis=0) / width
+    constant = tl.sum(dnormal, axis=0) / width
+    return (dnormal - constant - normal * along) * rstd
+
+
+@triton.jit
 def row_statistics(x, inside, width, eps):
     """Mean and reciprocal standard deviation of a row in float32; ``inside`` masks the columns beyond it."""
     mean = tl.sum(x, axis=0) / width

@@ -134,7 +134,7 @@ def ask(command: Sequence[str], *, timeout_s: float, unsure: str | None = None, 
             raise UnsureError(
                 f"`{shown}` gave no answer within {timeout_s:g} s; is the scheduler up, and reached from here?"
             ) from error
-        except BaseException:
+        except BaseException:  # an interrupt, too: what was asked must not go on alone
             os.killpg(process.pid, signal.SIGKILL)
             raise
     said = "\n".join(text.strip() for text in (err, out) if text.strip()) or "it said nothing"

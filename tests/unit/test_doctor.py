@@ -228,7 +228,7 @@ def test_a_gpu_that_is_much_slower_than_its_like_is_named():
 # --- torch and kernels
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA: run it with a CPU build")
 def test_a_torch_without_cuda_beside_gpus_is_a_problem():
     assert "there are 2 GPUs; install a CUDA build" in str(kernels.torch_finding(num_gpus=2))
     assert kernels.torch_finding(num_gpus=0).level is Level.OK

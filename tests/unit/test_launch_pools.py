@@ -239,7 +239,7 @@ def test_a_trainjob_that_is_there_already_is_this_submission(fake):
     assert KubernetesLauncher(SMALL_SITE).submit(pool_job()) == ["clips-0a1b2c3d"]
 
 
-@pytest.mark.skipif(not Path("/usr/bin/kubectl").exists(), reason="kubectl isn't installed")
+@pytest.mark.skipif(not Path("/usr/bin/kubectl").exists(), reason="no kubectl here: install it as /usr/bin/kubectl")
 def test_a_real_kubectl_without_a_cluster_is_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))

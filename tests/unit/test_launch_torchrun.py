@@ -89,7 +89,9 @@ def test_one_host_meets_itself_on_a_port_that_the_system_picks(tmp_path):
     assert given.endswith("-m opensora_dist train a config.yaml run.name=it's")
 
 
-@pytest.mark.skipif(_own_address() is None, reason="this machine has no address that others could find it at")
+@pytest.mark.skipif(
+    _own_address() is None, reason="this machine has no address that others could find it at: run it where there is a network"
+)
 def test_options_and_environment_say_the_same(tmp_path):
     head = _own_address()
     options = ["--nnodes", "2", "--node-rank=1", "--head", head, "--port", "30000", "train"]
@@ -100,7 +102,9 @@ def test_options_and_environment_say_the_same(tmp_path):
     assert given == _given(tmp_path / "b", "train", NNODES="2", NODE_RANK="1", HEAD=head, PORT="30000")
 
 
-@pytest.mark.skipif(_own_address() is None, reason="this machine has no address that others could find it at")
+@pytest.mark.skipif(
+    _own_address() is None, reason="this machine has no address that others could find it at: run it where there is a network"
+)
 @pytest.mark.parametrize("rank, said", [("", "NODE_RANK= is no whole number"), ("2", "NODE_RANK=2 must be less than NNODES=2")])
 def test_a_static_rendezvous_needs_a_number_for_each_host(rank, said):
     done = _run("train", NNODES="2", HEAD=_own_address() or "", NODE_RANK=rank)
