@@ -21,6 +21,11 @@ class RunConfig(Section):
     dtype: Literal["float32", "bfloat16", "float64"] = Field(
         "float32", description="Compute precision; weights stay float32 (float64)."
     )
+    kernels: Literal["torch", "triton"] = Field(
+        "torch",
+        description="Who does norms, gates, GELU and short attentions: torch, or this project's Triton kernels, which need a GPU and "
+        "have not been run on one yet.",
+    )
     log_every: int = Field(10, ge=1, description="Steps between progress lines and metric flushes.")
 
 

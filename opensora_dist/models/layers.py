@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from opensora_dist.core.types import Axis, Thw
 from opensora_dist.ops.attention import attention
+from opensora_dist.ops.fused import add_norm_modulate, gated, linear_gelu, norm_modulate
 from opensora_dist.parallel.offload import Around
 from opensora_dist.parallel.recompute import Recompute, Store, recompute, tiled
 from opensora_dist.parallel.sequence.pack import Tokens
 from opensora_dist.parallel.tensor.group import ALONE
+from opensora_dist.parallel.tensor.linear import weight_and_bias
 
 TIMESTEP_FREQUENCIES = 256
 
@@ -27,21 +29,6 @@ TIMESTEP_FREQUENCIES = 256
 def linear_flops(module: nn.Module, *, tokens: int) -> int:
     """Forward FLOPs of every linear inside ``module``, 2 per multiply-add, when each sees ``tokens`` tokens."""
     return 2 * tokens * sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
-
-
-def layer_norm(width: int) -> nn.LayerNorm:
-    """The one normalisation of the model: adaLN brings the affine part."""
-    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-
-
-def modulate(x_BTSD: Tensor, shift_B11D: Tensor, scale_B11D: Tensor) -> Tensor:
-    """adaLN's affine map, the same for every token of a sample."""
-    return x_BTSD * (1 + scale_B11D) + shift_B11D
-
-
-def gated(x_BTSD: Tensor, branch_BTSD: Tensor, gate_B11D: Tensor) -> Tensor:
-    """What a branch adds to the residual stream."""
-    return x_BTSD + gate_B11D * branch_BTSD
 
 
 def over_tokens(region: Callable[..., Tensor], x_BTSD: Tensor, *of_tokens: Tensor, tile_tokens: int | None) -> Tensor:
@@ -67,7 +54,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.fc2(linear_gelu(x, *weight_and_bias(self.fc1)))
         return out
 
 
@@ -139,10 +126,8 @@ class Block(nn.Module, ABC):
         """Tokens that the MLP works on at once."""
         self.tensor = ALONE
         """The ranks that share the block's linears: every branch begins with its ``enter`` and ends with its ``leave``."""
-        self.norm1 = layer_norm(width)
         self.attn = SelfAttention(width, heads=heads)
         self.cross_attn = CrossAttention(width, heads=heads)
-        self.norm2 = layer_norm(width)
         self.mlp = Mlp(width, hidden=mlp_hidden, out=width)
         self.scale_shift_table = nn.Parameter(torch.empty(6, width))
 
@@ -216,11 +201,11 @@ class Block(nn.Module, ABC):
         tp = self.tensor
 
         def cross_and_mlp(x: Tensor) -> Tensor:
-            attended = self.cross_attn(tp.enter(x), shard=shard, kv_BNYK=kv_BNYK, text_mask_BY=text_mask_BY)
-            x = x + tp.leave(attended, self.cross_attn.proj, tape=shard.tape)
-            x_mlp = tp.enter(shard.each(modulate, self.norm2(x), of=(shift_mlp, scale_mlp)))
+            part = self.cross_attn(tp.enter(x), shard=shard, kv_BNYK=kv_BNYK, text_mask_BY=text_mask_BY)
+            attended = tp.leave(part, self.cross_attn.proj, tape=shard.tape)
+            x, x_mlp = shard.each(add_norm_modulate, x, attended, of=(shift_mlp, scale_mlp))
             # What is sent is outside: a tile is run again in backward.
-            hidden = over_tokens(self.mlp, x_mlp, tile_tokens=self.tile_tokens)
+            hidden = over_tokens(self.mlp, tp.enter(x_mlp), tile_tokens=self.tile_tokens)
             return shard.each(gated, x, tp.leave(hidden, self.mlp.fc2, tape=shard.tape), of=(gate_mlp,))
 
         return self.mix_tokens(
@@ -327,7 +312,6 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, *, patch_values: int) -> None:
         super().__init__()
-        self.norm_final = layer_norm(width)
         self.linear = nn.Linear(width, patch_values)
         self.scale_shift_table = nn.Parameter(torch.empty(2, width))
         self.tile_tokens: int | None = None
@@ -337,7 +321,7 @@ class FinalLayer(nn.Module):
         shift_scale = (self.scale_shift_table + t_BD[:, None])[:, :, None, None].unbind(1)
 
         def patches(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-            out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+            out: Tensor = self.linear(norm_modulate(x, shift, scale))
             return out
 
         return shard.each(partial(over_tokens, patches, tile_tokens=self.tile_tokens), x_BTSD, of=shift_scale)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opensora_dist.ops.precision import accumulation_dtype
+
 # Flash attention's kernels put the batch on a grid axis on which CUDA allows no more, and torch's choice of a kernel doesn't look
 # at that (2.11 to 2.13; pytorch issue 146704): the launch fails with "invalid configuration argument". Attention over time has a
 # batch of samples x tokens per frame: 19 clips of 720p are enough. The memory-efficient kernel cuts its batch itself.
@@ -44,11 +46,6 @@ def _attend_in_parts(q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor, *, max_batc
         return F.scaled_dot_product_attention(q_BNLK, k_BNMK, v_BNMK)
     parts = zip(*(torch.split(tensor, max_batch) for tensor in (q_BNLK, k_BNMK, v_BNMK)))
     return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What partial results of this dtype are added up in."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 # --- attention whose parts can be put together: keys that are not all here at once

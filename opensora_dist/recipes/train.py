@@ -35,6 +35,7 @@ from opensora_dist.observe.metrics import MetricLog
 from opensora_dist.observe.progress import TrainProgress
 from opensora_dist.observe.report import write_report
 from opensora_dist.observe.trackers import build_trackers
+from opensora_dist.ops.choice import choose, current, use
 from opensora_dist.parallel.failures import lost_contact_said
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import Mesh, build_mesh, launched_world, process_group, resolve_device
@@ -134,6 +135,8 @@ def train_rank(config: TrainConfig, mesh: Mesh, *, on_start: Callable[[], None] 
         order = order_of(config.data, index, model, keys=keys)
         same_order_everywhere(config, index, order, mesh)
         share_blocks(model, mesh)
+        use(choose(config.run.kernels, device=mesh.device, dtype=config.run.dtype))
+        _log.info("%s", current())
         set_levers(model, config.parallel, device=mesh.device)
         if config.parallel.tile_tokens is not None:
             objective = TiledLoss(of=objective, positions=config.parallel.tile_tokens * model.patch.volume)

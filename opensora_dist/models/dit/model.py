@@ -11,7 +11,8 @@ from torch import Tensor
 
 from opensora_dist.core.types import Axis, Region, Thw
 from opensora_dist.models.base import VideoTransformer
-from opensora_dist.models.layers import Block, gated, modulate
+from opensora_dist.models.layers import Block
+from opensora_dist.ops.fused import gated, norm_modulate
 from opensora_dist.parallel.sequence.pack import Tokens
 from opensora_dist.parallel.tensor.linear import part_of
 
@@ -35,7 +36,7 @@ class DiTBlock(Block):
         tp = self.tensor
 
         def modulated(x: Tensor, _frames: slice) -> Tensor:
-            return tp.enter(shard.each(modulate, self.norm1(x), of=(shift_B11D, scale_B11D)))
+            return tp.enter(shard.each(norm_modulate, x, of=(shift_B11D, scale_B11D)))
 
         return shard.branch(
             part_of(self.attn),

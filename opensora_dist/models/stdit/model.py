@@ -12,7 +12,8 @@ from torch import Tensor
 from opensora_dist.config.train import ModelConfig
 from opensora_dist.core.types import Axis, Region, Thw
 from opensora_dist.models.base import ModelIo, VideoTransformer
-from opensora_dist.models.layers import Block, SelfAttention, gated, modulate
+from opensora_dist.models.layers import Block, SelfAttention
+from opensora_dist.ops.fused import gated, norm_modulate
 from opensora_dist.parallel.sequence.pack import Tokens
 from opensora_dist.parallel.tensor.linear import part_of
 
@@ -47,7 +48,7 @@ class STDiTBlock(Block):
             )
 
         def modulated(x: Tensor, _frames: slice) -> Tensor:
-            return tp.enter(shard.each(modulate, self.norm1(x), of=(shift_B11D, scale_B11D)))
+            return tp.enter(shard.each(norm_modulate, x, of=(shift_B11D, scale_B11D)))
 
         def positioned(x: Tensor, frames: slice) -> Tensor:
             # No norm and no modulation here, and positions reach the attention only, not the residual: that is the published model.

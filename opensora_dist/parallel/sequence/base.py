@@ -9,18 +9,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from opensora_dist.core.types import Axis, Region, Thw
+from opensora_dist.ops.precision import compute_dtype
 from opensora_dist.parallel.recompute import Tape
 from opensora_dist.parallel.sequence.exchange import Exchange
 
 First = Callable[[Tensor], Tensor]
 Before = Callable[[Tensor, slice], Tensor]
 Then = Callable[[Tensor, Tensor], Tensor]
+TensorOrTensors = TypeVar("TensorOrTensors", Tensor, tuple[Tensor, Tensor])
 
 
 class Linear(Protocol):
@@ -76,12 +77,6 @@ class Projections(Protocol):
     def proj(self) -> Linear:
         """Back to the width."""
         ...
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a linear would compute in; an operand is cast to it before it travels, not after."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def cast(tensor: Tensor) -> Tensor:
@@ -179,7 +174,7 @@ class Shard:
         """This shard within a region that is computed again in backward; without a tape, one that is not."""
         return replace(self, tape=tape)
 
-    def each(self, op: Callable[..., Tensor], *tokens_BtsD: Tensor, of: Sequence[Tensor]) -> Tensor:
+    def each(self, op: Callable[..., TensorOrTensors], *tokens_BtsD: Tensor, of: Sequence[Tensor]) -> TensorOrTensors:
         """``op(*tokens, *of)`` where what a token meets is its own sample's: work on each token by itself.
 
         Args:

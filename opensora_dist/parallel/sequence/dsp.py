@@ -24,6 +24,7 @@ from torch import Tensor
 
 from opensora_dist.core.types import Axis, Thw
 from opensora_dist.ops.attention import attention
+from opensora_dist.ops.precision import compute_dtype
 from opensora_dist.parallel.sequence.base import (
     Before,
     First,
@@ -32,7 +33,6 @@ from opensora_dist.parallel.sequence.base import (
     Shard,
     Then,
     Traffic,
-    compute_dtype,
     ranges,
     split_sizes,
 )

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_dist.parallel.sequence.base import Projections, compute_dtype
+from opensora_dist.ops.precision import compute_dtype
+from opensora_dist.parallel.sequence.base import Projections
 from opensora_dist.parallel.sequence.transfer import Transfer
 
 Spans = Sequence[Sequence[tuple[int, slice]]]

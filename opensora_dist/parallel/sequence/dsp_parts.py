@@ -13,7 +13,8 @@ from torch import Tensor
 
 from opensora_dist.core.types import Axis
 from opensora_dist.ops.attention import attention
-from opensora_dist.parallel.sequence.base import Projections, Shard, Traffic, compute_dtype, ranges
+from opensora_dist.ops.precision import compute_dtype
+from opensora_dist.parallel.sequence.base import Projections, Shard, Traffic, ranges
 from opensora_dist.parallel.sequence.dsp_ops import cat, leave, project
 from opensora_dist.parallel.sequence.rows import Rectangles, join_all, part_all, rectangles
 from opensora_dist.parallel.sequence.transfer import Transfer

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_dist.ops.attention import accumulation_dtype
+from opensora_dist.ops.precision import accumulation_dtype
 from opensora_dist.parallel.recompute import Tape
 from opensora_dist.parallel.sequence.base import Projections, ranges
 from opensora_dist.parallel.sequence.exchange import Exchange

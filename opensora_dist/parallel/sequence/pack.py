@@ -22,7 +22,7 @@ from torch import Tensor
 from opensora_dist.core.types import Axis
 from opensora_dist.ops.attention import attention
 from opensora_dist.parallel.recompute import Tape
-from opensora_dist.parallel.sequence.base import Before, First, Projections, Shard, Then
+from opensora_dist.parallel.sequence.base import Before, First, Projections, Shard, TensorOrTensors, Then
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +83,18 @@ class Pack:
         pieces: tuple[Tensor, ...] = _Split.apply(x_11LD, [part.shape for part in self.parts])  # type: ignore[no-untyped-call]
         return pieces
 
-    def each(self, op: Callable[..., Tensor], *tokens_11LD: Tensor, of: Sequence[Tensor]) -> Tensor:
+    def each(self, op: Callable[..., TensorOrTensors], *tokens_11LD: Tensor, of: Sequence[Tensor]) -> TensorOrTensors:
         """As ``Shard.each``, part by part: what is of a sample is never written out for each of its tokens."""
-        outputs, first = [], 0
+        outputs: list[TensorOrTensors] = []
+        first = 0
         for part, *pieces in zip(self.parts, *map(self.split, tokens_11LD), strict=True):
             samples = slice(first, first + part.batch)
             outputs.append(op(*pieces, *(values[samples] for values in of)))
             first += part.batch
-        return self.join(outputs)
+        if isinstance(outputs[0], Tensor):
+            return self.join(outputs)
+        one, other = (self.join(pieces) for pieces in zip(*outputs, strict=True))
+        return one, other
 
     def branch(
         self, attn: Projections, x_11LD: Tensor, axis: Axis, *, first: First | None = None, before: Before, then: Then

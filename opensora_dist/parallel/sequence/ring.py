@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opensora_dist.core.types import Axis, Thw
-from opensora_dist.ops.attention import accumulation_dtype, attention_backward, attention_with_lse
+from opensora_dist.ops.attention import attention_backward, attention_with_lse
+from opensora_dist.ops.precision import accumulation_dtype
 from opensora_dist.parallel.recompute import Tape
 from opensora_dist.parallel.sequence.base import Projections, Scheme, Shard, Traffic
 from opensora_dist.parallel.sequence.exchange import Exchange

@@ -126,6 +126,12 @@ def part_of(attn: Projections) -> Projections:
     return attn
 
 
+def weight_and_bias(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Of a linear that is whole, or column-wise: those of the outputs that this rank computes."""
+    here = linear.part if isinstance(linear, ColumnLinear) else linear
+    return here.weight, here.bias
+
+
 def share_linears(module: nn.Module, plan: Plan, tp: DeviceMesh) -> None:
     """Puts this rank's part of each linear that ``plan`` names in its place. Parameters keep their names.
 
