@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from opensora_dist.core.types import Axis, Thw
 from opensora_dist.ops.attention import attention
+from opensora_dist.ops.compiled import compiles, region
 from opensora_dist.ops.fused import add_norm_modulate, gated, linear_gelu, norm_modulate
 from opensora_dist.parallel.offload import Around
-from opensora_dist.parallel.recompute import Recompute, Store, recompute, tiled
+from opensora_dist.parallel.recompute import Recompute, Store, recompute, recompute_traced, tiled
+from opensora_dist.parallel.sequence.base import Shard
 from opensora_dist.parallel.sequence.pack import Tokens
 from opensora_dist.parallel.tensor.group import ALONE
 from opensora_dist.parallel.tensor.linear import weight_and_bias
@@ -177,6 +179,8 @@ class Block(nn.Module, ABC):
             return self._run(x, shard=shard, t_B6D=t_B6D, text_BYD=text_BYD, text_mask_BY=text_mask_BY, tpe_tD=tpe_tD)
 
         def kept(store: Store | None) -> Tensor:
+            if compiles() and self._is_one_graph(shard):
+                return self._traced(x_BtsD, shard, t_B6D, text_BYD, text_mask_BY, tpe_tD)
             if self.recompute == "none":
                 return run(x_BtsD, shard)
             return recompute(lambda x, tape: run(x, shard.taped(tape)), x_BtsD, how=self.recompute, store=store)
@@ -184,6 +188,27 @@ class Block(nn.Module, ABC):
         if self.offload is None:
             return kept(None)
         return self.offload(kept, stays=[*self.parameters(), t_B6D, text_BYD])
+
+    def _is_one_graph(self, shard: Tokens) -> bool:
+        """Whether nothing that a compiler can't follow happens inside: no communication, no loop over shapes or tiles."""
+        return isinstance(shard, Shard) and shard.links is None and self.tensor is ALONE and self.tile_tokens is None
+
+    @region
+    def _traced(
+        self,
+        x_BTSD: Tensor,
+        shard: Tokens,
+        t_B6D: Tensor,
+        text_BYD: Tensor,
+        text_mask_BY: Tensor | None,
+        tpe_TD: Tensor | None,
+    ) -> Tensor:
+        """``forward`` as one graph: what is computed again is the compiler's to arrange."""
+
+        def run(x: Tensor) -> Tensor:
+            return self._run(x, shard=shard, t_B6D=t_B6D, text_BYD=text_BYD, text_mask_BY=text_mask_BY, tpe_tD=tpe_TD)
+
+        return run(x_BTSD) if self.recompute == "none" else recompute_traced(run, x_BTSD, how=self.recompute)
 
     def _run(
         self,

@@ -14,6 +14,7 @@ import torch
 from opensora_dist.core.errors import ConfigError
 
 Kernels = Literal["torch", "triton"]
+Compile = Literal["off", "blocks", "graphs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +22,11 @@ class Choice:
     """
     Args:
         kernels: Who does norms, gates, GELU, and attention over few frames or to a caption (``run.kernels``).
+        compile: Whether torch.compile makes kernels of the regions of ``ops.compiled`` (``run.compile``).
     """
 
     kernels: Kernels = "torch"
+    compile: Compile = "off"
 
     def __str__(self) -> str:
         return f"norms, gates and GELU by {self.kernels}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 T = TypeVar("T")
 Recompute = Literal["none", "selective", "full"]
@@ -130,6 +131,21 @@ def recompute(
     # No draw is made in a block, so there is no generator state to carry.
     out: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
     return out
+
+
+def recompute_traced(region: Callable[[Tensor], Tensor], x: Tensor, *, how: Literal["selective", "full"]) -> Tensor:
+    """``recompute`` inside of what torch.compile traces, where nothing is sent, so that there is nothing for a tape to keep."""
+    if not torch.is_grad_enabled():
+        return region(x)
+    options: dict[str, Any] = {}
+    if how == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
+    out: Tensor = checkpoint(region, x, use_reentrant=False, preserve_rng_state=False, **options)
+    return out
+
+
+def _keep_attention(_ctx: Any, func: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if func.overloadpacket in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def tiled(region: Callable[..., Tensor], *xs: Tensor, dim: int, size: int) -> Tensor:
