@@ -35,6 +35,7 @@ def _add_step(actions: Any) -> None:
             "and with a price dollars per million tokens. Starts its own ranks where a launcher has not.\n\n"
             "  opensora-dist bench step --nproc 2 --depth 4 --width 192 --heads 4 --clip 8x16x16 --sp 2\n"
             "  torchrun --nproc-per-node 8 -m opensora_dist bench step --size XL --clip 16x64x64 --zero 2 --dtype bfloat16\n"
+            "  opensora-dist bench step --size XL --clip 64x64x64 --dtype bfloat16 --forms eager compile ours --compare model=stdit,dit\n"
             "  opensora-dist bench step --sweep configs/bench/cpu.yaml --out runs/sweep"
         ),
     )
@@ -55,7 +56,21 @@ def _add_step(actions: Any) -> None:
     step.add_argument("--dp-replicate", type=int, metavar="R", help="groups of ranks that hold copies (HSDP, default 1)")
     step.add_argument("--grad-accum", type=int, metavar="A", help="micro-batches of a step (default 1)")
     step.add_argument("--recompute", choices=["none", "selective", "full"], help="what backward runs again (default none)")
-    step.add_argument("--forms", nargs="+", default=["eager"], metavar="NAME", help="ways of computing the step, side by side")
+    step.add_argument(
+        "--forms",
+        nargs="+",
+        default=["eager"],
+        metavar="NAME",
+        help="ways of computing the step, side by side: eager (torch's operators), compile (the same, compiled), ours (this project's "
+        "kernels, compiled; needs a GPU). Default eager",
+    )
+    step.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="KEY=A,B",
+        help="cases side by side, too: model=stdit,dit or size=S,B or recompute=none,selective,full",
+    )
     step.add_argument("--rounds", type=int, default=5, metavar="R", help="passes of each form that count (default 5)")
     step.add_argument("--warmup", type=int, default=2, metavar="R", help="passes before them (default 2)")
     step.add_argument("--steps", type=int, default=3, metavar="S", help="steps of a pass (default 3)")
@@ -178,19 +193,22 @@ def _check_ranks(args: argparse.Namespace, **more: int) -> None:
 def _run_step(args: argparse.Namespace) -> int:
     if args.sweep is not None:
         return _run_sweep(args)
+    from opensora_dist.parallel.mesh import resolve_device
     from opensora_dist.recipes.bench.launch import num_ranks, on_ranks
     from opensora_dist.recipes.bench.step_inputs import CASE_FIELDS, step_inputs
     from opensora_dist.recipes.bench.step_show import step_rank
 
     _check_ranks(args)
-    case, options = step_inputs(
+    variants, options = step_inputs(
         {name: getattr(args, name) for name in CASE_FIELDS},
         world=num_ranks(args.nproc, device=args.device),
         timeout_s=args.timeout,
+        device=resolve_device(args.device),
+        compare=args.compare,
         **{name: getattr(args, name) for name in ("forms", "rounds", "warmup", "steps", "dollars_per_gpu_hour")},
     )
     return on_ranks(
-        lambda device: step_rank(case, device, options=options, out=args.out),
+        lambda device: step_rank(variants, device, options=options, out=args.out),
         args=args.argv,
         nproc=args.nproc,
         device=args.device,

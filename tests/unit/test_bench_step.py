@@ -21,23 +21,18 @@ from opensora_dist.cli.main import main
 from opensora_dist.config.train import SIZES, ModelConfig, ModelName, ParallelConfig, SchemeName, SizeName, SpConfig, ZeroConfig
 from opensora_dist.core.errors import ConfigError, OpensoraError
 from opensora_dist.core.types import Thw
+from opensora_dist.ops.compiled import using_backend
 from opensora_dist.parallel.sequence.registry import SCHEMES
 from opensora_dist.parallel.sequence.traffic import SentBytes
 from opensora_dist.plan.memory import MemoryCase, estimate
-from opensora_dist.recipes.bench import step as steps
+from opensora_dist.recipes.bench.kinds import IDLE, KindTimes
 from opensora_dist.recipes.bench.show import megabytes
 from opensora_dist.recipes.bench.speed import Work, speed
-from opensora_dist.recipes.bench.step import (
-    FormResult,
-    StepOptions,
-    Training,
-    bench_step,
-    latent_flops,
-    samples_of,
-    silence_problem,
-)
+from opensora_dist.recipes.bench.step import FormResult, StepOptions, Variant, bench_step, silence_problem
+from opensora_dist.recipes.bench.step_forms import FORMS
 from opensora_dist.recipes.bench.step_inputs import step_case, step_inputs
-from opensora_dist.recipes.bench.step_show import print_step_table, step_figures, step_record
+from opensora_dist.recipes.bench.step_show import print_step_table, step_figures, step_record, work_of
+from opensora_dist.recipes.bench.training import Training, samples_of
 
 CPU = torch.device("cpu")
 QUICK = StepOptions(rounds=2, warmup=0, steps=1)
@@ -125,21 +120,23 @@ def test_where_communication_cannot_be_silenced_it_is_left_out_and_said(ranks):
     assert "tp" in silence_problem(_case(2, stage=2, tp=2))
     deepspeed = dataclasses.replace(_case(), parallel=ParallelConfig(zero=ZeroConfig(backend="deepspeed")))
     assert "deepspeed sends by itself" in silence_problem(deepspeed)
-    (result,) = ranks.run(_bench, _case(2, stage=2, tp=2), QUICK, world=2)[0]
+    (result,) = ranks.run(_bench, [_case(2, stage=2, tp=2)], QUICK, world=2)[0]
     assert result.silent == () and len(result.seconds) == 2
 
 
-def _bench(case, options, forms=None):
-    """With more forms, of those of this file, by name."""
-    known = dict(steps.FORMS)
-    steps.FORMS.update({name: _FORMS[name] for name in forms or ()})
+def _bench(cases, options, forms=None):
+    """With more forms, of those of this file, by name; compiled as far as a graph, which is quick."""
+    variants = [Variant(case=case, changed={"case": str(i)} if i else {}) for i, case in enumerate(cases)]
+    known = dict(FORMS)
+    FORMS.update({name: _FORMS[name] for name in forms or ()})
     try:
-        return bench_step(case, device=CPU, options=options)
+        with using_backend("eager"):
+            return bench_step(variants, device=CPU, options=options)
     except OpensoraError as error:
         return str(error)
     finally:
-        steps.FORMS.clear()
-        steps.FORMS.update(known)
+        FORMS.clear()
+        FORMS.update(known)
 
 
 @contextmanager
@@ -161,16 +158,34 @@ _FORMS = {"same": _by_the_same_numbers, "wrong": _half_a_gradient}
 
 def test_forms_take_turns_and_are_held_to_the_first(ranks):
     options = dataclasses.replace(QUICK, forms=("eager", "same"), rounds=3)
-    for eager, same in ranks.run(_bench, _case(sp=2), options, ["same"], world=2):
+    for eager, same in ranks.run(_bench, [_case(sp=2)], options, ["same"], world=2):
         assert (eager.form, same.form) == ("eager", "same") and eager.difference == 0 and same.difference < 1e-6
         assert all(len(times) == 3 and min(times) > 0 for times in (eager.seconds, eager.silent, same.seconds, same.silent))
-    for said in ranks.run(_bench, _case(), dataclasses.replace(QUICK, forms=("eager", "wrong")), ["wrong"], world=2):
+    for said in ranks.run(_bench, [_case()], dataclasses.replace(QUICK, forms=("eager", "wrong")), ["wrong"], world=2):
         assert said.startswith("wrong: loss or gradient norm differ from eager's by 0.5")
+
+
+def test_cases_that_differ_in_recomputation_share_weights_and_take_turns_with_another_model(ranks):
+    alone = _case(1)
+    full = dataclasses.replace(alone, parallel=alone.parallel.model_copy(update={"recompute": "full"}))
+    joint = dataclasses.replace(alone, model=alone.model.model_copy(update={"name": "dit"}))
+    results = ranks.run(_bench, [alone, full, joint], QUICK, world=1)[0]
+    assert [r.variant.case for r in results] == [alone, full, joint]
+    assert all(r.difference < 1e-6 and len(r.seconds) == 2 and r.kinds.total_ms > 0 for r in results)
+    for result in results:  # what the other model holds isn't in it
+        assert result.memory_bytes == pytest.approx(estimate(result.variant.case).total, rel=0.15)
+
+
+def test_a_compiled_form_is_timed_beside_the_eager_one_and_its_memory_on_a_cpu_is_not_made_up(ranks):
+    options = dataclasses.replace(QUICK, forms=("eager", "compile"), rounds=1)
+    eager, compiled = ranks.run(_bench, [_case(1)], options, world=1)[0]
+    assert compiled.difference < 1e-6 and len(compiled.seconds) == 1
+    assert eager.memory_bytes > 0 and compiled.memory_bytes is None
 
 
 def test_the_peak_of_a_step_is_what_the_formula_says(ranks):
     for case in (_case(), _case(stage=3, batch=2)):
-        (result,) = ranks.run(_bench, case, QUICK, world=2)[0]
+        (result,) = ranks.run(_bench, [case], QUICK, world=2)[0]
         assert result.memory_bytes == pytest.approx(estimate(case).total, rel=0.15)
 
 
@@ -187,9 +202,12 @@ def test_speed_is_of_what_it_says():
     assert speed(0.5, work=work, exposed_s=-0.01).exposed_share == 0
 
 
+ONE = Variant(case=_case(1))
+
+
 def test_figures_are_taken_round_by_round():
-    eager = FormResult(form="eager", difference=0, memory_bytes=1, seconds=(1.0, 2.0, 4.0), silent=(0.9, 1.8, 3.6))
-    other = FormResult(form="other", difference=0, memory_bytes=1, seconds=(0.5, 1.0, 2.0))
+    eager = FormResult(form="eager", variant=ONE, difference=0, memory_bytes=1, seconds=(1.0, 2.0, 4.0), silent=(0.9, 1.8, 3.6))
+    other = FormResult(form="other", variant=ONE, difference=0, memory_bytes=1, seconds=(0.5, 1.0, 2.0))
     work = Work(samples=1, tokens=1, flops=1, world=1, peak_flops=None)
     first, second = (step_figures(r, eager, work=work) for r in (eager, other))
     assert (
@@ -201,18 +219,26 @@ def test_figures_are_taken_round_by_round():
 def test_record_and_table_hold_what_was_measured(tmp_path):
     case = _case(4, stage=2, sp=2)
     results = [
-        FormResult(form=form, difference=0.0, memory_bytes=5_000_000, seconds=(s, s, s), silent=(s, s, s))
+        FormResult(
+            form=form,
+            variant=Variant(case=case),
+            difference=0.0,
+            memory_bytes=5_000_000,
+            kinds=KindTimes(milliseconds={"attention": 1.0, IDLE: 3.0}, unknown=("strange",)),
+            seconds=(s, s, s),
+            silent=(s, s, s),
+        )
         for form, s in (("eager", 1.0), ("fast", 0.5))
     ]
-    flops, grid = latent_flops(case)
-    work = Work(samples=samples_of(case), tokens=grid.volume, flops=flops, world=4, peak_flops=1e12)
-    made = json.loads(json.dumps(step_record(case, results, options=QUICK, work=work), allow_nan=False))
+    works = [work_of(case, peak_flops=1e12)] * 2
+    made = json.loads(json.dumps(step_record(results, options=QUICK, works=works), allow_nan=False))
     assert made["world"] == 4 and made["memory_by_formula"] == estimate(case).total and made["case"]["latent"] == [5, 8, 8]
     assert made["results"][1]["figures"]["ratio"] == {"low": 0.5, "median": 0.5, "high": 0.5}
     with open(tmp_path / "table.txt", "w") as file:
-        print_step_table(case, results, work=work, console=Console(file=file))
+        print_step_table(results, works=works, console=Console(file=file))
     text = (tmp_path / "table.txt").read_text()
     assert "ZeRO 2, dsp x 2" in text and "0.500 [0.500, 0.500]" in text
+    assert "75%" in text and "fast: other: strange" in text
 
 
 def test_the_command_writes_its_record(tmp_path, capsys):
@@ -249,10 +275,15 @@ def test_a_case_that_its_shapes_forbid_is_refused(given, said):
 
 
 def test_defaults_are_those_of_a_training():
-    case, options = step_inputs(
-        {}, world=2, timeout_s=5.0, forms=["eager"], rounds=1, warmup=0, steps=1, dollars_per_gpu_hour=None
+    measuring = {"forms": ["eager"], "rounds": 1, "warmup": 0, "steps": 1, "dollars_per_gpu_hour": None}
+    (variant,), options = step_inputs({}, world=2, timeout_s=5.0, device=CPU, **measuring)
+    case = variant.case
+    assert (
+        not variant.changed
+        and case.model == ModelConfig()
+        and case.parallel == ParallelConfig(timeout_s=5.0)
+        and case.dtype == "float32"
     )
-    assert case.model == ModelConfig() and case.parallel == ParallelConfig(timeout_s=5.0) and case.dtype == "float32"
     assert options == StepOptions(rounds=1, warmup=0, steps=1)
 
 

@@ -1,49 +1,27 @@
-"""Times whole training steps of a model: the training's own step, on made-up samples, as one form or several that take turns.
+"""Times whole training steps: several forms of computing the same one, and several cases beside each other, that take turns.
 
-A form is a way of computing the same step on the same weights. Each is held to the first one's loss and gradient norm before it is timed.
+Each form is held to the first one's loss and gradient norm before it is timed.
 """
-
-# B micro-batch, C latent channels, t h w latent frames, height, width of the region that this rank holds, Y text tokens, E text width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from opensora_dist.config.train import OptimConfig, RectifiedFlowConfig
-from opensora_dist.core.errors import OpensoraError
-from opensora_dist.core.types import Thw
-from opensora_dist.data.loader import MicroBatch, StepData
-from opensora_dist.diffusion.base import Objective
-from opensora_dist.diffusion.draws import draw_noise
-from opensora_dist.diffusion.rectified_flow import RectifiedFlow
-from opensora_dist.models.base import ModelIo, VideoTransformer
-from opensora_dist.models.init import init_weights
-from opensora_dist.models.levers import set_levers
-from opensora_dist.models.registry import build_model
-from opensora_dist.models.tensor import share_blocks
-from opensora_dist.parallel.keys import Keys
-from opensora_dist.parallel.mesh import Mesh, build_mesh
-from opensora_dist.parallel.sequence.layout import SequenceParallel
-from opensora_dist.parallel.zero.native import NativeBackend
-from opensora_dist.parallel.zero.registry import build_backend
-from opensora_dist.plan.memory import MemoryCase
-from opensora_dist.recipes.bench.case import DTYPES
-from opensora_dist.recipes.bench.forms import silent
-from opensora_dist.recipes.bench.memory import peak_memory, zero_parked
+from opensora_dist.core.errors import ConfigError, OpensoraError
+from opensora_dist.ops.choice import current
+from opensora_dist.plan.memory import MemoryCase, estimate
+from opensora_dist.recipes.bench.kinds import KindTimes, profiled
+from opensora_dist.recipes.bench.memory import Peak, peak_memory
 from opensora_dist.recipes.bench.rounds import of_all_ranks, take_turns, timed
 from opensora_dist.recipes.bench.sequence import TOLERANCES
-from opensora_dist.recipes.shards import LatentShards
-from opensora_dist.train.ema import Ema
-from opensora_dist.train.step import StepResult, TiledLoss, train_step
-
-_PARTS_FROM_ZERO_STD = 0.02
+from opensora_dist.recipes.bench.step_forms import FORMS
+from opensora_dist.recipes.bench.training import Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,132 +44,72 @@ class StepOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A case among those that one run compares.
+
+    Args:
+        changed: What tells it from the others, by options of ``bench step``; empty where there are no others.
+    """
+
+    case: MemoryCase
+    changed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return " ".join(f"{key}={value}" for key, value in self.changed.items())
+
+
+@dataclass(frozen=True, kw_only=True)
 class FormResult:
-    """One form of the step.
+    """One form of the step, in one of the cases that are compared.
 
     Args:
         form: Its name.
-        difference: Of loss and gradient norm from the first form's, relative, the larger one.
+        variant: The case.
+        difference: Of loss and gradient norm from those of the first form of the same weights, relative, the larger one.
         memory_bytes: Most that the rank that held most had on its device in a step: weights, gradients, moments, average, activations.
+            None on a CPU for what is compiled, where nobody sees it.
+        computed_by: What operators went by, in words.
+        first_s: Seconds of the first step, in which what is compiled is compiled; the slowest rank's.
+        kinds: Where the time goes in one more step, of this rank.
         seconds: Of a step, by round; the slowest rank's.
         silent: The same without communication, in the same rounds; empty where there is none, or it can't be left out.
     """
 
     form: str
+    variant: Variant
     difference: float
-    memory_bytes: int
+    memory_bytes: int | None
+    computed_by: str = ""
+    first_s: float | None = None
+    kinds: KindTimes | None = None
     seconds: tuple[float, ...] = ()
     silent: tuple[float, ...] = ()
 
-
-class Training:
-    """A model with optimizer and average as a training has them, and one global batch that every step is given.
-
-    The learning rate is zero: the step does all its work, and the weights stay, so that forms can be compared.
-    """
-
-    def __init__(self, case: MemoryCase, device: torch.device) -> None:
-        parallel = case.parallel
-        self.case, self.keys = case, Keys(0)
-        self.mesh = build_mesh(
-            device, dp_replicate=parallel.dp_replicate, sp=parallel.sp, tp=parallel.tp, timeout_s=parallel.timeout_s
-        )
-        self.model = meta_model(case)
-        share_blocks(self.model, self.mesh)
-        self._offload = set_levers(self.model, parallel, device=device)
-        self.backend = build_backend(
-            self.model,
-            mesh=self.mesh,
-            units=list(self.model.blocks),
-            init=partial(_init, keys=self.keys),
-            parallel=parallel,
-            optim=OptimConfig(),
-            compute_dtype=DTYPES[case.dtype],
-        )
-        self._zero_parked = zero_parked(self.backend, parallel.zero.offload)
-        self.ema = Ema(self.backend.weights, decay=0.9999)
-        self.objective: Objective = RectifiedFlow(RectifiedFlowConfig(), spatial_factor=8)
-        if parallel.tile_tokens is not None:
-            self.objective = TiledLoss(of=self.objective, positions=parallel.tile_tokens * self.model.patch.volume)
-        self.shards = self._speaking = self._shards(self.mesh)
-        self._silent = self._shards(replace(self.mesh, links={n: silent(links) for n, links in self.mesh.links.items()}))
-        self.micros = self._micros()
-
-    def _shards(self, mesh: Mesh) -> LatentShards:
-        return LatentShards(mesh, SequenceParallel(mesh, self.case.parallel.sp), self.model)
-
-    def _micros(self) -> list[MicroBatch]:
-        case, device = self.case, self.mesh.device
-        share = self.shards.share(case.latent)
-        B, accum = case.micro_batch, case.parallel.grad_accum
-        weight = 1 / (samples_of(case) * case.latent.volume)
-        dtype = torch.float64 if case.dtype == "float64" else torch.float32
-
-        def micro(first: int) -> MicroBatch:
-            samples = tuple(range(first, first + B))
-            latents = draw_noise(
-                self.keys, "latents", samples=samples, step=0, channels=case.channels, latent=case.latent, region=share.region
-            )
-            text = torch.stack([self._text(sample) for sample in samples])
-            return MicroBatch(
-                latents_BCthw=latents.to(device, dtype),
-                latent=case.latent,
-                region=share.region,
-                text_BYE=text.to(device, dtype),
-                text_mask_BY=torch.ones(B, case.text_tokens, dtype=torch.bool, device=device),
-                samples=samples,
-                keys=("",) * B,
-                weight_B=torch.full((B,), weight, dtype=torch.float64, device=device),
-            )
-
-        return [micro((share.data_rank * accum + i) * B) for i in range(accum)]
-
-    def _text(self, sample: int) -> torch.Tensor:
-        shape = self.case.text_tokens, self.case.text_width
-        return torch.empty(shape).normal_(generator=self.keys.generator("text", sample))
-
     @property
-    def parked_bytes(self) -> int:
-        """What is in CPU memory now, beside a GPU."""
-        return self._zero_parked() + (self._offload.parked_bytes if self._offload is not None else 0)
+    def name(self) -> str:
+        """For people."""
+        return f"{self.form}, {self.variant.name}" if self.variant.changed else self.form
 
-    def step(self) -> StepResult:
-        """One, as ``train.loop`` takes it. Collective; waits for no device."""
-        data = StepData(
-            step=0,
-            epoch=0,
-            digest="bench",
-            micros=list(self.micros),
-            substitute=lambda micro, _bad, _attempt: micro,
-            shapes={self.case.latent: samples_of(self.case)},
-        )
-        result = train_step(
-            self.backend,
-            data,
-            objective=self.objective,
-            keys=self.keys,
-            shards=self.shards.shard,
-            agree=partial(self.shards.agree, data),
-            lr=0.0,
-            clip_norm=1.0,
-        )
-        self.ema.update(step=data.step, skipped=self.backend.skipped())
-        return result
+
+@dataclass(frozen=True, kw_only=True)
+class _Turn:
+    """A form of a case. Cases that differ in ``recompute`` alone share a training, and so the weights."""
+
+    form: str
+    variant: Variant
+    training: Training
 
     @contextmanager
-    def silenced(self) -> Iterator[None]:
-        """Steps inside send nothing, but for a few numbers that ranks agree by. Only where ``silence_problem`` has none."""
-        assert isinstance(self.backend, NativeBackend)
-        self.shards = self._silent
-        try:
-            with self.backend.silent():
-                yield
-        finally:
-            self.shards = self._speaking
+    def computing(self) -> Iterator[None]:
+        with self.training.recomputing(self.variant.case.parallel.recompute), FORMS[self.form](self.training):
+            yield
 
-
-FORMS: dict[str, Callable[[Training], AbstractContextManager[object]]] = {"eager": nullcontext}
-"""What each changes of a training while its steps run: the model, the optimizer, what is dispatched to. ``eager`` nothing."""
+    @property
+    def compiled(self) -> bool:
+        with self.computing():
+            return current().compile != "off"
 
 
 def silence_problem(case: MemoryCase) -> str | None:
@@ -207,98 +125,142 @@ def silence_problem(case: MemoryCase) -> str | None:
 
 
 def bench_step(
-    case: MemoryCase, *, device: torch.device, options: StepOptions, on_round: Callable[[int], None] | None = None
+    variants: Sequence[Variant], *, device: torch.device, options: StepOptions, on_round: Callable[[int], None] | None = None
 ) -> list[FormResult]:
-    """Measures on all ranks of the process group; the same result on each. Collective.
+    """Measures on all ranks of the process group; the same result on each, but for ``kinds``. Collective.
 
     Args:
+        variants: Cases of one world; all forms of the first, then all of the next.
         on_round: Told the rounds done, warm-up included.
     Raises:
+        ConfigError: The cases don't fit the device's memory side by side.
         OpensoraError: A form computes something else than the first one.
     """
-    training, results = _examined(case, device=device, options=options)
-    quiet = silence_problem(case) is None
-    turns = [
-        partial(_pass, training, name, quiet=q, steps=options.steps)
-        for name in options.forms
-        for q in ((False, True) if quiet else (False,))
+    _check_memory(variants, device)
+    turns, results = _examined(variants, device=device, options=options)
+    quiet = silence_problem(variants[0].case) is None
+    passes = [
+        partial(_pass, turn, quiet=q, steps=options.steps) for turn in turns for q in ((False, True) if quiet else (False,))
     ]
-    table = take_turns(turns, rounds=options.rounds, warmup=options.warmup, on_round=on_round)
+    table = take_turns(passes, rounds=options.rounds, warmup=options.warmup, on_round=on_round)
     most, _ = of_all_ranks(table, device=device)
     seconds = iter(most.squeeze(-1).tolist())
     return [replace(r, seconds=tuple(next(seconds)), silent=tuple(next(seconds)) if quiet else ()) for r in results]
 
 
-def _examined(case: MemoryCase, *, device: torch.device, options: StepOptions) -> tuple[Training, list[FormResult]]:
-    """Each form's difference from the first, and its memory. Collective."""
-    made: list[Training] = []
-    results: list[FormResult] = []
-    with peak_memory(device, parked=lambda: made[0].parked_bytes if made else 0) as peak:
-        made.append(Training(case, device))
-        training, first = made[0], torch.empty(0)
-        for name in options.forms:
-            with FORMS[name](training):
-                training.step()  # buffers that are made once
-                peak.restart()
-                result = training.step()
-            found = torch.stack([result.loss.double(), result.grad_norm.double() / dist.get_world_size()])
-            dist.all_reduce(found)
-            first = found if not results else first
-            worst = torch.stack(
-                [torch.tensor(float(peak.most()), dtype=torch.float64, device=device), *((found - first) / first).abs()]
-            )
-            dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-            most, *differences = worst.tolist()
-            results.append(FormResult(form=name, difference=max(differences), memory_bytes=int(most)))
-    for form in results:
-        if not form.difference <= TOLERANCES[case.dtype]:  # NaN is no number that is small enough
+def _apart(variant: Variant) -> MemoryCase:
+    """What a training is made for, whatever is recomputed in its steps."""
+    case = variant.case
+    return replace(case, parallel=case.parallel.model_copy(update={"recompute": "none"}))
+
+
+def _check_memory(variants: Sequence[Variant], device: torch.device) -> None:
+    """
+    Raises:
+        ConfigError: By formula the trainings of all cases don't fit beside the largest step of one.
+    """
+    if device.type != "cuda":
+        return
+    held: dict[MemoryCase, int] = {}
+    worst = 0
+    for variant in variants:
+        most = estimate(variant.case)
+        held[_apart(variant)] = most.parameters + most.optimizer + most.ema
+        worst = max(worst, most.total)
+    needed = worst + sum(held.values()) - min(held.values())
+    there = torch.cuda.get_device_properties(device).total_memory
+    if needed > there:
+        raise ConfigError(
+            f"a rank needs {needed / 2**30:.1f} GiB by formula{' for the compared cases side by side' if len(held) > 1 else ''}, and the "
+            f"GPU has {there / 2**30:.1f}; use --recompute full, a smaller --batch, or compare fewer cases"
+        )
+
+
+def _examined(variants: Sequence[Variant], *, device: torch.device, options: StepOptions) -> tuple[list[_Turn], list[FormResult]]:
+    """Trainings, all that takes turns on them, and of each how it compares with the first, its memory, where its time goes. Collective."""
+    trainings: dict[MemoryCase, Training] = {}
+    held: dict[MemoryCase, int] = {}
+    firsts: dict[int, _First] = {}
+    with peak_memory(device, parked=lambda: sum(t.parked_bytes for t in trainings.values())) as peak:
+        for case in dict.fromkeys(_apart(variant) for variant in variants):
+            before = peak.now()
+            trainings[case] = Training(case, device)
+            held[case] = peak.now() - before
+        turns = [_Turn(form=form, variant=v, training=trainings[_apart(v)]) for v in variants for form in options.forms]
+        for i, turn in enumerate(turns):
+            # What follows operators on a CPU keeps torch.compile from compiling, and doesn't see into what it has compiled.
+            if device.type == "cuda" or not turn.compiled:
+                firsts[i] = _first_steps(turn, peak, others=sum(held.values()) - held[_apart(turn.variant)])
+    for i, turn in enumerate(turns):
+        if i not in firsts:
+            firsts[i] = _first_steps(turn, None, others=0)
+    leaders = [next(j for j, other in enumerate(turns) if other.training is turn.training) for turn in turns]
+    results = [_result(turn, firsts[i], firsts[leaders[i]], device=device) for i, turn in enumerate(turns)]
+    for result, leader in zip(results, leaders, strict=True):
+        tolerance = TOLERANCES[result.variant.case.dtype]
+        if not result.difference <= tolerance:  # NaN is no number that is small enough
             raise OpensoraError(
-                f"{form.form}: loss or gradient norm differ from {options.forms[0]}'s by {form.difference:.2g}, relative, more than "
-                f"{TOLERANCES[case.dtype]:g}; its speed means nothing, so nothing was timed"
+                f"{result.name}: loss or gradient norm differ from {results[leader].name}'s by {result.difference:.2g}, relative, more "
+                f"than {tolerance:g}; its speed means nothing, so nothing was timed"
             )
-    return training, results
+    return turns, results
 
 
-def _pass(training: Training, form: str, *, quiet: bool, steps: int) -> list[float]:
+@dataclass(frozen=True, kw_only=True)
+class _First:
+    """Of a turn's first steps: loss over all ranks and gradient norm, bytes at most (None: not seen), seconds, what operators went by."""
+
+    found: torch.Tensor
+    most: int | None
+    seconds: float
+    computed_by: str
+
+
+def _first_steps(turn: _Turn, peak: Peak | None, *, others: int) -> _First:
+    """Collective.
+
+    Args:
+        others: Bytes that other trainings hold meanwhile.
+    """
+    training = turn.training
+    with turn.computing():
+        seconds = timed(training.step, device=training.mesh.device)  # buffers that are made once, too
+        if peak is not None:
+            peak.restart()
+        result = training.step()
+        most = None if peak is None else peak.most() - others
+        computed_by = str(current())
+    found = torch.stack([result.loss.double(), result.grad_norm.double() / dist.get_world_size()])
+    dist.all_reduce(found)
+    return _First(found=found, most=most, seconds=seconds, computed_by=computed_by)
+
+
+def _result(turn: _Turn, first: _First, leader: _First, *, device: torch.device) -> FormResult:
+    """Without times. Collective."""
+    differences = ((first.found - leader.found) / leader.found).abs()
+    numbers = torch.tensor([first.seconds, float(first.most or 0)], dtype=torch.float64, device=device)
+    worst = torch.cat([numbers, differences])
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    seconds, most, *different = worst.tolist()
+    with turn.computing():
+        kinds = profiled(turn.training.step, device=device)
+    return FormResult(
+        form=turn.form,
+        variant=turn.variant,
+        difference=max(different),
+        memory_bytes=None if first.most is None else int(most),
+        computed_by=first.computed_by,
+        first_s=seconds,
+        kinds=kinds,
+    )
+
+
+def _pass(turn: _Turn, *, quiet: bool, steps: int) -> list[float]:
+    training = turn.training
+
     def run() -> None:
         for _ in range(steps):
             training.step()
 
-    with FORMS[form](training), training.silenced() if quiet else nullcontext():
+    with turn.computing(), training.silenced() if quiet else nullcontext():
         return [timed(run, device=training.mesh.device) / steps]
-
-
-def meta_model(case: MemoryCase) -> VideoTransformer:
-    """The model of a case, on the meta device."""
-    io = ModelIo(in_channels=case.channels, out_channels=case.channels, text_width=case.text_width, max_tokens=case.max_tokens)
-    with torch.device("meta"):
-        return build_model(case.model, io).to(torch.float64 if case.dtype == "float64" else torch.float32)
-
-
-@torch.no_grad()
-def _init(model: nn.Module, *, keys: Keys) -> None:
-    """As a training starts, but for what would start at zero: no gate may keep work from mattering, and a GPU multiplies zeros faster."""
-    assert isinstance(model, VideoTransformer)
-    init_parameter = model.init_parameter
-
-    def never_zero(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
-        init_parameter(name, tensor, generator)
-        if not tensor.any():
-            tensor.normal_(std=_PARTS_FROM_ZERO_STD, generator=generator)
-
-    model.init_parameter = never_zero  # type: ignore[method-assign]
-    try:
-        init_weights(model, keys)
-    finally:
-        del model.init_parameter
-
-
-def latent_flops(case: MemoryCase) -> tuple[int, Thw]:
-    """Forward FLOPs of one sample, by the model's own formula, and its token grid."""
-    model = meta_model(case)
-    return model.flops(case.latent, text_tokens=case.text_tokens), model.token_grid(case.latent)
-
-
-def samples_of(case: MemoryCase) -> int:
-    """Of the global batch."""
-    return case.micro_batch * case.parallel.grad_accum * (case.world // (case.parallel.sp.degree * case.parallel.tp))

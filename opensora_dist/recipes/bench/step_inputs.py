@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
+
+import torch
 
 from opensora_dist.config.load import Problem, load_config
 from opensora_dist.config.rules import train_problems
@@ -13,7 +16,9 @@ from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.types import Thw
 from opensora_dist.plan.memory import MemoryCase
-from opensora_dist.recipes.bench.step import FORMS, StepOptions, meta_model
+from opensora_dist.recipes.bench.step import StepOptions, Variant
+from opensora_dist.recipes.bench.step_forms import FORMS, form_problems
+from opensora_dist.recipes.bench.training import meta_model
 from opensora_dist.recipes.shards import share_problems
 
 _KEYS = {
@@ -36,24 +41,50 @@ CASE_FIELDS = (*_KEYS, "clip", "batch", "text_tokens")
 _CLIP, _BATCH, _TEXT_TOKENS = "16x32x32", 1, 120
 
 
-def step_inputs(given: Mapping[str, Any], *, world: int, timeout_s: float, **measuring: Any) -> tuple[MemoryCase, StepOptions]:
-    """``step_case`` and ``step_options``.
+_COMPARED = ("model", "size", "recompute")
+"""What ``--compare`` may vary: what leaves the layout of ranks as it is."""
 
+
+def step_inputs(
+    given: Mapping[str, Any], *, world: int, timeout_s: float, device: torch.device, compare: Sequence[str] = (), **measuring: Any
+) -> tuple[list[Variant], StepOptions]:
+    """The cases that are compared, one where ``compare`` is empty, and ``step_options``.
+
+    Args:
+        device: What will run it.
+        compare: Each a ``KEY=VALUE,VALUE,...``; every combination is a case.
     Raises:
-        ConfigError: What either finds.
+        ConfigError: Everything that is wrong with any of them.
     """
     problems: list[str] = []
+    variants: list[Variant] = []
     try:
         options = step_options(**measuring)
+        problems += form_problems(options.forms, device=device, dtype=given.get("dtype") or "float32")
     except ConfigError as error:
         problems += error.problems
-    try:
-        case = step_case(given, world=world, timeout_s=timeout_s)
-    except ConfigError as error:
-        problems += error.problems
+    for changed in _compared(given, compare, problems):
+        try:
+            variants.append(Variant(case=step_case({**given, **changed}, world=world, timeout_s=timeout_s), changed=changed))
+        except ConfigError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
     if problems:
         raise ConfigError(problems)
-    return case, options
+    return variants, options
+
+
+def _compared(given: Mapping[str, Any], compare: Sequence[str], problems: list[str]) -> list[dict[str, str]]:
+    """What changes in each case."""
+    axes: dict[str, list[str]] = {}
+    for said in compare:
+        key, equals, values = said.partition("=")
+        if not equals or key not in _COMPARED:
+            problems.append(f"--compare {said!r} is not KEY=VALUE,VALUE with a KEY of {', '.join(_COMPARED)}")
+        elif given.get(key) is not None:
+            problems.append(f"--compare {said} and --{key} {given[key]}; give one of them")
+        elif len(set(axes.setdefault(key, values.split(",")))) < 2:
+            problems.append(f"--compare {said} compares nothing; name two values or more")
+    return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
 
 
 def step_case(given: Mapping[str, Any], *, world: int, timeout_s: float) -> MemoryCase:

@@ -17,13 +17,19 @@ from opensora_dist.observe.progress import Bar
 from opensora_dist.plan.hardware import peak_flops
 from opensora_dist.plan.memory import MemoryCase, estimate
 from opensora_dist.recipes.bench.figures import Spread
-from opensora_dist.recipes.bench.show import DASH, WIDE, about, ms, percent, three
+from opensora_dist.recipes.bench.kinds import IDLE, KINDS, OTHER
+from opensora_dist.recipes.bench.show import DASH, WIDE, about, megabytes, ms, percent, three
 from opensora_dist.recipes.bench.speed import Speed, Work, speed
-from opensora_dist.recipes.bench.step import FormResult, StepOptions, bench_step, latent_flops, samples_of, silence_problem
+from opensora_dist.recipes.bench.step import FormResult, StepOptions, Variant, bench_step, silence_problem
+from opensora_dist.recipes.bench.training import latent_flops, samples_of
 
 _CAPTION = (
     "Medians over rounds, in brackets the quartiles; a round's time is its slowest rank's, of whole steps: draws, forward, backward, "
     "clip, optimizer, average. Exposed: beyond the same step without communication. Peak: all that a rank has on its device."
+)
+_KINDS_CAPTION = (
+    "Of one more step of rank 0 under torch's profiler, which slows the host down. Sorted by names: what a compiler has put together has one. "
+    "idle: nothing ran (on a GPU it waited for the host; on a CPU this is Python)."
 )
 
 
@@ -59,38 +65,50 @@ def _ms(seconds: Sequence[float]) -> Spread:
     return Spread.of([1e3 * s for s in seconds])
 
 
-def step_rank(case: MemoryCase, device: torch.device, *, options: StepOptions, out: Path | None) -> int:
+def step_rank(variants: Sequence[Variant], device: torch.device, *, options: StepOptions, out: Path | None) -> int:
     """One rank's part; rank 0 prints and writes. Collective."""
     main = dist.get_rank() == 0
     with Bar("rounds", total=options.warmup + options.rounds, enabled=main) as bar:
-        results = bench_step(case, device=device, options=options, on_round=bar.update)
+        results = bench_step(variants, device=device, options=options, on_round=bar.update)
     if main:
-        flops, grid = latent_flops(case)
-        work = Work(
-            samples=samples_of(case),
-            tokens=grid.volume,
-            flops=flops,
-            world=case.world,
-            peak_flops=peak_flops(device, dtype=case.dtype),
-            dollars_per_gpu_hour=options.dollars_per_gpu_hour,
-        )
-        print_step_table(case, results, work=work)
+        peak = peak_flops(device, dtype=variants[0].case.dtype)
+        works = [work_of(v.case, peak_flops=peak, dollars_per_gpu_hour=options.dollars_per_gpu_hour) for v in variants]
+        of_results = [works[variants.index(r.variant)] for r in results]
+        print_step_table(results, works=of_results)
         if out is not None:
-            write_json(out / "step.json", step_record(case, results, options=options, work=work))
+            write_json(out / "step.json", step_record(results, options=options, works=of_results))
             print(out / "step.json")
     return 0
 
 
-def print_step_table(case: MemoryCase, results: Sequence[FormResult], *, work: Work, console: Console | None = None) -> None:
-    """To the standard output."""
+def work_of(case: MemoryCase, *, peak_flops: float | None, dollars_per_gpu_hour: float | None = None) -> Work:
+    """What a step of a case does."""
+    flops, grid = latent_flops(case)
+    return Work(
+        samples=samples_of(case),
+        tokens=grid.volume,
+        flops=flops,
+        world=case.world,
+        peak_flops=peak_flops,
+        dollars_per_gpu_hour=dollars_per_gpu_hour,
+    )
+
+
+def print_step_table(results: Sequence[FormResult], *, works: Sequence[Work], console: Console | None = None) -> None:
+    """To the standard output.
+
+    Args:
+        works: Of each result.
+    """
     console = console or Console()
     if not console.is_terminal:
         console = Console(width=WIDE, file=console.file)
+    case = results[0].variant.case
     table = Table(title=step_title(case), caption=_CAPTION, caption_justify="left")
     table.add_column("form", no_wrap=True)
     columns = (
         "step ms",
-        f"x {results[0].form}",
+        f"x {results[0].name}",
         "samples/s",
         "tokens/s/rank",
         "MFU",
@@ -98,14 +116,15 @@ def print_step_table(case: MemoryCase, results: Sequence[FormResult], *, work: W
         "exposed",
         "$/M tokens",
         "peak MB",
+        "first step s",
     )
     for column in columns:
         table.add_column(column, justify="right", no_wrap=not console.is_terminal)
-    for result in results:
+    for result, work in zip(results, works, strict=True):
         found = step_figures(result, results[0], work=work)
         fast, ratio = found.speed, found.ratio
         table.add_row(
-            result.form,
+            result.name,
             ms(found.step_ms),
             DASH if ratio is None else f"{ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]",
             three(fast.samples_per_s),
@@ -114,11 +133,34 @@ def print_step_table(case: MemoryCase, results: Sequence[FormResult], *, work: W
             DASH if found.exposed_ms is None else ms(found.exposed_ms),
             percent(fast.exposed_share),
             DASH if fast.dollars_per_million_tokens is None else three(fast.dollars_per_million_tokens),
-            f"{result.memory_bytes / 1e6:.1f}",
+            megabytes(result.memory_bytes),
+            DASH if result.first_s is None else three(result.first_s),
         )
     console.print(table)
+    for result in results:
+        console.print(f"{result.name}: {result.computed_by}", markup=False, highlight=False)
     if (why := silence_problem(case)) is not None:
         console.print(f"exposed communication is left out: {why}", markup=False, highlight=False)
+    print_kinds(results, console=console)
+
+
+def print_kinds(results: Sequence[FormResult], *, console: Console) -> None:
+    """The share of a step's time that each kind of kernel takes, by form."""
+    timed = [(result.name, result.kinds) for result in results if result.kinds is not None]
+    if not timed:
+        return
+    table = Table(title="Share of the time by kind", caption=_KINDS_CAPTION, caption_justify="left")
+    table.add_column("kind", no_wrap=True)
+    for name, _ in timed:
+        table.add_column(name, justify="right", no_wrap=not console.is_terminal)
+    shares = [kinds.shares() for _, kinds in timed]
+    for kind in (*KINDS, OTHER, IDLE):
+        if any(kind in of for of in shares):
+            table.add_row(kind, *(percent(of.get(kind)) for of in shares))
+    console.print(table)
+    for name, kinds in timed:
+        if kinds.unknown:
+            console.print(f"{name}: other: {', '.join(kinds.unknown)}", markup=False, highlight=False)
 
 
 def step_title(case: MemoryCase) -> str:
@@ -138,23 +180,47 @@ def step_title(case: MemoryCase) -> str:
     )
 
 
-def step_record(case: MemoryCase, results: Sequence[FormResult], *, options: StepOptions, work: Work) -> dict[str, Any]:
-    """Everything as JSON values: the case, the environment, raw times, and the figures that follow from them."""
-    native = case.parallel.zero.backend == "native"
+def step_record(results: Sequence[FormResult], *, options: StepOptions, works: Sequence[Work]) -> dict[str, Any]:
+    """Everything as JSON values: cases, the environment, raw times, and the figures that follow from them.
+
+    ``case``, ``work`` and ``memory_by_formula`` are of the first result; each result has its own.
+    """
+    first = results[0].variant.case
     return {
-        "format": 1,
+        "format": 2,
         "kind": "step",
-        "case": {
-            **asdict(case),
-            "model": case.model.model_dump(mode="json"),
-            "parallel": case.parallel.model_dump(mode="json"),
-            "latent": list(case.latent),
-        },
-        "world": case.world,
-        "work": asdict(work),
+        "case": case_record(first),
+        "world": first.world,
+        "work": asdict(works[0]),
         "options": asdict(options),
-        "memory_by_formula": estimate(case).total if native else None,
-        "silence_problem": silence_problem(case),
-        **about(case.world),
-        "results": [{"name": r.form, **asdict(r), "figures": asdict(step_figures(r, results[0], work=work))} for r in results],
+        "memory_by_formula": _by_formula(first),
+        "silence_problem": silence_problem(first),
+        **about(first.world),
+        "results": [
+            {
+                "name": r.name,
+                "form": r.form,
+                "changed": r.variant.changed,
+                "case": case_record(r.variant.case),
+                "work": asdict(work),
+                "memory_by_formula": _by_formula(r.variant.case),
+                **{key: value for key, value in asdict(r).items() if key not in ("form", "variant")},
+                "figures": asdict(step_figures(r, results[0], work=work)),
+            }
+            for r, work in zip(results, works, strict=True)
+        ],
     }
+
+
+def case_record(case: MemoryCase) -> dict[str, Any]:
+    """As JSON values."""
+    return {
+        **asdict(case),
+        "model": case.model.model_dump(mode="json"),
+        "parallel": case.parallel.model_dump(mode="json"),
+        "latent": list(case.latent),
+    }
+
+
+def _by_formula(case: MemoryCase) -> int | None:
+    return estimate(case).total if case.parallel.zero.backend == "native" else None

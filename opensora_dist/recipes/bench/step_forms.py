@@ -1,0 +1,55 @@
+"""Ways of computing the same step that a benchmark compares: what a run's ``kernels``, ``attention`` and ``compile`` choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from opensora_dist.core.errors import ConfigError
+from opensora_dist.ops.choice import Choice, choose, using
+from opensora_dist.recipes.bench.training import Training
+
+_ASKED = {
+    "eager": Choice(kernels="torch", compile="off"),
+    "compile": Choice(kernels="torch", compile="blocks"),
+    "ours": Choice(kernels="triton", compile="blocks"),
+}
+
+
+def choice_of(form: str, *, device: torch.device, dtype: str) -> Choice:
+    """What operators go by in a form.
+
+    Args:
+        dtype: ``run.dtype``.
+    Raises:
+        ConfigError: It can't be had on this machine.
+    """
+    asked = _ASKED[form]
+    return replace(choose(asked.kernels, device=device, dtype=dtype), compile=asked.compile)
+
+
+def form_problems(forms: Sequence[str], *, device: torch.device, dtype: str) -> list[str]:
+    """Why this machine can't run some of them."""
+    problems = []
+    for form in forms:
+        try:
+            choice_of(form, device=device, dtype=dtype)
+        except ConfigError as error:
+            problems += [f"--forms {form}: {problem}" for problem in error.problems]
+    return problems
+
+
+@contextmanager
+def _chosen(training: Training, *, form: str) -> Iterator[None]:
+    with using(choice_of(form, device=training.mesh.device, dtype=training.case.dtype)):
+        yield
+
+
+FORMS: dict[str, Callable[[Training], AbstractContextManager[object]]] = {name: partial(_chosen, form=name) for name in _ASKED}
+"""What each changes of a training while its steps run. ``eager``: torch's operators one by one, torch's attention. ``compile``: the same
+under ``run.compile=blocks``. ``ours``: this project's kernels (``run.kernels=triton``), the fastest attention that is here
+(``run.attention=auto``), under ``run.compile=blocks``."""
