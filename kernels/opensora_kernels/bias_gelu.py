@@ -10,50 +10,58 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_COLUMNS, _ROWS, _WARPS = 256, 16, 8
+from opensora_kernels.rows import like_contiguous, load_row, load_rows, rows_per_program, store_rows
+
+COLUMNS, ROWS, WARPS = 256, 16, 4
+FEWEST_ROWS, MOST_ROWS = 32, 512
+"""That a program of backward adds up."""
 
 
 def reference(x_RH: Tensor, bias_H: Tensor) -> Tensor:
-    """``gelu(x + bias)``, by tanh."""
-    return F.gelu(x_RH + bias_H, approximate="tanh")
+    """``gelu(x + bias)``, by tanh, in the dtype of x."""
+    return F.gelu(x_RH + bias_H, approximate="tanh").to(x_RH.dtype)
 
 
 @torch.library.custom_op("opensora::bias_gelu", mutates_args=())
 def bias_gelu(x_RH: Tensor, bias_H: Tensor) -> Tensor:
-    """As ``reference``, in float32 inside.
+    """As ``reference``, in float32 inside; contiguous.
 
     Args:
         x_RH: [..., H], of a linear without its bias.
+        bias_H: Of any dtype.
     """
-    x_RH, out = x_RH.contiguous(), torch.empty_like(x_RH, memory_format=torch.contiguous_format)
-    H = x_RH.shape[-1]
-    R = x_RH.numel() // H
+    x, out = x_RH.contiguous(), like_contiguous(x_RH)
+    H = x.shape[-1]
     if out.numel():
-        _forward[(triton.cdiv(R, _ROWS), triton.cdiv(H, _COLUMNS))](x_RH, bias_H, out, R, H, _COLUMNS, _ROWS, num_warps=_WARPS)
+        R = x.numel() // H
+        _forward[(triton.cdiv(R, ROWS) * triton.cdiv(H, COLUMNS),)](
+            x, bias_H.contiguous(), out, R, H, COLUMNS, ROWS, num_warps=WARPS
+        )
     return out
 
 
 @bias_gelu.register_fake
 def _(x_RH: Tensor, bias_H: Tensor) -> Tensor:
-    return torch.empty_like(x_RH, memory_format=torch.contiguous_format)
+    return like_contiguous(x_RH)
 
 
 @torch.library.custom_op("opensora::bias_gelu_backward", mutates_args=())
 def bias_gelu_backward(grad_RH: Tensor, x_RH: Tensor, bias_H: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and bias."""
-    grad_RH, x_RH = grad_RH.contiguous(), x_RH.contiguous()
-    H = x_RH.shape[-1]
-    R = x_RH.numel() // H
-    dx = torch.empty_like(x_RH)
-    sums = torch.empty((triton.cdiv(R, _ROWS), H), dtype=torch.float32, device=x_RH.device)
-    if x_RH.numel():
-        _backward[(len(sums), triton.cdiv(H, _COLUMNS))](grad_RH, x_RH, bias_H, dx, sums, R, H, _COLUMNS, _ROWS, num_warps=_WARPS)
-    return dx, sums.sum(dim=0).to(bias_H.dtype)
+    """The gradient of x, contiguous, and that of the bias, float32."""
+    grad, x, dx = grad_RH.contiguous(), x_RH.contiguous(), like_contiguous(x_RH)
+    H = x.shape[-1]
+    R = x.numel() // H
+    columns = triton.cdiv(H, COLUMNS)
+    rows = rows_per_program(R * columns, least=FEWEST_ROWS, most=MOST_ROWS)
+    sums = torch.empty((triton.cdiv(R, rows), H), dtype=torch.float32, device=x.device)
+    if x.numel():
+        _backward[(len(sums) * columns,)](grad, x, bias_H.contiguous(), dx, sums, rows, R, H, COLUMNS, ROWS, num_warps=WARPS)
+    return dx, sums.sum(dim=0)
 
 
 @bias_gelu_backward.register_fake
 def _(grad_RH: Tensor, x_RH: Tensor, bias_H: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_RH, memory_format=torch.contiguous_format), torch.empty_like(bias_H)
+    return like_contiguous(x_RH), torch.empty(bias_H.shape, dtype=torch.float32, device=bias_H.device)
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -61,7 +69,9 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad_RH: Tensor):
-    return bias_gelu_backward(grad_RH, *ctx.saved_tensors)
+    x_RH, bias_H = ctx.saved_tensors
+    dx, dbias = bias_gelu_backward(grad_RH, x_RH, bias_H)
+    return dx, dbias.to(bias_H.dtype)
 
 
 bias_gelu.register_autograd(_gradients, setup_context=_keep)
@@ -80,30 +90,37 @@ def _inner(x):
 
 
 @triton.jit
-def _tile(R, H, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    return row[:, None] * H + column[None, :], (row[:, None] < R) & (column[None, :] < H), column
+def _slope(x):
+    """Of the activation."""
+    bent = _tanh(_inner(x))
+    return 0.5 * (1.0 + bent) + 0.5 * x * (1.0 - bent * bent) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _forward(x, bias, out, R, H, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    at, inside, column = _tile(R, H, COLUMNS, ROWS)
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    value += tl.load(bias + column, mask=column < H, other=0.0).to(tl.float32)[None, :]
-    bent = _tanh(_inner(value))
-    tl.store(out + at, 0.5 * value * (1.0 + bent), mask=inside)
+    parts = tl.cdiv(H, COLUMNS)  # neighbours in memory are neighbours in time
+    row = tl.program_id(0) // parts * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < R)[:, None] & (column < H)[None, :]
+    starts = row.to(tl.int64) * H
+    value = load_rows(x, starts, column, inside) + load_row(bias, 0, 0, column, H)[None, :]
+    store_rows(out, starts, column, inside, 0.5 * value * (1.0 + _tanh(_inner(value))))
 
 
-@triton.jit
-def _backward(grad, x, bias, dx, sums, R, H, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    at, inside, column = _tile(R, H, COLUMNS, ROWS)
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    value += tl.load(bias + column, mask=column < H, other=0.0).to(tl.float32)[None, :]
-    dy = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-    square = value * value
-    bent = _tanh(_inner(value))
-    slope = 0.5 * (1.0 + bent) + 0.5 * value * (1.0 - bent * bent) * 0.7978845608028654 * (1.0 + 0.134145 * square)
-    result = tl.where(inside, dy * slope, 0.0)
-    tl.store(dx + at, result, mask=inside)
-    tl.store(sums + tl.program_id(0).to(tl.int64) * H + column, tl.sum(result, axis=0), mask=column < H)
+@triton.jit(do_not_specialize=["rows", "R"])
+def _backward(grad, x, bias, dx, sums, rows, R, H, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    parts = tl.cdiv(H, COLUMNS)
+    chunk = tl.program_id(0) // parts
+    column = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)
+    to = load_row(bias, 0, 0, column, H)
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in range(chunk * rows, min(R, (chunk + 1) * rows), ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < R)[:, None] & (column < H)[None, :]
+        starts = row.to(tl.int64) * H
+        value = load_rows(x, starts, column, inside) + to[None, :]
+        result = load_rows(grad, starts, column, inside) * _slope(value)
+        total += result
+        store_rows(dx, starts, column, inside, result)
+    at = chunk.to(tl.int64) * H + column
+    tl.store(sums + at, tl.sum(total, axis=0), mask=column < H)

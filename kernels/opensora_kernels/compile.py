@@ -20,9 +20,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from opensora_kernels import adamw_ema, bias_gelu, gated_norm, norm_modulate, short_attention, varlen_attention
+from opensora_kernels import bias_gelu, gated, gated_norm, norm_modulate, short_attention, varlen_attention
 from opensora_kernels.products import head_parts
-from opensora_kernels.rows import ROWS_PER_PROGRAM, block_of, warps_of
+from opensora_kernels.rows import ROWS_BACKWARD, ROWS_FORWARD, block_of, warps_of
 
 ARCHITECTURES = {80: "A100", 90: "H100, H800, H200", 100: "B200"}
 _BEGIN, _END = "<!-- table of kernels: made by opensora_kernels.compile -->", "<!-- end of the table -->"
@@ -31,12 +31,12 @@ _WIDTH, _HEAD_DIM = 1152, 72  # of XL/2
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A kernel with types and sizes, as training at XL/2 in bfloat16 calls it."""
+    """A kernel with types and sizes, as training at XL/2 in bfloat16 calls it: a residual stream and a modulation in float32."""
 
     name: str
     kernel: Any
-    types: Mapping[str, str]
-    constants: Mapping[str, int]
+    types: Mapping[str, str | tuple[str, ...]]
+    constants: Mapping[str, int | None]
     warps: int
 
 
@@ -56,16 +56,13 @@ class Needs:
 
 
 def cases() -> Iterator[Case]:
-    """All kernels, those of attention in several sizes."""
-    rows = {"BLOCK": block_of(_WIDTH)}
-    sums = {**rows, "ROWS": ROWS_PER_PROGRAM}
-    for module in (norm_modulate, gated_norm):
-        name = module.__name__.rpartition(".")[2]
-        yield _case(f"{name}, forward", module._forward, rows, warps_of(_WIDTH))
-        yield _case(f"{name}, backward", module._backward, sums, warps_of(_WIDTH), float32=("dgate", "dshift", "dscale"))
-    tile = {"COLUMNS": bias_gelu._COLUMNS, "ROWS": bias_gelu._ROWS}
-    yield _case("bias_gelu, forward", bias_gelu._forward, tile, bias_gelu._WARPS)
-    yield _case("bias_gelu, backward", bias_gelu._backward, tile, bias_gelu._WARPS, float32=("sums",))
+    """All kernels."""
+    yield from _of_rows()
+    yield from _of_attention()
+
+
+def _of_attention() -> Iterator[Case]:
+    """In several sizes."""
     for frames in (16, 64):
         tile = dict(zip(("ROWS", "LO", "HI"), short_attention._tile(frames, _HEAD_DIM)))
         for way in ("forward", "backward"):
@@ -84,35 +81,64 @@ def cases() -> Iterator[Case]:
             varlen_attention._WARPS,
             float32=("lse", "weight"),
         )
-    every = ("weight", "mean", "square", "average", "scale")
-    yield _case("adamw_ema", adamw_ema._step, {"BLOCK": adamw_ema._BLOCK}, 4, float32=every)
 
 
-_WHOLE = {"L", "D", "R", "H", "S", "T", "N", "K", "Q", "M", "numbers"}
-_REAL = {"eps", "lr", "beta1", "beta2", "weight_decay", "ema_decay", "unbiased1", "unbiased2"}
-_MULTIPLES = {"L", "D", "H", "S", "N", "numbers"}
+def _of_rows() -> Iterator[Case]:
+    """Those that work on each token by itself."""
+    modulation = ("gate", "shift", "scale", "bias", "sums")
+    stream = (*modulation, "x", "dx", "stream", "dstream")
+    forward, backward = ({"BLOCK": block_of(_WIDTH), "ROWS": rows} for rows in (ROWS_FORWARD, ROWS_BACKWARD))
+    warps = warps_of(_WIDTH)
+    yield _case("norm_modulate, forward", norm_modulate._forward, forward, warps, float32=stream)
+    yield _case("norm_modulate, backward", norm_modulate._backward, backward, warps, float32=stream)
+    for name, gate in (("gated_norm", {}), ("gated_norm without a gate", {"gate": None, "gate_step": None})):
+        yield _case(f"{name}, forward", gated_norm._forward, {**forward, **gate}, warps, float32=stream)
+        yield _case(f"{name}, backward", gated_norm._backward, {**backward, **gate}, warps, float32=stream)
+    tile = {"COLUMNS": gated.COLUMNS, "ROWS": gated.ROWS}
+    yield _case("gated, forward", gated._forward, tile, gated.WARPS, float32=(*stream, "out"))
+    yield _case("gated, backward", gated._backward, tile, gated.WARPS, float32=(*stream, "grad"))
+    tile = {"COLUMNS": bias_gelu.COLUMNS, "ROWS": bias_gelu.ROWS}
+    yield _case("bias_gelu, forward", bias_gelu._forward, tile, bias_gelu.WARPS, float32=modulation)
+    yield _case("bias_gelu, backward", bias_gelu._backward, tile, bias_gelu.WARPS, float32=modulation)
+
+
+_WHOLE = {"L", "D", "R", "H", "S", "T", "N", "K", "Q", "M", "rows"}
+_MULTIPLES = {"L", "D", "H", "S", "N"}
 """Multiples of 16 in XL/2 at the published shapes."""
 _INTEGERS = {"of_q", "of_k", "q_ends", "k_ends"}
 
 
-def _case(name: str, kernel: Any, constants: Mapping[str, int], warps: int, *, float32: tuple[str, ...] = ()) -> Case:
-    types = {}
+def _case(name: str, kernel: Any, constants: Mapping[str, int | None], warps: int, *, float32: tuple[str, ...] = ()) -> Case:
+    types: dict[str, str | tuple[str, ...]] = {}
     for argument in kernel.arg_names:
         if argument in constants:
             types[argument] = "constexpr"
-        elif argument in _WHOLE:
+        elif argument.endswith("_steps"):
+            types[argument] = ("i32", "i32", "i32")
+        elif argument in _WHOLE or argument.endswith("_step"):
             types[argument] = "i32"
-        elif argument in _REAL or (argument == "scale" and "attention" in name):
+        elif argument == "eps" or (argument == "scale" and "attention" in name):
             types[argument] = "fp32"
         else:
             types[argument] = "*i32" if argument in _INTEGERS else "*fp32" if argument in float32 else "*bf16"
     return Case(name=name, kernel=kernel, types=types, constants=constants, warps=warps)
 
 
+def _aligned(case: Case) -> Iterator[tuple[int, ...]]:
+    """Places of arguments, or within them, that hold addresses and multiples of 16."""
+    unknown = {case.kernel.params[n].name for n in range(len(case.types)) if case.kernel.params[n].do_not_specialize}
+    for n, (name, type_) in enumerate(case.types.items()):
+        if isinstance(type_, tuple):
+            yield from ((n, i) for i in range(len(type_)))
+        elif type_.startswith("*") or (
+            (name in _MULTIPLES or name.endswith("_step")) and name not in unknown | set(case.constants)
+        ):
+            yield (n,)
+
+
 def compiled(case: Case, architecture: int) -> Needs:
     """Builds a kernel for ``sm_<architecture>``, down to machine code."""
-    aligned = [n for n, (name, type_) in enumerate(case.types.items()) if type_.startswith("*") or name in _MULTIPLES]
-    hints = {(n,): [["tt.divisibility", 16]] for n in aligned}  # what the compiler is told at run time, too
+    hints = {at: [["tt.divisibility", 16]] for at in _aligned(case)}  # what the compiler is told at run time, too
     source = ASTSource(case.kernel, signature=dict(case.types), constexprs=dict(case.constants), attrs=hints)
     kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": case.warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -1,9 +1,9 @@
 """What a branch adds to the residual stream, and the LayerNorm and modulation that the next branch begins with, in one pass.
 
-Apart, the stream is written, read again and written once more: five passes over [B, L, D] become four (two read, two written).
+Apart, the stream is written and read again: five passes over the tokens become four (two read, two written).
 """
 
-# B samples, L tokens of a sample, D width
+# B samples, T frames, S tokens per frame, D width
 
 from __future__ import annotations
 
@@ -13,165 +13,239 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opensora_kernels.rows import ROWS_PER_PROGRAM, block_of, chunks_of, norm_gradient, partial_sums, row_statistics, warps_of
+from opensora_kernels.rows import (
+    ROWS_BACKWARD,
+    ROWS_FORWARD,
+    block_of,
+    dense_rows,
+    like_contiguous,
+    load_row,
+    load_rows,
+    norm_gradient,
+    normalised,
+    partial_sums,
+    row_starts,
+    rows_per_program,
+    steps_of,
+    store_rows,
+    store_sum,
+    warps_of,
+)
+
+FEWEST_ROWS, MOST_ROWS = 8, 128
+"""That a program of backward adds up."""
 
 
 def reference(
-    x_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float = 1e-6
+    x_BTSD: Tensor,
+    branch_BTSD: Tensor,
+    gate_BD: Tensor | None,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    out_dtype: torch.dtype,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """``s = x + gate branch``, and ``LN(s) (1 + scale) + shift``.
 
+    Args:
+        gate_BD: None adds the branch as it is.
+        out_dtype: Of the second result.
     Returns:
-        The stream, in the dtype of x, and what the next branch is given, in that of the modulation.
+        The stream, in the dtype of x, and what the next branch is given.
     """
-    stream = x_BLD + gate_BD[:, None] * branch_BLD
+    added = branch_BTSD if gate_BD is None else gate_BD[:, None, None] * branch_BTSD
+    stream = (x_BTSD + added).to(x_BTSD.dtype)
     normal = F.layer_norm(stream, stream.shape[-1:], eps=eps)
-    return stream.to(x_BLD.dtype), normal * (1 + scale_BD[:, None]) + shift_BD[:, None]
+    return stream, (normal * (1 + scale_BD[:, None, None]) + shift_BD[:, None, None]).to(out_dtype)
 
 
 @torch.library.custom_op("opensora::gated_norm", mutates_args=())
 def gated_norm(
-    x_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float = 1e-6
+    x_BTSD: Tensor,
+    branch_BTSD: Tensor,
+    gate_BD: Tensor | None,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    out_dtype: torch.dtype,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """As ``reference``, in float32 inside. The statistics are those of the stream as it is stored."""
-    B, L, D = x_BLD.shape
-    x_BLD, branch_BLD = x_BLD.contiguous(), branch_BLD.contiguous()
-    stream, out = (
-        torch.empty_like(x_BLD, memory_format=torch.contiguous_format),
-        torch.empty(x_BLD.shape, dtype=shift_BD.dtype, device=x_BLD.device),
-    )
+    """As ``reference``, in float32 inside. The statistics are those of the stream as it is stored.
+
+    Returns:
+        The stream with the strides of x, and what the next branch is given, contiguous.
+    """
+    B, T, S, D = x_BTSD.shape
+    x, branch, shift, scale = (dense_rows(t) for t in (x_BTSD, branch_BTSD, shift_BD, scale_BD))
+    gate = None if gate_BD is None else dense_rows(gate_BD)
+    stream, out = torch.empty_like(x_BTSD), like_contiguous(x, dtype=out_dtype)
     if out.numel():
-        modulation = (t.contiguous() for t in (gate_BD, shift_BD, scale_BD))
-        _forward[(B * L,)](x_BLD, branch_BLD, *modulation, stream, out, L, D, eps, block_of(D), num_warps=warps_of(D))
+        _forward[(triton.cdiv(T * S, ROWS_FORWARD), B)](
+            x,
+            steps_of(x),
+            branch,
+            steps_of(branch),
+            gate,
+            None if gate is None else gate.stride(0),
+            shift,
+            shift.stride(0),
+            scale,
+            scale.stride(0),
+            stream,
+            steps_of(stream),
+            out,
+            steps_of(out),
+            T * S,
+            S,
+            D,
+            eps,
+            block_of(D),
+            ROWS_FORWARD,
+            num_warps=warps_of(D),
+        )
     return stream, out
 
 
 @gated_norm.register_fake
 def _(
-    x_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float = 1e-6
+    x_BTSD: Tensor,
+    branch_BTSD: Tensor,
+    gate_BD: Tensor | None,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    out_dtype: torch.dtype,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_BLD, memory_format=torch.contiguous_format), torch.empty(
-        x_BLD.shape, dtype=shift_BD.dtype, device=x_BLD.device
-    )
+    return torch.empty_like(x_BTSD), like_contiguous(x_BTSD, dtype=out_dtype)
 
 
 @torch.library.custom_op("opensora::gated_norm_backward", mutates_args=())
 def gated_norm_backward(
-    dstream_BLD: Tensor, dout_BLD: Tensor, stream_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor, scale_BD: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, branch, gate, shift and scale."""
-    B, L, D = stream_BLD.shape
-    dstream_BLD, dout_BLD, stream_BLD, branch_BLD = (t.contiguous() for t in (dstream_BLD, dout_BLD, stream_BLD, branch_BLD))
-    dx, dbranch = (
-        torch.empty_like(stream_BLD, memory_format=torch.contiguous_format),
-        torch.empty_like(branch_BLD, memory_format=torch.contiguous_format),
-    )
-    sums = [partial_sums(B, rows=L, width=D, like=stream_BLD) for _ in range(3)]
-    if stream_BLD.numel():
-        _backward[(chunks_of(L), B)](
-            dstream_BLD,
-            dout_BLD,
-            stream_BLD,
-            branch_BLD,
-            gate_BD.contiguous(),
-            scale_BD.contiguous(),
+    dstream_BTSD: Tensor,
+    dout_BTSD: Tensor,
+    stream_BTSD: Tensor,
+    branch_BTSD: Tensor,
+    gate_BD: Tensor | None,
+    scale_BD: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and branch, with their strides, and those of shift, scale and, where there is one, the gate, float32 [2 or 3, B, D]."""
+    B, T, S, D = stream_BTSD.shape
+    dstream, dout, stream, branch, scale = map(dense_rows, (dstream_BTSD, dout_BTSD, stream_BTSD, branch_BTSD, scale_BD))
+    gate = None if gate_BD is None else dense_rows(gate_BD)
+    dx, dbranch = torch.empty_like(stream_BTSD), torch.empty_like(branch_BTSD)
+    rows = rows_per_program(B * T * S, least=FEWEST_ROWS, most=MOST_ROWS)
+    sums = partial_sums(2 if gate is None else 3, stream, rows=rows)
+    if stream.numel():
+        _backward[(sums.shape[2], B)](
+            dstream,
+            steps_of(dstream),
+            dout,
+            steps_of(dout),
+            stream,
+            steps_of(stream),
+            branch,
+            steps_of(branch),
+            gate,
+            None if gate is None else gate.stride(0),
+            scale,
+            scale.stride(0),
             dx,
+            steps_of(dx),
             dbranch,
-            *sums,
-            L,
+            steps_of(dbranch),
+            sums,
+            rows,
+            T * S,
+            S,
             D,
             eps,
             block_of(D),
-            ROWS_PER_PROGRAM,
+            ROWS_BACKWARD,
             num_warps=warps_of(D),
         )
-    dgate, dshift, dscale = (s.sum(dim=1).to(gate_BD.dtype) for s in sums)
-    return dx, dbranch, dgate, dshift, dscale
+    return dx, dbranch, sums.sum(dim=2)
 
 
 @gated_norm_backward.register_fake
 def _(
-    dstream_BLD: Tensor, dout_BLD: Tensor, stream_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor, scale_BD: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    small = (torch.empty_like(gate_BD) for _ in range(3))
-    return (
-        torch.empty_like(stream_BLD, memory_format=torch.contiguous_format),
-        torch.empty_like(branch_BLD, memory_format=torch.contiguous_format),
-        *small,
-    )
+    dstream_BTSD: Tensor,
+    dout_BTSD: Tensor,
+    stream_BTSD: Tensor,
+    branch_BTSD: Tensor,
+    gate_BD: Tensor | None,
+    scale_BD: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = scale_BD.new_empty((2 if gate_BD is None else 3, *scale_BD.shape), dtype=torch.float32)
+    return torch.empty_like(stream_BTSD), torch.empty_like(branch_BTSD), sums
 
 
 def _keep(ctx, inputs, output) -> None:
-    _, branch_BLD, gate_BD, _, scale_BD, ctx.eps = inputs
-    ctx.save_for_backward(output[0], branch_BLD, gate_BD, scale_BD)  # the stream is kept by what follows, too
+    _, branch_BTSD, gate_BD, shift_BD, scale_BD, _, ctx.eps = inputs
+    ctx.save_for_backward(output[0], branch_BTSD, gate_BD, scale_BD)  # the stream is kept by what follows, too
+    ctx.shift_dtype = shift_BD.dtype
 
 
-def _gradients(ctx, dstream_BLD: Tensor, dout_BLD: Tensor):
-    return *gated_norm_backward(dstream_BLD, dout_BLD, *ctx.saved_tensors, ctx.eps), None
+def _gradients(ctx, dstream_BTSD: Tensor, dout_BTSD: Tensor):
+    stream_BTSD, branch_BTSD, gate_BD, scale_BD = ctx.saved_tensors
+    dx, dbranch, sums = gated_norm_backward(dstream_BTSD, dout_BTSD, stream_BTSD, branch_BTSD, gate_BD, scale_BD, ctx.eps)
+    dgate = None if gate_BD is None else sums[2].to(gate_BD.dtype)
+    return dx, dbranch, dgate, sums[0].to(ctx.shift_dtype), sums[1].to(scale_BD.dtype), None, None
 
 
 gated_norm.register_autograd(_gradients, setup_context=_keep)
 
 
-@triton.jit
-def _forward(x, branch, gate, shift, scale, stream, out, L, D, eps, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    sample = row // L
+@triton.jit(do_not_specialize=["L", "S"])
+def _forward(
+    x, x_steps, branch, branch_steps, gate, gate_step, shift, shift_step, scale, scale_step, stream, stream_steps, out, out_steps,
+    L, S, D, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    inside = column < D
-    value = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
-    added = tl.load(branch + row * D + column, mask=inside, other=0.0).to(tl.float32)
-    by = tl.load(gate + sample * D + column, mask=inside, other=0.0).to(tl.float32)
-    stored = (value + by * added).to(stream.dtype.element_ty)
-    tl.store(stream + row * D + column, stored, mask=inside)
-    value = stored.to(tl.float32)
-    mean, rstd = row_statistics(value, inside, D, eps)
-    by = tl.load(scale + sample * D + column, mask=inside, other=0.0).to(tl.float32)
-    to = tl.load(shift + sample * D + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * D + column, (value - mean) * rstd * (1.0 + by) + to, mask=inside)
+    inside = (row < L)[:, None] & (column < D)[None, :]
+    value = load_rows(x, row_starts(sample, row, S, x_steps), column, inside)
+    added = load_rows(branch, row_starts(sample, row, S, branch_steps), column, inside)
+    if gate is not None:
+        added *= load_row(gate, gate_step, sample, column, D)[None, :]
+    stored = (value + added).to(stream.dtype.element_ty)
+    store_rows(stream, row_starts(sample, row, S, stream_steps), column, inside, stored)
+    normal, _ = normalised(stored.to(tl.float32), inside, D, eps)
+    by = 1.0 + load_row(scale, scale_step, sample, column, D)
+    result = normal * by[None, :] + load_row(shift, shift_step, sample, column, D)[None, :]
+    store_rows(out, row_starts(sample, row, S, out_steps), column, inside, result)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "L", "S"])
 def _backward(
-    dstream,
-    dout,
-    stream,
-    branch,
-    gate,
-    scale,
-    dx,
-    dbranch,
-    dgate,
-    dshift,
-    dscale,
-    L,
-    D,
-    eps,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    dstream, dstream_steps, dout, dout_steps, stream, stream_steps, branch, branch_steps, gate, gate_step, scale, scale_step,
+    dx, dx_steps, dbranch, dbranch_steps, sums, rows, L, S, D, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     chunk = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < D
-    by = 1.0 + tl.load(scale + sample * D + column, mask=inside, other=0.0).to(tl.float32)
-    opened = tl.load(gate + sample * D + column, mask=inside, other=0.0).to(tl.float32)
-    gate_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    by = 1.0 + load_row(scale, scale_step, sample, column, D)
     shift_sum = tl.zeros([BLOCK], dtype=tl.float32)
     scale_sum = tl.zeros([BLOCK], dtype=tl.float32)
-    for i in range(chunk * ROWS, min(L, (chunk + 1) * ROWS)):
-        at = (sample * L + i) * D + column
-        value = tl.load(stream + at, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
-        mean, rstd = row_statistics(value, inside, D, eps)
-        normal = tl.where(inside, (value - mean) * rstd, 0.0)
-        shift_sum += dy
-        scale_sum += dy * normal
-        total = norm_gradient(dy * by, normal, rstd, D) + tl.load(dstream + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx + at, total, mask=inside)
-        tl.store(dbranch + at, total * opened, mask=inside)
-        gate_sum += total * tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
-    to = (sample * tl.num_programs(0) + chunk) * D + column
-    tl.store(dgate + to, gate_sum, mask=inside)
-    tl.store(dshift + to, shift_sum, mask=inside)
-    tl.store(dscale + to, scale_sum, mask=inside)
+    gate_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(chunk * rows, min(L, (chunk + 1) * rows), ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < L)[:, None] & (column < D)[None, :]
+        value = load_rows(stream, row_starts(sample, row, S, stream_steps), column, inside)
+        dy = load_rows(dout, row_starts(sample, row, S, dout_steps), column, inside)
+        past = load_rows(dstream, row_starts(sample, row, S, dstream_steps), column, inside)
+        normal, rstd = normalised(value, inside, D, eps)
+        shift_sum += tl.sum(dy, axis=0)
+        scale_sum += tl.sum(dy * normal, axis=0)
+        total = norm_gradient(dy * by[None, :], normal, rstd, D) + past
+        store_rows(dx, row_starts(sample, row, S, dx_steps), column, inside, total)
+        if gate is not None:
+            added = load_rows(branch, row_starts(sample, row, S, branch_steps), column, inside)
+            gate_sum += tl.sum(total * added, axis=0)
+            total *= load_row(gate, gate_step, sample, column, D)[None, :]
+        store_rows(dbranch, row_starts(sample, row, S, dbranch_steps), column, inside, total)
+    store_sum(sums, 0, sample, chunk, tl.num_programs(0), column, D, shift_sum)
+    store_sum(sums, 1, sample, chunk, tl.num_programs(0), column, D, scale_sum)
+    if gate is not None:
+        store_sum(sums, 2, sample, chunk, tl.num_programs(0), column, D, gate_sum)

@@ -1,4 +1,10 @@
-"""What kernels over rows share: how rows are dealt to programs, and sums over the rows of a sample."""
+"""What kernels over tokens share: where a token's row lies, how rows are dealt to programs, and sums over the rows of a sample.
+
+Tokens are [B, T, S, D] with any strides but that of D, which is 1: after an attention along time they come as a transposed view, and
+reading them where they lie saves a copy. What is of a sample is [B, D], rows dense likewise.
+"""
+
+# B samples, T frames, S tokens per frame, D width, L = T S
 
 from __future__ import annotations
 
@@ -7,8 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS_PER_PROGRAM = 32
-"""Rows that one program of a backward adds up before it writes: a partial sum costs as much as a row."""
+ROWS_FORWARD, ROWS_BACKWARD = 4, 1
+"""Whole rows that a program holds at once. In forward several, so that what is of the sample is read once for all of them. Backward reads
+that once for its loop, and two rows at once take the registers of two programs: no more bytes on their way, and fewer warps to wait."""
+_ELEMENTS_PER_WARP = 512
+_PROGRAMS = 4 * 132
+"""That a backward wants: some to each multiprocessor of an H100."""
 
 
 def block_of(width: int) -> int:
@@ -17,32 +27,93 @@ def block_of(width: int) -> int:
 
 
 def warps_of(width: int) -> int:
-    """Warps of a program that holds a row of this width: about four numbers to a thread and vector load."""
-    return min(16, max(1, block_of(width) // 256))
+    """Warps of a program that holds rows of this width: 16 numbers of a row to a thread, two vector loads of bfloat16."""
+    return min(16, max(1, block_of(width) // _ELEMENTS_PER_WARP))
 
 
-def chunks_of(rows: int) -> int:
-    """Programs to a sample of so many rows."""
-    return triton.cdiv(rows, ROWS_PER_PROGRAM)
+def rows_per_program(rows: int, *, least: int, most: int) -> int:
+    """Rows that one program of a backward adds up before it writes their sum.
+
+    Few rows to a program fill the device, many keep the sums small beside what is read. The former counts more where there are few rows.
+
+    Args:
+        rows: Of all samples; where a program has a part of the columns, times their parts.
+        least: A power of two.
+        most: A power of two.
+    """
+    return min(most, max(least, triton.next_power_of_2(rows // _PROGRAMS)))
 
 
-def partial_sums(samples: int, *, rows: int, width: int, like: Tensor) -> Tensor:
-    """float32 [samples, chunks, width], for each program to write its own: no atomics, so that sums are the same every time."""
-    return torch.empty((samples, chunks_of(rows), width), dtype=torch.float32, device=like.device)
+def dense_rows(x: Tensor) -> Tensor:
+    """As a kernel can read it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def steps_of(x_BTSD: Tensor) -> tuple[int, int, int]:
+    """Strides of sample, frame and place."""
+    return x_BTSD.stride()[:3]
+
+
+def like_contiguous(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Room for a result in the order of the dims, whatever the strides of ``x``: what a linear reads next."""
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def partial_sums(kinds: int, x_BTSD: Tensor, *, rows: int) -> Tensor:
+    """float32 [kinds, B, chunks, D], for each program to write its own: no atomics, so that sums are the same every time.
+
+    Args:
+        kinds: Sums of different things.
+        rows: Of a program.
+    """
+    B, T, S, D = x_BTSD.shape
+    return torch.empty((kinds, B, triton.cdiv(T * S, rows), D), dtype=torch.float32, device=x_BTSD.device)
+
+
+@triton.jit
+def row_starts(sample, row, S, steps):
+    """Where rows begin: token ``row`` of a sample is place ``row % S`` of frame ``row // S``."""
+    frame = row // S
+    return sample * steps[0] + frame.to(tl.int64) * steps[1] + (row - frame * S).to(tl.int64) * steps[2]
+
+
+@triton.jit
+def load_rows(base, starts, column, inside):
+    """A tile in float32; zeros outside."""
+    return tl.load(base + starts[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(base, starts, column, inside, value):
+    """As ``load_rows``."""
+    tl.store(base + starts[:, None] + column[None, :], value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_row(base, step, sample, column, width):
+    """What is of a sample, in float32."""
+    return tl.load(base + sample * step + column, mask=column < width, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_sum(sums, kind, sample, chunk, chunks, column, width, value):
+    """To a program's place in ``partial_sums``, where the grid's second axis is samples."""
+    at = ((kind * tl.num_programs(1) + sample) * chunks + chunk) * width + column
+    tl.store(sums + at, value, mask=column < width)
+
+
+@triton.jit
+def normalised(x, inside, width, eps):
+    """Rows without their mean, over their standard deviation, zeros outside; and the reciprocal of the latter."""
+    mean = tl.sum(x, axis=1) / width
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
+    return centred * rstd[:, None], rstd
 
 
 @triton.jit
 def norm_gradient(dnormal, normal, rstd, width):
-    """Gradient of a row, given that of the row as LayerNorm makes it; all float32."""
-    along = tl.sum(dnormal * normal, axis=0) / width
-    constant = tl.sum(dnormal, axis=0) / width
-    return (dnormal - constant - normal * along) * rstd
-
-
-@triton.jit
-def row_statistics(x, inside, width, eps):
-    """Mean and reciprocal standard deviation of a row in float32; ``inside`` masks the columns beyond it."""
-    mean = tl.sum(x, axis=0) / width
-    centred = tl.where(inside, x - mean, 0.0)
-    variance = tl.sum(centred * centred, axis=0) / width
-    return mean, 1.0 / tl.sqrt(variance + eps)
+    """Gradient of rows, given that of the rows as ``normalised`` makes them."""
+    along = tl.sum(dnormal * normal, axis=1) / width
+    constant = tl.sum(dnormal, axis=1) / width
+    return (dnormal - constant[:, None] - normal * along[:, None]) * rstd[:, None]

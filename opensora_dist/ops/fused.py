@@ -1,4 +1,4 @@
-"""What a block does to each token between its linears: norms, modulation, gates, GELU. Every tensor of a sample is one row, [B, 1, 1, D]."""
+"""What a block does to each token between its linears: norms, modulation, gates, GELU. What is of a sample is one row, [B, 1, 1, D]."""
 
 # B batch, T frames, S tokens per frame, D width, H hidden width
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opensora_dist.ops.choice import current
+from opensora_dist.ops.precision import compute_dtype
 
 _EPS = 1e-6
 """Of every LayerNorm. It has no affine part: adaLN brings that."""
@@ -15,28 +16,39 @@ _EPS = 1e-6
 
 def norm_modulate(x_BTSD: Tensor, shift_B11D: Tensor, scale_B11D: Tensor) -> Tensor:
     """``LN(x) (1 + scale) + shift``, what a branch is given of the residual stream."""
-    if current().kernels == "torch":
-        return _norm(x_BTSD) * (1 + scale_B11D) + shift_B11D
+    if not _by_kernel(x_BTSD):
+        return F.layer_norm(x_BTSD, x_BTSD.shape[-1:], eps=_EPS) * (1 + scale_B11D) + shift_B11D
     from opensora_kernels.norm_modulate import norm_modulate as kernel
 
-    out: Tensor = kernel(_rows(x_BTSD), _of_sample(shift_B11D), _of_sample(scale_B11D), _EPS)
-    return out.view(x_BTSD.shape)
+    out: Tensor = kernel(x_BTSD, _of_sample(shift_B11D), _of_sample(scale_B11D), compute_dtype(x_BTSD), _EPS)
+    return out
 
 
 def gated(x_BTSD: Tensor, branch_BTSD: Tensor, gate_B11D: Tensor) -> Tensor:
     """``x + gate branch``, the residual stream after a branch."""
-    return x_BTSD + gate_B11D * branch_BTSD
+    if not _by_kernel(x_BTSD):
+        return x_BTSD + gate_B11D * branch_BTSD
+    from opensora_kernels.gated import gated as kernel
+
+    out: Tensor = kernel(x_BTSD, branch_BTSD, _of_sample(gate_B11D))
+    return out
 
 
 def add_norm_modulate(x_BTSD: Tensor, branch_BTSD: Tensor, shift_B11D: Tensor, scale_B11D: Tensor) -> tuple[Tensor, Tensor]:
     """The residual stream after a branch without a gate, and what the next branch is given of it: ``norm_modulate(x + branch)``."""
-    stream = x_BTSD + branch_BTSD
-    return stream, norm_modulate(stream, shift_B11D, scale_B11D)
+    if not _by_kernel(x_BTSD):
+        stream = x_BTSD + branch_BTSD
+        return stream, norm_modulate(stream, shift_B11D, scale_B11D)
+    from opensora_kernels.gated_norm import gated_norm as kernel
+
+    shift_BD, scale_BD = _of_sample(shift_B11D), _of_sample(scale_B11D)
+    both: tuple[Tensor, Tensor] = kernel(x_BTSD, branch_BTSD, None, shift_BD, scale_BD, compute_dtype(x_BTSD), _EPS)
+    return both
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``gelu(x weight^T + bias)``, by tanh; [..., D] to [..., H]."""
-    if current().kernels == "torch":
+    if not _by_kernel(x):
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
     from opensora_kernels.bias_gelu import bias_gelu as kernel
 
@@ -44,13 +56,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def _norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=_EPS)
-
-
-def _rows(x_BTSD: Tensor) -> Tensor:
-    """[B, T S, D]."""
-    return x_BTSD.flatten(1, 2)
+def _by_kernel(x: Tensor) -> bool:
+    """Whether a kernel is to work on these tokens; of none of them there is no row of a sample, and nothing to gain."""
+    return current().kernels == "triton" and x.numel() > 0
 
 
 def _of_sample(row_B11D: Tensor) -> Tensor:
