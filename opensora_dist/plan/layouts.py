@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
+from opensora_dist.config.rules import mesh_problems
 from opensora_dist.config.train import ModelConfig, ParallelConfig, SpConfig
 from opensora_dist.core.types import Thw
 from opensora_dist.parallel.sequence.layout import scheme_problems
@@ -16,6 +18,7 @@ from opensora_dist.plan.time import Machine, StepTime, step_time
 _SCHEMES = ("dsp", "ulysses", "fastseq", "ring", "usp")
 _RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 _STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
+_OFFLOADS: tuple[Literal["none", "optimizer", "all"], ...] = ("none", "optimizer", "all")
 _TILE_TOKENS = 16_384
 _RESERVED = 0.10
 """Of a GPU's memory, for what no formula has: its context, NCCL's buffers, workspaces, fragments."""
@@ -78,7 +81,10 @@ class Layout:
     def overrides(self) -> str:
         """What to put behind the config on a command line."""
         p, sp, base = self.parallel, self.parallel.sp, self.base
-        words = [f"parallel.sp.degree={sp.degree}"]
+        words = [
+            f"parallel.{name}={getattr(p, name)}" for name in ("tp", "dp_replicate") if getattr(p, name) != getattr(base, name)
+        ]
+        words += [f"parallel.sp.degree={sp.degree}"]
         words += [f"parallel.sp.scheme={sp.scheme}"] if sp.degree > 1 or sp.scheme != base.sp.scheme else []
         words += [f"parallel.sp.ulysses={_yaml(sp.ulysses)}"] if sp.ulysses != base.sp.ulysses else []
         words += [
@@ -86,10 +92,24 @@ class Layout:
             f"parallel.grad_accum={p.grad_accum}",
             f"parallel.recompute={p.recompute}",
         ]
+        words += [f"parallel.zero.offload={p.zero.offload}"] if p.zero.offload != base.zero.offload else []
         for name in ("offload_activations", "tile_tokens"):
             if getattr(p, name) != getattr(base, name):
                 words.append(f"parallel.{name}={_yaml(getattr(p, name))}")
         return " ".join(words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """
+    Args:
+        layouts: Those that run, fastest first, then the others, by what they need.
+        needless: How many more there are, which only save memory over a layout that runs, and would take at least as long as that one even
+            if they ran a step in one micro-batch.
+    """
+
+    layouts: tuple[Layout, ...]
+    needless: int
 
 
 def limit_bytes(machine: Machine) -> int:
@@ -97,25 +117,42 @@ def limit_bytes(machine: Machine) -> int:
     return int(machine.gpu.memory_bytes * (1 - _RESERVED))
 
 
-def layouts(run: Run, machine: Machine) -> list[Layout]:
-    """All of them: those that run, fastest first, then the others, by what they need."""
-    found = [judged(run, parallel, machine) for parallel in _candidates(run, machine)]
-    return sorted(found, key=lambda layout: (layout.problem is not None, _time(layout), _need(layout)))
+def layouts(run: Run, machine: Machine) -> Search:
+    """All of them but those of which it is known beforehand that another is faster: ``Search.needless``."""
+    found: list[Layout] = []
+    needless = 0
+    for mesh in _meshes(run, machine):
+        for recompute in _RECOMPUTE:
+            plain, *saving = _saving(mesh.model_copy(update={"recompute": recompute}))
+            found.append(judged(run, plain, machine))
+            worth = [parallel for parallel in saving if _may_be_faster(run, parallel, machine, than=found[-1])]
+            needless += len(saving) - len(worth)
+            found += [judged(run, parallel, machine) for parallel in worth]
+    found.sort(key=lambda layout: (layout.problem is not None, _time(layout), _need(layout)))
+    return Search(layouts=tuple(found), needless=needless)
+
+
+def _may_be_faster(run: Run, parallel: ParallelConfig, machine: Machine, *, than: Layout) -> bool:
+    """Whether what saves memory may save time, too: by a larger micro-batch, after which weights travel less often."""
+    if than.step is None:
+        return True
+    if than.parallel.grad_accum == 1:
+        return False
+    case = _case(run, parallel.model_copy(update={"grad_accum": 1}), machine, than.micro_batch * than.parallel.grad_accum)
+    return step_time(case, run.cost, machine).total_s < than.step.total_s
 
 
 def judged(run: Run, parallel: ParallelConfig, machine: Machine) -> Layout:
     """A layout with the largest micro-batch that fits; or, where none does, with what a single sample needs."""
     sp = parallel.sp
     broken = scheme_problems(sp, run.grid, heads=run.model.shape.heads, joint=run.model.name != "stdit")
+    broken += [problem.message for problem in mesh_problems(parallel, run.model, world=machine.gpus)]
     samples, left = divmod(run.global_batch * sp.degree * parallel.tp, machine.gpus)
-    if machine.gpus % (sp.degree * parallel.tp * parallel.dp_replicate):
-        broken = [f"{machine.gpus} GPUs don't part into groups of {sp.degree * parallel.tp * parallel.dp_replicate}"]
-    elif left:
-        groups = machine.gpus // (sp.degree * parallel.tp)
-        broken = [
-            *broken,
-            f"data.global_batch={run.global_batch} doesn't part over the {groups} groups of ranks that see other samples",
-        ]
+    if left:
+        groups = machine.gpus / (sp.degree * parallel.tp)
+        broken.append(
+            f"data.global_batch={run.global_batch} doesn't part over the {groups:g} groups of ranks that see other samples"
+        )
     if broken:
         return Layout(parallel=parallel, base=run.parallel, micro_batch=1, memory=None, step=None, problem=broken[0])
     least: MemoryEstimate | None = None
@@ -157,27 +194,37 @@ def instead(run: Run, layout: Layout, machine: Machine) -> Iterator[tuple[str, L
     ]
     if not p.offload_activations:
         changes.append(("offloaded activations", p.model_copy(update={"offload_activations": True})))
+    if p.zero.offload == "none":
+        changes.append(("offloaded optimizer", p.model_copy(update={"zero": p.zero.model_copy(update={"offload": "optimizer"})})))
     for name, parallel in changes:
         yield name, judged(run, parallel, machine)
 
 
-def _candidates(run: Run, machine: Machine) -> Iterator[ParallelConfig]:
-    """Whatever the config's own layout is, but with its tensor parallelism and backend."""
-    for sp in _sequences(run, machine):
-        for stage in _STAGES:
-            for recompute in _RECOMPUTE:
-                for offload in (False, True):
-                    for tile in (None, _TILE_TOKENS):
-                        zero = run.parallel.zero.model_copy(update={"stage": stage})
-                        yield run.parallel.model_copy(
-                            update={
-                                "sp": sp,
-                                "zero": zero,
-                                "recompute": recompute,
-                                "offload_activations": offload,
-                                "tile_tokens": tile,
-                            }
-                        )
+def _meshes(run: Run, machine: Machine) -> Iterator[ParallelConfig]:
+    """Degrees of parallelism and ZeRO stages. What no run can have is left out; what this one can't is judged, and said."""
+    for sp, tp, copies in product(_sequences(run, machine), _tensors(run, machine), _copies(machine)):
+        if machine.gpus % (sp.degree * tp * copies) == 0:
+            for stage in _STAGES if tp == copies == 1 else _STAGES[1:]:
+                zero = run.parallel.zero.model_copy(update={"stage": stage, "offload": "none"})
+                yield run.parallel.model_copy(update={"sp": sp, "tp": tp, "dp_replicate": copies, "zero": zero})
+
+
+def _saving(parallel: ParallelConfig) -> Iterator[ParallelConfig]:
+    """A layout without, and then with, what saves memory, gives the same step and makes nothing faster."""
+    for tile, activations, offload in product((None, _TILE_TOKENS), (False, True), _OFFLOADS):
+        if offload != "all" or parallel.zero.stage > 0:
+            zero = parallel.zero.model_copy(update={"offload": offload})
+            yield parallel.model_copy(update={"tile_tokens": tile, "offload_activations": activations, "zero": zero})
+
+
+def _tensors(run: Run, machine: Machine) -> list[int]:
+    """Ranks of ``tp`` talk most: they share a node."""
+    return [tp for tp in (1, 2, 4, 8) if tp <= machine.per_node and machine.gpus % tp == 0 and run.model.shape.heads % tp == 0]
+
+
+def _copies(machine: Machine) -> list[int]:
+    """Shards over all, or over the GPUs of a node, of which the others then hold copies."""
+    return sorted({1, machine.gpus // machine.per_node})
 
 
 def _sequences(run: Run, machine: Machine) -> Iterator[SpConfig]:

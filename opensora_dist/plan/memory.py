@@ -13,6 +13,7 @@ Not in it: what a GPU's allocator loses to fragmentation, buffers of NCCL, works
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import ceil
 
 from opensora_dist.config.train import ModelConfig, ParallelConfig
@@ -161,7 +162,19 @@ def forward_end(case: MemoryCase) -> MemoryEstimate:
 
 def kept_of_block(case: MemoryCase) -> float:
     """Bytes that autograd keeps of one block, not the last, from its forward until its backward; offloaded or not."""
-    return _Activations(case).of_block()
+    return _Activations(case).of_block
+
+
+def tokens_of_rank(case: MemoryCase) -> int:
+    """Of a micro-batch, those of the rank that has most: of some frames, or of some rows where frames are fewer than ranks."""
+    sp, grid = case.parallel.sp.degree, _grid(case)
+    t, h = (ceil(grid.t / sp), grid.h) if grid.t >= sp else (grid.t, ceil(grid.h / sp))
+    return case.micro_batch * t * h * grid.w
+
+
+def _grid(case: MemoryCase) -> Thw:
+    patch = Thw(*case.model.patch)
+    return Thw(case.latent.t // patch.t, case.latent.h // patch.h, case.latent.w // patch.w)
 
 
 def _hidden(case: MemoryCase) -> int:
@@ -226,12 +239,12 @@ class _Step:
 
     def root_ended(self) -> MemoryEstimate:
         """The parameters outside of blocks come last."""
-        now = self.at("end of backward", done=self.depth, activations=self.acts.inputs())
+        now = self.at("end of backward", done=self.depth, activations=self.acts.inputs)
         return replace(now, gradients=now.gradients + (self.c * self.root.whole if self.stage else 0))
 
     def optimizer_step(self) -> MemoryEstimate:
         """Nothing is gathered; every gradient is there."""
-        now = self.at("optimizer step", done=self.depth, activations=self.acts.inputs())
+        now = self.at("optimizer step", done=self.depth, activations=self.acts.inputs)
         return replace(now, gathered=0, gradients=self.shard if self.offload != "all" else 0)
 
     def _gathered(self, done: int, *, unsharded: int) -> int:
@@ -278,23 +291,20 @@ class _Activations:
         self.case = case
         self.c = _BYTES[case.dtype]
         self.r = max(4, self.c)
-        sp, patch = case.parallel.sp.degree, Thw(*case.model.patch)
-        grid = Thw(case.latent.t // patch.t, case.latent.h // patch.h, case.latent.w // patch.w)
-        # The largest part: frames, or rows where frames are fewer than ranks.
-        t, h = (ceil(grid.t / sp), grid.h) if grid.t >= sp else (grid.t, ceil(grid.h / sp))
-        self.grid, self.tokens = grid, case.micro_batch * t * h * grid.w
-        self.latents = self.tokens * patch.volume * case.channels
+        self.grid, self.tokens = _grid(case), tokens_of_rank(case)
+        self.latents = self.tokens * Thw(*case.model.patch).volume * case.channels
         self.stream = self.tokens * case.model.shape.width  # numbers of one [n, D]
 
     def kept(self, blocks: int) -> float:
         """Of this many blocks, the embedded inputs among them. Offloaded are all but the block at work and the one that is fetched."""
         here = min(blocks, 2) if self.case.parallel.offload_activations else blocks
-        return here * self.of_block() + self.inputs()
+        return here * self.of_block + self.inputs
 
     def offloaded(self) -> float:
         """In CPU memory when backward begins: of all blocks but the last."""
-        return (self.case.model.shape.depth - 1) * self.of_block() if self.case.parallel.offload_activations else 0.0
+        return (self.case.model.shape.depth - 1) * self.of_block if self.case.parallel.offload_activations else 0.0
 
+    @cached_property
     def inputs(self) -> float:
         """Latents of all micro-batches, noise, what the loss keeps; text and what is made of it; tables of positions."""
         case, D = self.case, self.case.model.shape.width
@@ -329,7 +339,7 @@ class _Activations:
         tile = case.parallel.tile_tokens
         work, inner = float(self.c * hidden * (D + (self.tokens if tile is None else 3 * min(tile, self.tokens)))), 0.0
         if case.parallel.recompute != "none":
-            inner = self._block_none() - self.stream * self.r
+            inner = self._block_none - self.stream * self.r
             if case.parallel.recompute == "selective":
                 inner -= self._attention_outputs()
             work = max(work, self._forward_work())
@@ -339,13 +349,15 @@ class _Activations:
         """Nothing of the last of ``blocks`` is left but its input, and gradients of the residual."""
         return self.kept(blocks - 1) + self.stream * 3 * self.r
 
+    @cached_property
     def of_block(self) -> float:
         """Kept of a block between its forward and its backward."""
         if self.case.parallel.recompute == "none":
-            return self._block_none()
+            return self._block_none
         kept = self.stream * self.r + self._received()
         return kept + self._attention_outputs() if self.case.parallel.recompute == "selective" else kept
 
+    @cached_property
     def _block_none(self) -> float:
         """All of a block. In multiples of [n, D]; what lies between two linears of a branch is a ``tp``-th of it.
 
@@ -386,14 +398,7 @@ class _Activations:
         return self.stream * multiples + (lse if sp.scheme in ("ring", "usp") else 0)
 
     def _scheme_extra(self) -> float:
-        """Without recomputation: rows of outputs are copies where they travel; merged outputs are in the wider dtype.
-
-        Under ``usp`` a joint attention's output of several samples is a copy once more, unless its cast was one.
-        """
+        """Without recomputation: the attention's output is kept twice, as it was computed and as it came to the projection."""
         sp = self.case.parallel.sp
-        if sp.degree == 1:
-            return 0.0
-        wider = self.r - self.c
-        again = self.c if _attentions(self.case) == 1 and self.case.micro_batch > 1 else 0
-        multiples = {"ring": wider, "usp": self.c + max(wider, again), "allgather": 0}.get(sp.scheme, self.c)
+        multiples = 0 if sp.degree == 1 or sp.scheme in ("ring", "allgather") else self.c
         return self.stream * multiples

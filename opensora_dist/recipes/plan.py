@@ -83,7 +83,8 @@ class Plan:
         parameters: Of the model.
         asked: The config's own layout.
         levers: Where that doesn't run: what one change would make of it.
-        found: All layouts, those that run first, fastest first.
+        found: Layouts, those that run first, fastest first.
+        needless: How many were left out, as ``Search`` has it.
         totals: Of the fastest; None where none runs.
     """
 
@@ -94,6 +95,7 @@ class Plan:
     asked: Layout
     levers: tuple[tuple[str, Layout], ...]
     found: tuple[Layout, ...]
+    needless: int
     totals: Totals | None
 
 
@@ -106,7 +108,8 @@ def plan(path: Path | None, *, overrides: Sequence[str], options: PlanOptions) -
     machine = _machine(options)
     run, parameters = _run(config, options.latent)
     asked = judged(run, config.parallel, machine)
-    found = tuple(layouts(run, machine))
+    search = layouts(run, machine)
+    found = search.layouts
     levers = tuple(instead(run, asked, machine)) if asked.memory is not None and asked.problem is not None else ()
     best = found[0] if found[0].problem is None else None
     totals = None if best is None else _totals(run, machine, best, steps=config.run.steps, parameters=parameters)
@@ -118,24 +121,21 @@ def plan(path: Path | None, *, overrides: Sequence[str], options: PlanOptions) -
         asked=asked,
         levers=levers,
         found=found,
+        needless=search.needless,
         totals=totals,
     )
 
 
 def _unplanned(config: TrainConfig) -> list[Problem]:
-    """What no formula here has the time of."""
-    parallel = config.parallel
-    reckoned = {
-        "parallel.tp": (parallel.tp, 1),
-        "parallel.zero.backend": (parallel.zero.backend, "native"),
-        "parallel.zero.offload": (parallel.zero.offload, "none"),
-        "parallel.dp_replicate": (parallel.dp_replicate, 1),
-    }
-    return [
-        Problem(fields=(name,), message=f"{name}={value} is not planned: its traffic is in no formula; plan with {name}={known}")
-        for name, (value, known) in reckoned.items()
-        if value != known
-    ]
+    """What no formula here is of."""
+    backend = config.parallel.zero.backend
+    if backend == "native":
+        return []
+    message = (
+        f"parallel.zero.backend={backend} is not planned: what it holds and sends is in no formula; "
+        "plan with parallel.zero.backend=native"
+    )
+    return [Problem(fields=("parallel.zero.backend",), message=message)]
 
 
 def _machine(options: PlanOptions) -> Machine:
@@ -249,6 +249,7 @@ def record(made: Plan) -> dict[str, Any]:
         "asked": of(made.asked),
         "levers": {name: of(layout) for name, layout in made.levers},
         "layouts": [of(layout) for layout in made.found],
+        "needless": made.needless,
         "totals": None if made.totals is None else asdict(made.totals),
     }
 
@@ -270,17 +271,32 @@ def show(made: Plan, *, console: Console | None = None) -> None:
         least = made.found[0]
         console.print(f"none of {len(made.found)} layouts runs; nearest: {least.overrides}: {least.problem}", highlight=False)
         return
-    table = Table(title=f"{len(fit)} of {len(made.found)} layouts run; the fastest, one per degree, scheme and recomputation")
-    for column in ("layout", "step s", "compute", "tokens", "weights", "GiB", "CPU GiB", "samples/s/GPU"):
+    needless = f"; {made.needless:,} more only save memory that a faster one has" if made.needless else ""
+    table = Table(
+        title=f"{len(fit):,} of {len(made.found):,} layouts run{needless}; the fastest, one per degree, scheme, tp and recomputation"
+    )
+    for column in (
+        "layout",
+        "step s",
+        "compute",
+        "tokens",
+        "tp",
+        "weights",
+        "optimizer",
+        "offload",
+        "GiB",
+        "CPU GiB",
+        "samples/s/GPU",
+    ):
         table.add_column(column, justify="left" if column == "layout" else "right", overflow="fold")
     for layout in _different(fit):
         step, memory = layout.step, layout.memory
         assert step is not None and memory is not None
-        times = (step.total_s, step.compute_s, step.tokens_s, step.weights_s)
+        parts = (step.compute_s, step.tokens_s, step.tensor_s, step.weights_s, step.optimizer_s, step.offload_s)
         rate = run.global_batch / step.total_s / machine.gpus
         table.add_row(
             layout.overrides.replace("parallel.", ""),
-            *(f"{t:.3g}" for t in times),
+            *(f"{t:.3g}" for t in (step.total_s, *parts)),
             f"{memory.total / 2**30:.1f}",
             f"{memory.host / 2**30:.0f}",
             f"{rate:.3g}",
@@ -321,7 +337,7 @@ def _different(fit: Sequence[Layout]) -> list[Layout]:
     seen, kept = set(), []
     for layout in fit:
         p = layout.parallel
-        kind = (p.sp.degree, p.sp.scheme if p.sp.degree > 1 else "", p.recompute)
+        kind = (p.sp.degree, p.sp.scheme if p.sp.degree > 1 else "", p.tp, p.recompute)
         if kind not in seen:
             seen.add(kind)
             kept.append(layout)

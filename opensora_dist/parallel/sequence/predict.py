@@ -58,6 +58,7 @@ class Workload:
         element_bytes: Of what travels.
         accum: Micro-batches of a step.
         recompute: What backward runs again.
+        tp: Ranks that share the linears, each with its heads; ``cost`` is that of one of them.
     """
 
     grid: Thw
@@ -66,6 +67,7 @@ class Workload:
     element_bytes: int
     accum: int = 1
     recompute: Recompute = "none"
+    tp: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,13 +277,13 @@ def _pieces(work: Workload, axis: Axis, shard: Shard, *, share: float, sp: SpCon
     length = {Axis.TIME: grid.t, Axis.SPACE: places, Axis.JOINT: grid.volume}[axis]
     other = {Axis.TIME: places, Axis.SPACE: grid.t, Axis.JOINT: 0}[axis]
     # By frames the attention over space comes before the one that crosses; by rows the one over time comes after, as ``then`` does.
-    local = tokens * (8 * width**2 + 4 * other * width) if other else 0.0
+    local = tokens * (8 * width**2 + 4 * other * width) / work.tp if other else 0.0
     there, back = _chunks(work, axis, shard, sp=sp)
     return _Pieces(
         size=degree,
-        qkv=6 * width**2 * tokens,
-        scores=4 * length * width * tokens,
-        proj=2 * width**2 * tokens,
+        qkv=6 * width**2 * tokens / work.tp,
+        scores=4 * length * width * tokens / work.tp,
+        proj=2 * width**2 * tokens / work.tp,
         before=local if axis is Axis.TIME else 0.0,
         then=work.batch * work.cost.then_flops * share if axis is not Axis.SPACE else 0.0,
         ulysses=_inner(sp, degree),
@@ -303,7 +305,7 @@ def _chunks(work: Workload, axis: Axis, shard: Shard, *, sp: SpConfig) -> tuple[
     if axis is not Axis.JOINT:
         pieces = min(sp.chunks, shard.num_sequences(axis, batch=1))
     elif shard.scheme.name == "ulysses":
-        pieces = min(sp.chunks, work.cost.heads // len(shard.sizes))
+        pieces = min(sp.chunks, work.cost.heads // work.tp // len(shard.sizes))
     else:  # one sequence a sample, which fastseq doesn't cut
         pieces = 1
     return pieces, pieces
@@ -336,9 +338,13 @@ def _shards(work: Workload, scheme: str, *, by_rows: bool, sizes: tuple[int, ...
 
 
 def _bytes(work: Workload, axis: Axis, shards: Sequence[Shard]) -> tuple[int, int]:
-    """Most that a rank sends in one crossing attention, forward and backward; by the scheme's own formula."""
+    """Most that a rank sends in one crossing attention, forward and backward; by the scheme's own formula.
+
+    Each rank of ``tp`` sends its heads alone, but under schemes that send tokens (fastseq's outputs are heads, which is left out).
+    """
+    width = work.cost.width // work.tp if shards[0].scheme.name in ("ulysses", "ring", "usp") else work.cost.width
     sent = [
-        shard.scheme.bytes_sent(shard, axis, batch=work.batch, width=work.cost.width, element_bytes=work.element_bytes)
+        shard.scheme.bytes_sent(shard, axis, batch=work.batch, width=width, element_bytes=work.element_bytes)
         for shard in shards
     ]
     return max(s.forward for s in sent), max(s.backward for s in sent)
