@@ -63,24 +63,17 @@ def cases() -> Iterator[Case]:
 
 def _of_attention() -> Iterator[Case]:
     """In several sizes."""
-    for frames in (16, 64):
-        tile = dict(zip(("ROWS", "LO", "HI"), short_attention._tile(frames, _HEAD_DIM)))
+    sizes = {"N": _WIDTH // _HEAD_DIM, "K": _HEAD_DIM, **dict(zip(("LO", "HI"), head_parts(_HEAD_DIM)))}
+    for frames in (16, 32, 64):
+        tile = {**sizes, "ROWS": short_attention._tile(frames, _HEAD_DIM)[0]}
         for way in ("forward", "backward"):
             kernel = getattr(short_attention, f"_{way}")
             yield _case(f"short_attention, {frames} frames, {way}", kernel, tile, short_attention._warps(frames))
-    tile = {
-        "ROWS": varlen_attention._ROWS,
-        "COLUMNS": varlen_attention._COLUMNS,
-        **dict(zip(("LO", "HI"), head_parts(_HEAD_DIM))),
-    }
-    for way in ("forward", "backward_q", "backward_k"):
-        yield _case(
-            f"varlen_attention, {way}",
-            getattr(varlen_attention, f"_{way}"),
-            tile,
-            varlen_attention._WARPS,
-            float32=("lse", "weight"),
-        )
+    rows, columns = varlen_attention._ROWS, varlen_attention._COLUMNS
+    for way, walked in (("forward", columns), ("backward_q", varlen_attention._COLUMNS_OF_Q), ("backward_k", columns)):
+        tile = {**sizes, "ROWS": rows, "COLUMNS": walked}
+        kernel, sums = getattr(varlen_attention, f"_{way}"), ("lse", "weight", "dkv")
+        yield _case(f"varlen_attention, {way}", kernel, tile, varlen_attention._warps(rows), float32=sums)
 
 
 def _of_rows() -> Iterator[Case]:
@@ -102,10 +95,10 @@ def _of_rows() -> Iterator[Case]:
     yield _case("bias_gelu, backward", bias_gelu._backward, tile, bias_gelu.WARPS, float32=modulation)
 
 
-_WHOLE = {"L", "D", "R", "H", "S", "T", "N", "K", "Q", "M", "rows"}
+_WHOLE = {"L", "D", "R", "H", "S", "T", "N", "K", "Q", "M", "rows", "tiles"}
 _MULTIPLES = {"L", "D", "H", "S", "N"}
 """Multiples of 16 in XL/2 at the published shapes."""
-_INTEGERS = {"of_q", "of_k", "q_ends", "k_ends"}
+_INTEGERS = {"q_ends", "k_ends", "k_stops"}
 
 
 def _case(name: str, kernel: Any, constants: Mapping[str, int | None], warps: int, *, float32: tuple[str, ...] = ()) -> Case:
@@ -119,6 +112,8 @@ def _case(name: str, kernel: Any, constants: Mapping[str, int | None], warps: in
             types[argument] = "i32"
         elif argument == "eps" or (argument == "scale" and "attention" in name):
             types[argument] = "fp32"
+        elif argument == "mask":
+            types[argument] = "*i1"
         else:
             types[argument] = "*i32" if argument in _INTEGERS else "*fp32" if argument in float32 else "*bf16"
     return Case(name=name, kernel=kernel, types=types, constants=constants, warps=warps)

@@ -1,8 +1,12 @@
 """Block-diagonal attention: queries and keys of many samples side by side, each sample's queries meeting its own keys alone.
 
-For captions of unequal length (cross-attention) and for packs of clips of any shape (self-attention). A tile of queries may hold the end
-of one sample and the start of the next: it walks over the keys of all its samples, and a score counts where both are of one sample. So
-short samples share tiles, and nothing is padded.
+For captions of unequal length (cross-attention: keys padded, and masked in any pattern) and for packs of clips of any shape
+(self-attention). A program takes a tile of queries of one sample and head, walks over the sample's keys up to the last that takes part,
+and reads queries, keys and values where the linears left them.
+
+Backward is two kernels: gradients of queries (and each query's ``sum(grad * out)``), and those of keys and values. Captions have few
+keys and very many queries: there queries are dealt out in ``splits``, each with a partial sum in float32, so that more than a handful
+of programs have work. No atomics: sums are the same every time.
 """
 
 # Q queries and M keys of all samples together, G samples, N heads, K head dim; LO, HI: its two parts
@@ -15,253 +19,315 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opensora_kernels.products import head_parts, load_tile, product, store_tile
+from opensora_kernels.products import dense_rows, head_parts, load_tile, product, rows_of, store_tile
 
-_ROWS, _COLUMNS, _WARPS = 64, 64, 8
+_ROWS, _COLUMNS = 64, 64
+_COLUMNS_OF_Q = 32
+"""Keys at once where gradients of queries are computed: more don't fit an A100's registers beside four tiles of queries."""
+_PROGRAMS = 1024
+"""Of the gradients of keys and values, wanted at least: some for each of the 132 multiprocessors of an H100."""
 
 
-def reference(q_QNK: Tensor, k_MNK: Tensor, v_MNK: Tensor, q_ends: Tensor, k_ends: Tensor) -> Tensor:
+def reference(
+    q_QNK: Tensor,
+    kv_M2NK: Tensor,
+    q_ends: Tensor,
+    k_ends: Tensor,
+    k_stops: Tensor,
+    mask_M: Tensor | None,
+    most_q: int,
+    most_k: int,
+) -> Tensor:
     """Attention sample by sample; zeros for one that has no key.
 
     Args:
         q_QNK: Queries of all samples, one sample after the other.
-        k_MNK: Keys, likewise.
-        v_MNK: Values.
-        q_ends: int32 [G + 1]: sample g has the queries from q_ends[g] to q_ends[g + 1].
+        kv_M2NK: Keys and values, likewise.
+        q_ends: int32 [G + 1]: sample g has the queries from q_ends[g] to q_ends[g + 1], which is Q for the last.
         k_ends: int32 [G + 1], of keys.
+        k_stops: int32 [G]: no key of sample g takes part from here on; at most k_ends[g + 1].
+        mask_M: bool, True where a key takes part; None: all do.
+        most_q: The largest number of queries of a sample; most_k: of keys.
     """
     outs = []
     for g in range(len(q_ends) - 1):
         q = q_QNK[q_ends[g] : q_ends[g + 1]].transpose(0, 1)
-        k, v = (t[k_ends[g] : k_ends[g + 1]].transpose(0, 1) for t in (k_MNK, v_MNK))
-        outs.append(
-            F.scaled_dot_product_attention(q, k, v).transpose(0, 1) if k.shape[1] else torch.zeros_like(q).transpose(0, 1)
-        )
+        kv = kv_M2NK[k_ends[g] : k_stops[g]]
+        kv = kv if mask_M is None else kv[mask_M[k_ends[g] : k_stops[g]]]
+        k, v = kv.permute(1, 2, 0, 3)
+        outs.append(F.scaled_dot_product_attention(q, k, v).transpose(0, 1) if len(kv) else torch.zeros_like(q).transpose(0, 1))
     return torch.cat(outs)
 
 
 @torch.library.custom_op("opensora::varlen_attention", mutates_args=())
-def varlen_attention(q_QNK: Tensor, k_MNK: Tensor, v_MNK: Tensor, q_ends: Tensor, k_ends: Tensor) -> tuple[Tensor, Tensor]:
+def varlen_attention(
+    q_QNK: Tensor,
+    kv_M2NK: Tensor,
+    q_ends: Tensor,
+    k_ends: Tensor,
+    k_stops: Tensor,
+    mask_M: Tensor | None,
+    most_q: int,
+    most_k: int,
+) -> tuple[Tensor, Tensor]:
     """As ``reference``, with scores and sums in float32.
 
+    Args:
+        q_QNK: Rows at any distance from each other.
+        kv_M2NK: Likewise.
     Returns:
-        [Q, N, K], and the log of each query's sum of exponentials, float32 [N, Q]; 0 where there is no key.
+        [Q, N, K], dense, and the log of each query's sum of exponentials, float32 [N, Q]; 0 where there is no key.
     """
-    (Q, N, K), M = q_QNK.shape, len(k_MNK)
-    q, k, v = (t.contiguous() for t in (q_QNK, k_MNK, v_MNK))
-    out, lse = torch.empty_like(q), torch.empty((N, Q), dtype=torch.float32, device=q.device)
-    of_q, of_k = _samples(q_ends, Q), _samples(k_ends, M)
+    Q, N, K = q_QNK.shape
+    q, kv = dense_rows(q_QNK, dims=2), dense_rows(kv_M2NK, dims=3)
+    out, lse = q.new_empty((Q, N, K)), q.new_empty((N, Q), dtype=torch.float32)
     if q.numel():
-        grid = (triton.cdiv(Q, _ROWS), N)
-        _forward[grid](
-            q, k, v, out, lse, of_q, of_k, k_ends, Q, M, N, K, K**-0.5, _ROWS, _COLUMNS, *head_parts(K), num_warps=_WARPS
-        )
+        rows, tiles = _tiles(most_q, _ROWS)
+        _forward[(len(k_stops) * tiles * N,)](
+            q, kv, out, lse, q_ends, k_ends, k_stops, mask_M, Q, tiles, q.stride(0), kv.stride(0), K**-0.5,
+            N, K, rows, _COLUMNS, *head_parts(K), num_warps=_warps(rows),
+        )  # fmt: skip
     return out, lse
 
 
 @varlen_attention.register_fake
-def _(q_QNK: Tensor, k_MNK: Tensor, v_MNK: Tensor, q_ends: Tensor, k_ends: Tensor) -> tuple[Tensor, Tensor]:
-    Q, N, _ = q_QNK.shape
-    return q_QNK.new_empty(q_QNK.shape), q_QNK.new_empty((N, Q), dtype=torch.float32)
+def _(q_QNK, kv_M2NK, q_ends, k_ends, k_stops, mask_M, most_q, most_k):
+    Q, N, K = q_QNK.shape
+    return q_QNK.new_empty((Q, N, K)), q_QNK.new_empty((N, Q), dtype=torch.float32)
 
 
 @torch.library.custom_op("opensora::varlen_attention_backward", mutates_args=())
 def varlen_attention_backward(
-    grad_QNK: Tensor, q_QNK: Tensor, k_MNK: Tensor, v_MNK: Tensor, out_QNK: Tensor, lse_NQ: Tensor, q_ends: Tensor, k_ends: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values."""
-    (Q, N, K), M = q_QNK.shape, len(k_MNK)
-    grad, q, k, v = (t.contiguous() for t in (grad_QNK, q_QNK, k_MNK, v_MNK))
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    if q.numel() and k.numel():
-        weight_NQ = (grad.float() * out_QNK.float()).sum(dim=-1).T.contiguous()
-        of_q, of_k = _samples(q_ends, Q), _samples(k_ends, M)
-        shape = (Q, M, N, K, K**-0.5, _ROWS, _COLUMNS, *head_parts(K))
-        both = (grad, q, k, v, lse_NQ, weight_NQ)
-        _backward_q[(triton.cdiv(Q, _ROWS), N)](*both, dq, of_q, of_k, k_ends, *shape, num_warps=_WARPS)
-        _backward_k[(triton.cdiv(M, _COLUMNS), N)](*both, dk, dv, of_q, of_k, q_ends, *shape, num_warps=_WARPS)
-    return dq, dk, dv
+    grad_QNK: Tensor,
+    q_QNK: Tensor,
+    kv_M2NK: Tensor,
+    out_QNK: Tensor,
+    lse_NQ: Tensor,
+    q_ends: Tensor,
+    k_ends: Tensor,
+    k_stops: Tensor,
+    mask_M: Tensor | None,
+    most_q: int,
+    most_k: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of queries, and of keys and values in one tensor; both dense."""
+    (Q, N, K), M, G = q_QNK.shape, len(kv_M2NK), len(k_stops)
+    grad, q, kv = dense_rows(grad_QNK, dims=2), dense_rows(q_QNK, dims=2), dense_rows(kv_M2NK, dims=3)
+    dq, weight_NQ = q.new_empty((Q, N, K)), torch.empty_like(lse_NQ)
+    if not q.numel():
+        return dq, kv.new_zeros((M, 2, N, K))
+    of_samples, sizes = (q_ends, k_ends, k_stops, mask_M), (N, K)
+    rows, tiles = _tiles(most_q, _ROWS)
+    _backward_q[(G * tiles * N,)](
+        grad, q, kv, out_QNK, lse_NQ, weight_NQ, dq, *of_samples, Q, tiles,
+        grad.stride(0), q.stride(0), kv.stride(0), K**-0.5, *sizes, rows, _COLUMNS_OF_Q, *head_parts(K), num_warps=_warps(rows),
+    )  # fmt: skip
+    columns, tiles_k = _tiles(most_k, _COLUMNS)
+    splits = max(1, min(tiles, triton.cdiv(_PROGRAMS, max(1, G * tiles_k * N))))
+    parts = kv.new_empty((splits, M, 2, N, K), dtype=torch.float32 if splits > 1 else kv.dtype)
+    if kv.numel():
+        _backward_k[(G * tiles_k * N, splits)](
+            grad, q, kv, lse_NQ, weight_NQ, parts, *of_samples, Q, M, tiles_k,
+            grad.stride(0), q.stride(0), kv.stride(0), K**-0.5, *sizes, rows, columns, *head_parts(K), num_warps=_warps(columns),
+        )  # fmt: skip
+    return dq, parts.sum(dim=0).to(kv.dtype) if splits > 1 else parts[0]
 
 
 @varlen_attention_backward.register_fake
-def _(
-    grad_QNK: Tensor, q_QNK: Tensor, k_MNK: Tensor, v_MNK: Tensor, out_QNK: Tensor, lse_NQ: Tensor, q_ends: Tensor, k_ends: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q_QNK.new_empty(q_QNK.shape), k_MNK.new_empty(k_MNK.shape), v_MNK.new_empty(v_MNK.shape)
+def _(grad_QNK, q_QNK, kv_M2NK, out_QNK, lse_NQ, q_ends, k_ends, k_stops, mask_M, most_q, most_k):
+    return q_QNK.new_empty(q_QNK.shape), kv_M2NK.new_empty(kv_M2NK.shape)
 
 
 def _keep(ctx, inputs, output) -> None:
-    q, k, v, q_ends, k_ends = inputs
-    ctx.save_for_backward(q, k, v, *output, q_ends, k_ends)
+    q, kv, *of_samples, mask, most_q, most_k = inputs
+    ctx.save_for_backward(q, kv, *output, *of_samples, mask)
+    ctx.most = most_q, most_k
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx, grad_QNK: Tensor, _):
-    return *varlen_attention_backward(grad_QNK, *ctx.saved_tensors), None, None
+    return *varlen_attention_backward(grad_QNK, *ctx.saved_tensors, *ctx.most), *(None,) * 6
 
 
 varlen_attention.register_autograd(_gradients, setup_context=_keep)
 
 
-def _samples(ends: Tensor, tokens: int) -> Tensor:
-    """Which sample each token is of, int32, without a look at the values from the host."""
-    return torch.searchsorted(ends[1:], torch.arange(tokens, dtype=ends.dtype, device=ends.device), right=True).to(torch.int32)
+def _tiles(tokens: int, most: int) -> tuple[int, int]:
+    """Of how many rows, and how many of them for so many tokens."""
+    rows = rows_of(tokens, most=most)
+    return rows, triton.cdiv(tokens, rows)
+
+
+def _warps(rows: int) -> int:
+    """A warp to 16 rows: on Hopper and Blackwell four of them feed one tensor core operation of 64 rows."""
+    return rows // 16
 
 
 @triton.jit
-def _scores(q_low, q_high, k, column, step, M, K, LO: tl.constexpr, HI: tl.constexpr):
-    low = tl.arange(0, LO)
-    scores = product(q_low, tl.trans(load_tile(k, column, low, step, M, K)))
+def _program(tiles, N: tl.constexpr):
+    """Sample, tile and head of a program; heads side by side: they read neighbouring parts of the same rows."""
+    program = tl.program_id(0)
+    return program // N // tiles, program // N % tiles, program % N
+
+
+@triton.jit
+def _tile(base, row, step, rows, K: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr):
+    """Rows of one head in its two parts; where it has one, a second that nobody looks at."""
+    low = load_tile(base, row, tl.arange(0, LO), step, rows, K)
     if HI > 0:
-        high = LO + tl.arange(0, HI)
-        scores += product(q_high, tl.trans(load_tile(k, column, high, step, M, K)))
+        return low, load_tile(base, row, LO + tl.arange(0, HI), step, rows, K)
+    else:
+        return low, low
+
+
+@triton.jit
+def _put(base, row, step, rows, value_low, value_high, K: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr):
+    store_tile(base, row, tl.arange(0, LO), step, rows, K, value_low)
+    if HI > 0:
+        store_tile(base, row, LO + tl.arange(0, HI), step, rows, K, value_high)
+
+
+@triton.jit
+def _inner(a_low, a_high, b_low, b_high, HI: tl.constexpr):
+    """``a b^T`` over both parts of the head dim."""
+    scores = product(a_low, tl.trans(b_low))
+    if HI > 0:
+        scores += product(a_high, tl.trans(b_high))
     return scores
 
 
 @triton.jit
-def _high(base, row, step, rows, K, LO: tl.constexpr, HI: tl.constexpr):
-    """The second part of a head dim; where there is none, a tile that nobody looks at."""
-    if HI > 0:
-        return load_tile(base, row, LO + tl.arange(0, HI), step, rows, K)
-    else:
-        return load_tile(base, row, tl.arange(0, 16), step, 0, K)
+def _takes_part(mask, column, stop):
+    inside = column < stop
+    if mask is not None:
+        inside = inside & (tl.load(mask + column, mask=inside, other=0) != 0)
+    return inside
 
 
 @triton.jit
 def _forward(
-    q, k, v, out, lse, of_q, of_k, k_ends, Q, M, N, K, scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
+    q, kv, out, lse, q_ends, k_ends, k_stops, mask, Q, tiles, q_step, kv_step, scale,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1)
-    step = N * K
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    q += head * K
-    k += head * K
-    v += head * K
-    low = tl.arange(0, LO)
-    q_low = load_tile(q, row, low, step, Q, K)
-    q_high = _high(q, row, step, Q, K, LO, HI)
-    mine = tl.load(of_q + row, mask=row < Q, other=-1)
-    first = tl.load(k_ends + tl.load(of_q + tl.program_id(0) * ROWS))
-    last = tl.load(k_ends + 1 + tl.load(of_q + min(Q, (tl.program_id(0) + 1) * ROWS) - 1))
-    most = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([ROWS], dtype=tl.float32)
-    sum_low = tl.zeros([ROWS, LO], dtype=tl.float32)
-    sum_high = tl.zeros([ROWS, HI if HI > 0 else 16], dtype=tl.float32)
-    for start in range(first, last, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        theirs = tl.load(of_k + column, mask=column < last, other=-2)
-        scores = _scores(q_low, q_high, k, column, step, last, K, LO, HI) * scale
-        scores = tl.where(mine[:, None] == theirs[None, :], scores, float("-inf"))
-        new = tl.maximum(most, tl.max(scores, axis=1))
-        safe = tl.where(new == float("-inf"), 0.0, new)  # a row that has met no key of its own yet
-        p = tl.exp(scores - safe[:, None])
-        shrink = tl.exp(most - safe)
-        total = total * shrink + tl.sum(p, axis=1)
-        p = p.to(q.dtype.element_ty)
-        sum_low = sum_low * shrink[:, None] + product(p, load_tile(v, column, low, step, last, K))
-        if HI > 0:
-            sum_high = sum_high * shrink[:, None] + product(p, _high(v, column, step, last, K, LO, HI))
-        most = new
-    keyless = total == 0.0
-    over = tl.where(keyless, 1.0, total)
-    store_tile(out + head * K, row, low, step, Q, K, sum_low / over[:, None])
-    if HI > 0:
-        store_tile(out + head * K, row, LO + tl.arange(0, HI), step, Q, K, sum_high / over[:, None])
-    tl.store(lse + head.to(tl.int64) * Q + row, tl.where(keyless, 0.0, most + tl.log(over)), mask=row < Q)
+    sample, tile, head = _program(tiles, N)
+    end = tl.load(q_ends + sample + 1)
+    first_row = tl.load(q_ends + sample) + tile * ROWS
+    if first_row < end:
+        row = first_row + tl.arange(0, ROWS)
+        k = kv + head * K
+        v = k + N * K
+        q_low, q_high = _tile(q + head * K, row, q_step, end, K, LO, HI)
+        stop = tl.load(k_stops + sample)
+        most = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([ROWS], dtype=tl.float32)
+        sum_low = tl.zeros([ROWS, LO], dtype=tl.float32)
+        sum_high = tl.zeros([ROWS, HI if HI > 0 else LO], dtype=tl.float32)
+        for start in range(tl.load(k_ends + sample), stop, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            k_low, k_high = _tile(k, column, kv_step, stop, K, LO, HI)
+            scores = _inner(q_low, q_high, k_low, k_high, HI) * scale
+            scores = tl.where(_takes_part(mask, column, stop)[None, :], scores, float("-inf"))
+            new = tl.maximum(most, tl.max(scores, axis=1))
+            safe = tl.where(new == float("-inf"), 0.0, new)  # no key so far that takes part
+            p = tl.exp(scores - safe[:, None])
+            shrink = tl.exp(most - safe)
+            total = total * shrink + tl.sum(p, axis=1)
+            p = p.to(q.dtype.element_ty)
+            v_low, v_high = _tile(v, column, kv_step, stop, K, LO, HI)
+            sum_low = sum_low * shrink[:, None] + product(p, v_low)
+            if HI > 0:
+                sum_high = sum_high * shrink[:, None] + product(p, v_high)
+            most = new
+        keyless = total == 0.0
+        over = tl.where(keyless, 1.0, total)[:, None]
+        _put(out + head * K, row, N * K, end, sum_low / over, sum_high / over, K, LO, HI)
+        at = lse + head.to(tl.int64) * Q + row
+        tl.store(at, tl.where(keyless, 0.0, most + tl.log(tl.where(keyless, 1.0, total))), mask=row < end)
 
 
 @triton.jit
-def _slopes(
-    q_low, q_high, do_low, do_high, k, v, lse, weight, mine, theirs, column, step, M, K, scale, LO: tl.constexpr, HI: tl.constexpr
-):
+def _slopes(q_low, q_high, do_low, do_high, k_low, k_high, v_low, v_high, lse, weight, inside, scale, HI: tl.constexpr):
     """Probabilities, and the gradient of the scores before they were scaled."""
-    scores = _scores(q_low, q_high, k, column, step, M, K, LO, HI) * scale
-    p = tl.where(mine[:, None] == theirs[None, :], tl.exp(scores - lse[:, None]), 0.0)
-    dp = _scores(do_low, do_high, v, column, step, M, K, LO, HI)
-    return p, p * (dp - weight[:, None]) * scale
+    scores = _inner(q_low, q_high, k_low, k_high, HI) * scale
+    p = tl.where(inside, tl.exp(scores - lse[:, None]), 0.0)
+    return p, p * (_inner(do_low, do_high, v_low, v_high, HI) - weight[:, None]) * scale
 
 
 @triton.jit
 def _backward_q(
-    grad, q, k, v, lse, weight, dq, of_q, of_k, k_ends, Q, M, N, K, scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
+    grad, q, kv, out, lse, weight, dq, q_ends, k_ends, k_stops, mask, Q, tiles, grad_step, q_step, kv_step, scale,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1)
-    step = N * K
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    k += head * K
-    v += head * K
-    low = tl.arange(0, LO)
-    q_low = load_tile(q + head * K, row, low, step, Q, K)
-    q_high = _high(q + head * K, row, step, Q, K, LO, HI)
-    do_low = load_tile(grad + head * K, row, low, step, Q, K)
-    do_high = _high(grad + head * K, row, step, Q, K, LO, HI)
-    mine = tl.load(of_q + row, mask=row < Q, other=-1)
-    at = head.to(tl.int64) * Q + row
-    lse_rows = tl.load(lse + at, mask=row < Q, other=0.0)
-    weight_rows = tl.load(weight + at, mask=row < Q, other=0.0)
-    first = tl.load(k_ends + tl.load(of_q + tl.program_id(0) * ROWS))
-    last = tl.load(k_ends + 1 + tl.load(of_q + min(Q, (tl.program_id(0) + 1) * ROWS) - 1))
-    sum_low = tl.zeros([ROWS, LO], dtype=tl.float32)
-    sum_high = tl.zeros([ROWS, HI if HI > 0 else 16], dtype=tl.float32)
-    for start in range(first, last, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        theirs = tl.load(of_k + column, mask=column < last, other=-2)
-        _, ds = _slopes(
-            q_low, q_high, do_low, do_high, k, v, lse_rows, weight_rows, mine, theirs, column, step, last, K, scale, LO, HI
-        )
-        ds = ds.to(q.dtype.element_ty)
-        sum_low += product(ds, load_tile(k, column, low, step, last, K))
+    sample, tile, head = _program(tiles, N)
+    end = tl.load(q_ends + sample + 1)
+    first_row = tl.load(q_ends + sample) + tile * ROWS
+    if first_row < end:
+        row = first_row + tl.arange(0, ROWS)
+        k = kv + head * K
+        v = k + N * K
+        q_low, q_high = _tile(q + head * K, row, q_step, end, K, LO, HI)
+        do_low, do_high = _tile(grad + head * K, row, grad_step, end, K, LO, HI)
+        out_low, out_high = _tile(out + head * K, row, N * K, end, K, LO, HI)
+        of_row = tl.sum(do_low.to(tl.float32) * out_low.to(tl.float32), axis=1)
         if HI > 0:
-            sum_high += product(ds, _high(k, column, step, last, K, LO, HI))
-    store_tile(dq + head * K, row, low, step, Q, K, sum_low)
-    if HI > 0:
-        store_tile(dq + head * K, row, LO + tl.arange(0, HI), step, Q, K, sum_high)
+            of_row += tl.sum(do_high.to(tl.float32) * out_high.to(tl.float32), axis=1)
+        at = head.to(tl.int64) * Q + row
+        tl.store(weight + at, of_row, mask=row < end)
+        lse_row = tl.load(lse + at, mask=row < end, other=0.0)
+        stop = tl.load(k_stops + sample)
+        sum_low = tl.zeros([ROWS, LO], dtype=tl.float32)
+        sum_high = tl.zeros([ROWS, HI if HI > 0 else LO], dtype=tl.float32)
+        for start in range(tl.load(k_ends + sample), stop, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            k_low, k_high = _tile(k, column, kv_step, stop, K, LO, HI)
+            v_low, v_high = _tile(v, column, kv_step, stop, K, LO, HI)
+            inside = _takes_part(mask, column, stop)[None, :]
+            _, ds = _slopes(q_low, q_high, do_low, do_high, k_low, k_high, v_low, v_high, lse_row, of_row, inside, scale, HI)
+            ds = ds.to(q.dtype.element_ty)
+            sum_low += product(ds, k_low)
+            if HI > 0:
+                sum_high += product(ds, k_high)
+        _put(dq + head * K, row, N * K, end, sum_low, sum_high, K, LO, HI)
 
 
 @triton.jit
 def _backward_k(
-    grad, q, k, v, lse, weight, dk, dv, of_q, of_k, q_ends, Q, M, N, K, scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
+    grad, q, kv, lse, weight, dkv, q_ends, k_ends, k_stops, mask, Q, M, tiles, grad_step, q_step, kv_step, scale,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1)
-    step = N * K
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    q += head * K
-    k += head * K
-    v += head * K
-    grad += head * K
-    low = tl.arange(0, LO)
-    theirs = tl.load(of_k + column, mask=column < M, other=-2)
-    first = tl.load(q_ends + tl.load(of_k + tl.program_id(0) * COLUMNS))
-    last = tl.load(q_ends + 1 + tl.load(of_k + min(M, (tl.program_id(0) + 1) * COLUMNS) - 1))
-    dk_low = tl.zeros([COLUMNS, LO], dtype=tl.float32)
-    dv_low = tl.zeros([COLUMNS, LO], dtype=tl.float32)
-    dk_high = tl.zeros([COLUMNS, HI if HI > 0 else 16], dtype=tl.float32)
-    dv_high = tl.zeros([COLUMNS, HI if HI > 0 else 16], dtype=tl.float32)
-    for start in range(first, last, ROWS):
-        row = start + tl.arange(0, ROWS)
-        q_low = load_tile(q, row, low, step, last, K)
-        q_high = _high(q, row, step, last, K, LO, HI)
-        do_low = load_tile(grad, row, low, step, last, K)
-        do_high = _high(grad, row, step, last, K, LO, HI)
-        mine = tl.load(of_q + row, mask=row < last, other=-1)
-        at = head.to(tl.int64) * Q + row
-        lse_rows = tl.load(lse + at, mask=row < last, other=0.0)
-        weight_rows = tl.load(weight + at, mask=row < last, other=0.0)
-        p, ds = _slopes(
-            q_low, q_high, do_low, do_high, k, v, lse_rows, weight_rows, mine, theirs, column, step, M, K, scale, LO, HI
-        )
-        p = tl.trans(p.to(q.dtype.element_ty))
-        ds = tl.trans(ds.to(q.dtype.element_ty))
-        dv_low += product(p, do_low)
-        dk_low += product(ds, q_low)
-        if HI > 0:
-            dv_high += product(p, do_high)
-            dk_high += product(ds, q_high)
-    store_tile(dk + head * K, column, low, step, M, K, dk_low)
-    store_tile(dv + head * K, column, low, step, M, K, dv_low)
-    if HI > 0:
-        store_tile(dk + head * K, column, LO + tl.arange(0, HI), step, M, K, dk_high)
-        store_tile(dv + head * K, column, LO + tl.arange(0, HI), step, M, K, dv_high)
+    sample, tile, head = _program(tiles, N)
+    own_end = tl.load(k_ends + sample + 1)  # keys of the sample; gradients of those that take no part are zeros, and written, too
+    first_column = tl.load(k_ends + sample) + tile * COLUMNS
+    if first_column < own_end:
+        stop = tl.load(k_stops + sample)
+        column = first_column + tl.arange(0, COLUMNS)
+        k = kv + head * K
+        k_low, k_high = _tile(k, column, kv_step, stop, K, LO, HI)
+        v_low, v_high = _tile(k + N * K, column, kv_step, stop, K, LO, HI)
+        inside = _takes_part(mask, column, stop)[None, :]
+        first, end = tl.load(q_ends + sample), tl.load(q_ends + sample + 1)
+        share = tl.cdiv(tl.cdiv(end - first, ROWS), tl.num_programs(1)) * ROWS
+        first += tl.program_id(1) * share
+        end = tl.where(first_column < stop, tl.minimum(end, first + share), first)
+        dk_low = tl.zeros([COLUMNS, LO], dtype=tl.float32)
+        dv_low = tl.zeros([COLUMNS, LO], dtype=tl.float32)
+        dk_high = tl.zeros([COLUMNS, HI if HI > 0 else LO], dtype=tl.float32)
+        dv_high = tl.zeros([COLUMNS, HI if HI > 0 else LO], dtype=tl.float32)
+        for start in range(first, end, ROWS):
+            row = start + tl.arange(0, ROWS)
+            q_low, q_high = _tile(q + head * K, row, q_step, end, K, LO, HI)
+            do_low, do_high = _tile(grad + head * K, row, grad_step, end, K, LO, HI)
+            at = head.to(tl.int64) * Q + row
+            lse_row = tl.load(lse + at, mask=row < end, other=0.0)
+            of_row = tl.load(weight + at, mask=row < end, other=0.0)
+            p, ds = _slopes(q_low, q_high, do_low, do_high, k_low, k_high, v_low, v_high, lse_row, of_row, inside, scale, HI)
+            p = tl.trans(p.to(q.dtype.element_ty))
+            ds = tl.trans(ds.to(q.dtype.element_ty))
+            dv_low += product(p, do_low)
+            dk_low += product(ds, q_low)
+            if HI > 0:
+                dv_high += product(p, do_high)
+                dk_high += product(ds, q_high)
+        to = dkv + tl.program_id(1).to(tl.int64) * M * 2 * N * K + head * K
+        _put(to, column, 2 * N * K, own_end, dk_low, dk_high, K, LO, HI)
+        _put(to + N * K, column, 2 * N * K, own_end, dv_low, dv_high, K, LO, HI)
