@@ -19,6 +19,7 @@ def add_parser(verbs: Any) -> None:
     )
     actions = bench.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_step(actions)
+    _add_share(actions)
     _add_sequence(actions)
     _add_network(actions)
     _add_data(actions)
@@ -81,6 +82,36 @@ def _add_step(actions: Any) -> None:
     _add_ranks(step)
     _add_sweep(step)
     step.set_defaults(run=_run_step)
+
+
+def _add_share(actions: Any) -> None:
+    share = actions.add_parser(
+        "share",
+        help="one rank's share of a sequence that many ranks hold, alone on this device",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Run the training step of rank 0 of many ranks that share a sample, without the others: its tokens, its shards, the buffers of\n"
+            "its all-to-alls, but nothing sent. Levers are those that the planner finds fastest within --memory-cap-gib. Says the peak that\n"
+            "the planner predicts beside the one that was measured; exits with 1 where they differ by more than a tenth. The defaults are\n"
+            "one minute of 1080p at 24 frames a second, by a codec of 8x8 and 4 in time, on eight GPUs of 80 GB.\n\n"
+            "  opensora-dist bench share --form ours --out runs/share"
+        ),
+    )
+    share.add_argument("--model", choices=["stdit", "dit"], default="stdit", help="default stdit")
+    share.add_argument("--size", choices=["S", "B", "L", "XL"], default="XL", help="published size (default XL)")
+    share.add_argument("--clip", default="360x136x240", metavar="TxHxW", help="latents of the whole sample (default 360x136x240)")
+    share.add_argument("--ranks", type=int, default=8, metavar="P", help="that share it (default 8)")
+    share.add_argument("--scheme", default="dsp", metavar="NAME", help="how they do (default dsp)")
+    share.add_argument("--text-tokens", type=int, default=120, metavar="Y", help="default 120")
+    share.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="default bfloat16")
+    share.add_argument("--form", default="eager", metavar="NAME", help="eager, compile or ours (default eager)")
+    share.add_argument("--memory-cap-gib", type=float, default=80.0, metavar="G", help="of the device's memory (default 80)")
+    share.add_argument("--host-gib", type=float, default=100.0, metavar="G", help="CPU memory that levers may fill (default 100)")
+    share.add_argument("--gpu", default="h100", metavar="NAME", help="whose speed the planner reckons with (default h100)")
+    share.add_argument("--steps", type=int, default=2, metavar="S", help="after the first (default 2)")
+    share.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto")
+    share.add_argument("--out", type=Path, metavar="DIR", help="folder for share.json")
+    share.set_defaults(run=_run_share)
 
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
@@ -216,6 +247,21 @@ def _run_step(args: argparse.Namespace) -> int:
         out=args.out,
         timeout_s=args.timeout,
     )
+
+
+def _run_share(args: argparse.Namespace) -> int:
+    from opensora_dist.parallel.mesh import resolve_device
+    from opensora_dist.recipes.bench.share import planned_case, share_command
+    from opensora_dist.recipes.bench.step_inputs import check_share, step_case
+
+    device = resolve_device(args.device)
+    check_share(form=args.form, steps=args.steps, gib=(args.memory_cap_gib, args.host_gib), device=device, dtype=args.dtype)
+    given = {name: getattr(args, name) for name in ("model", "size", "clip", "scheme", "text_tokens", "dtype")}
+    case = step_case({**given, "sp": args.ranks, "zero": 2}, world=args.ranks, timeout_s=600.0)
+    cap_bytes = int(args.memory_cap_gib * 2**30)
+    case = planned_case(case, cap_bytes=cap_bytes, host_bytes=int(args.host_gib * 2**30), gpu=args.gpu)
+    cap = cap_bytes if device.type == "cuda" else None
+    return share_command(case, device=device, form=args.form, steps=args.steps, cap_bytes=cap, out=args.out)
 
 
 def _run_sweep(args: argparse.Namespace) -> int:

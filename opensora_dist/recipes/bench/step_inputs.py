@@ -141,6 +141,24 @@ def step_options(*, forms: list[str], rounds: int, warmup: int, steps: int, doll
     return StepOptions(forms=tuple(forms), rounds=rounds, warmup=warmup, steps=steps, dollars_per_gpu_hour=dollars_per_gpu_hour)
 
 
+def check_share(*, form: str, steps: int, gib: tuple[float, float], device: torch.device, dtype: str) -> None:
+    """
+    Args:
+        gib: Of the device and of CPU memory.
+    Raises:
+        ConfigError: What is wrong with the options of ``bench share``, beyond those of a case.
+    """
+    if form not in FORMS:
+        raise ConfigError(f"--form {form}: not known; use one of {', '.join(FORMS)}")
+    problems = [problem.replace("--forms", "--form") for problem in form_problems([form], device=device, dtype=dtype)]
+    problems += [] if steps >= 1 else [f"--steps must be 1 or more, and is {steps}"]
+    for flag, value in zip(("memory-cap-gib", "host-gib"), gib):
+        if not 0 < value < math.inf:
+            problems.append(f"--{flag} must be above 0, and is {value:g}")
+    if problems:
+        raise ConfigError(problems)
+
+
 def _latent(clip: str, problems: list[str]) -> Thw:
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", clip)
     if match is None:
