@@ -129,8 +129,12 @@ def test_ranks_die_with_a_parent_that_is_killed(tmp_path):
 
 
 def _counting(tmp_path):
-    """Lines of a program: how often this rank was started before."""
-    return f"starts = {str(tmp_path / 'starts-')!r} + str(rank)\nopen(starts, 'a').write('x')\nbefore = len(open(starts).read()) - 1\n"
+    """Lines of a program: how often this rank was started before. It goes on when both ranks are counted: one that fails ends the other."""
+    starts = str(tmp_path / "starts-")
+    return (
+        f"open({starts!r} + str(rank), 'a').write('x')\nbefore = len(open({starts!r} + str(rank)).read()) - 1\n"
+        f"while not os.path.exists({starts!r} + str(1 - rank)) or len(open({starts!r} + str(1 - rank)).read()) <= before: pass\n"
+    )
 
 
 def test_ranks_that_fail_are_started_again_and_told_how_often(program, tmp_path):

@@ -17,6 +17,7 @@ from opensora_dist.cli.submit import parse_command
 from opensora_dist.config.load import load_config
 from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.io import exclusive_lock
+from opensora_dist.launch import slurm as slurm_launcher
 from opensora_dist.launch.records import read_records
 from opensora_dist.recipes import checks
 from opensora_dist.recipes import submit as submitting
@@ -273,11 +274,21 @@ def test_a_submission_whose_answer_is_lost_is_found_and_not_made_again(capsys, s
 def test_a_scheduler_that_hangs_is_given_up_and_asked_before_anything_is_submitted_again(
     capsys, slurm, train, tmp_path, monkeypatch
 ):
-    (tmp_path / "site.yaml").write_text("slurm: {command_timeout_s: 0.5}\n")
+    (tmp_path / "site.yaml").write_text("slurm: {command_timeout_s: 77}\n")
     slurm.mode = "hangs"
     hasty = [*SUBMIT, "--site", "site.yaml", "--", *train]
-    code, _, err = submit(capsys, *hasty)
-    assert code == 1 and "gave no answer within" in err
+    given = []
+
+    def ask(command, *, timeout_s, **more):
+        # Time is short for what hangs alone: a busy machine may take long to start what answers.
+        given.append(timeout_s)
+        return real(command, timeout_s=0.2 if command[0] == "sbatch" else timeout_s, **more)
+
+    real = slurm_launcher.ask
+    with monkeypatch.context() as patched:
+        patched.setattr(slurm_launcher, "ask", ask)
+        code, _, err = submit(capsys, *hasty)
+    assert code == 1 and "gave no answer within" in err and given[-1] % 77 == 0
     slurm.mode = "up"
     code, _, err = submit(capsys, *SUBMIT, "--", *train)
     assert code == 1 and "may still arrive: try again in" in err and not slurm.jobs
