@@ -149,6 +149,11 @@ def gpu_of(name: str) -> Gpu:
     return found
 
 
+def gpu_for_device(name: str) -> Gpu | None:
+    """The kind of GPU that the driver calls so; None where the table has none."""
+    return next((gpu for gpu in _GPUS if gpu.device in name), None)
+
+
 def peak_flops(device: torch.device, *, dtype: str) -> float | None:
     """FLOP/s of one rank's device at its peak; None for a GPU that is not in the table, or computes in another precision than it.
 
@@ -160,8 +165,8 @@ def peak_flops(device: torch.device, *, dtype: str) -> float | None:
     if device.type == "cuda" and dtype != "bfloat16":
         return None
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((gpu.flops_per_s for gpu in _GPUS if gpu.device in name), None)
+        gpu = gpu_for_device(torch.cuda.get_device_name(device))
+        return None if gpu is None else gpu.flops_per_s
     a = torch.full((_CPU_SIZE, _CPU_SIZE), 0.5)
     best_s = float("inf")
     for _ in range(_CPU_TRIALS):

@@ -19,7 +19,7 @@ from opensora_dist.plan.hardware import Gpu
 from opensora_dist.plan.memory import MemoryCase, block_shapes, kept_of_block, root_shapes, tokens_of_rank
 
 _HIDDEN = 0.9  # of the compute, under which weights and gradients travel: the first gather and the last reduction have none
-_PASSES = 13  # over a shard: norm 1, clip 2, AdamW 7 (4 read, 3 written), moving average 3
+OPTIMIZER_PASSES = 13  # over a shard: norm 1, clip 2, AdamW 7 (4 read, 3 written), moving average 3
 _predict = lru_cache(maxsize=4096)(predict)  # ZeRO stages, tiles and offload change nothing of it
 _HOST_BYTES_PER_S = 50e9  # between a GPU and its share of CPU memory, PCIe 5.0 x16
 _HOST_MEMORY_BYTES_PER_S = (
@@ -112,7 +112,7 @@ def step_time(case: MemoryCase, cost: SampleCost, machine: Machine) -> StepTime:
         tokens_s=shared.exposed_s,
         tensor_s=tensor_s,
         weights_s=max(0.0, weights_takes - hidden) + (weights_takes / depth if machine.overlaps else 0.0),
-        optimizer_s=_PASSES * shard_bytes / passes_per_s,
+        optimizer_s=OPTIMIZER_PASSES * shard_bytes / passes_per_s,
         offload_s=_offload(case, shard_bytes=shard_bytes, compute_s=compute_s),
         tokens_bytes=shared.communication_s * bandwidth,
         tensor_bytes=tensor_bytes,
