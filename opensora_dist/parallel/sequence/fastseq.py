@@ -24,8 +24,9 @@ from opensora_dist.parallel.sequence.base import (
     to_sequences,
 )
 from opensora_dist.parallel.sequence.gathered_qkv import GatheredQkv, HeadSlice
-from opensora_dist.parallel.sequence.heads import heads_problems, unpack_heads
+from opensora_dist.parallel.sequence.heads import heads_problems
 from opensora_dist.parallel.sequence.hops import RingGather, RingReduce
+from opensora_dist.parallel.sequence.messages import project_home
 from opensora_dist.parallel.sequence.transfer import Transfer
 
 _CUT_DIM = {Axis.TIME: 2, Axis.SPACE: 1}
@@ -93,7 +94,7 @@ class FastSeq(Scheme):
             piece.project_arrived(weight, bias)
             piece.attend(heads.num, self._transfer(axis, shard))
         heads.drop_rows()
-        outs = [piece.finish(attn, then) for piece in pieces]
+        outs = [piece.finish(attn, then, ranks=len(shard.sizes)) for piece in pieces]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=_CUT_DIM[axis])
 
     def _cut(self, x_BtsD: Tensor, axis: Axis) -> tuple[Tensor, ...]:
@@ -156,10 +157,10 @@ class _Piece:
         out_LGnK = attention(q_GnLK, k_GnLK, v_GnLK).permute(2, 0, 1, 3)
         self._transfer, self._arriving = transfer, transfer.issue(out_LGnK.flatten(2).contiguous())
 
-    def finish(self, attn: Projections, then: Then) -> Tensor:
+    def finish(self, attn: Projections, then: Then, *, ranks: int) -> Tensor:
         """The residual stream of these tokens after the branch, once all heads' output is here."""
         own = self._x.shape  # [l, ..., D]
         rows_RGF = self._transfer.wait(self._arriving)
-        out_lGD = attn.proj(unpack_heads(rows_RGF, ranks=len(rows_RGF) // own[0]).flatten(2))
+        out_lGD = project_home(attn.proj, [rows_RGF], ranks=ranks)
         out = then(self._residual, from_sequences(out_lGD.view(own), self._axis, like=self._residual))
         return self._gathered.regather(out, x_lGD=self._x_lGD)

@@ -239,7 +239,9 @@ class _Issue(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gathered: GatheredQkv) -> Tensor:
         ctx.gathered, ctx.shape, ctx.dtype = gathered, x.shape, x.dtype
-        x_lGD = x.to(gathered._heads.dtype).contiguous().view(len(x), -1, x.shape[-1])
+        # One pass where x is both cast and put in order.
+        x = x.to(gathered._heads.dtype, memory_format=torch.contiguous_format)
+        x_lGD = x.contiguous().view(len(x), -1, x.shape[-1])
         gathered._send(x_lGD)
         return x_lGD
 

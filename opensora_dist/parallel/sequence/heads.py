@@ -1,6 +1,6 @@
-"""Schemes that deal heads out to ranks: their rule, and how rows are packed on the way to the heads and back."""
+"""Schemes that deal heads out to ranks: their rule, and whose rows of a weight are whose."""
 
-# l positions on this rank, G sequences, N heads, n of one rank, K head dim, P ranks of the group
+# N heads, n of one rank, K head dim
 
 from __future__ import annotations
 
@@ -20,23 +20,6 @@ def heads_problems(name: str, *, size: int, heads: int, joint: bool) -> list[str
         f"parallel.sp.degree={size} must divide model.heads={heads} for parallel.sp.scheme={name}, which deals them out; "
         f"use one of {fits}, or parallel.sp.scheme={other}, which has no such rule"
     ]
-
-
-def pack_heads(x_lGC: Tensor, *, ranks: int) -> Tensor:
-    """One message for each rank of a group, each of all positions with that rank's heads.
-
-    Args:
-        x_lGC: Position first, [l, ..., N K].
-        ranks: Of the group; divides N.
-    Returns:
-        [P l, ..., n K], contiguous: the one copy, and a view where there is one rank.
-    """
-    return x_lGC.view(*x_lGC.shape[:-1], ranks, -1).movedim(-2, 0).contiguous().flatten(0, 1)
-
-
-def unpack_heads(x_RGC: Tensor, *, ranks: int) -> Tensor:
-    """Back from what each rank of a group gives of its heads: [P l, ..., n K] to [l, ..., P, n K]; a view."""
-    return x_RGC.view(ranks, -1, *x_RGC.shape[1:]).movedim(0, -2)
 
 
 def rows_of_heads(parameter: Tensor, *, rank: int, size: int) -> Tensor:

@@ -21,7 +21,7 @@ from opensora_dist.core.types import Axis, Thw
 from opensora_dist.ops.attention import attention_backward, attention_with_lse
 from opensora_dist.ops.precision import accumulation_dtype
 from opensora_dist.parallel.recompute import Tape
-from opensora_dist.parallel.sequence.base import Projections, Scheme, Shard, Traffic
+from opensora_dist.parallel.sequence.base import Projections, Scheme, Shard, Traffic, cast
 from opensora_dist.parallel.sequence.exchange import Exchange
 from opensora_dist.parallel.sequence.heads import split_q_kv
 from opensora_dist.parallel.sequence.hops import RingGather, RingReduce
@@ -55,6 +55,7 @@ class Ring(Scheme):
     def attend(self, attn: Projections, x_BtsD: Tensor, axis: Axis, shard: Shard) -> Tensor:
         assert shard.links is not None
         B, _, S, D = x_BtsD.shape
+        x_BtsD = cast(x_BtsD)  # once, not by each linear
         # Keys and values are projected apart, so that what the linear writes is what is sent. Where positions come first or second,
         # a chunk's queries, keys and values are views of it.
         if axis is Axis.TIME:

@@ -2,18 +2,18 @@
 
 # B batch, T frames, S places, D width, N heads, K head dim; G sequences, L tokens of one; l: those here, n: heads of a rank, P ranks
 #
-# Copies, counted per element that one rank projects or attends to: one before each all-to-all, which puts the rows of a rank side by
-# side, and one after the second, to [.., N, K]. Nothing is unpacked after the first: attention reads strided views of what arrived.
+# Nothing is packed: matrix products write messages (``messages``), and attention reads strided views of what arrived. Its output is put
+# in order of tokens, which is no copy where the kernel gives it in the layout of its queries.
 # This rank's own rows go through the collective, a copy of 1/P. Leaving them out would save that, and cost more: after the first
 # transfer the others' rows would have to be joined with them (a copy of all), and after the second the backward of the split
 # that set them aside would be a copy of all.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from opensora_dist.core.types import Axis, Thw
@@ -26,17 +26,13 @@ from opensora_dist.parallel.sequence.base import (
     Shard,
     Then,
     Traffic,
-    cast,
     from_sequences,
     ranges,
     split_sizes,
-    to_sequences,
 )
-from opensora_dist.parallel.sequence.heads import heads_problems, pack_heads, unpack_heads
+from opensora_dist.parallel.sequence.heads import heads_problems
+from opensora_dist.parallel.sequence.messages import QkvMessages, Source, project_home, rows_of
 from opensora_dist.parallel.sequence.transfer import Transfer
-
-Linear = tuple[Tensor, Tensor]
-"""A weight and a bias."""
 
 
 class Ulysses(Scheme):
@@ -74,14 +70,17 @@ class Ulysses(Scheme):
         return Traffic(forward=(3 * to_heads + to_tokens) * row_bytes, backward=(3 * to_tokens + to_heads) * row_bytes)
 
     def attend(self, attn: Projections, x_BtsD: Tensor, axis: Axis, shard: Shard) -> Tensor:
-        x = cast(x_BtsD)
+        size = len(shard.sizes)
+        source = QkvMessages(attn, ranks=size, tape=shard.tape).source(rows_of(x_BtsD, axis))
+        pieces = split_sizes(attn.heads // size, self._chunks if axis is Axis.JOINT else 1)
         crossings = [
-            _Crossing(x, linears, attn=attn, axis=axis, shard=shard, overlap=self._overlap)
-            for linears in self._linears(attn, ranks=len(shard.sizes), pieces=self._chunks if axis is Axis.JOINT else 1)
+            self._crossing(source, attn=attn, axis=axis, shard=shard, heads=slice(heads.start, heads.stop))
+            for heads in ranges(pieces)
+            if heads
         ]
         for crossing in crossings:
             crossing.attend()
-        return _project(attn, [crossing.output() for crossing in crossings], axis=axis, like=x_BtsD)
+        return _project(attn, [crossing.output() for crossing in crossings], axis=axis, ranks=size, like=x_BtsD)
 
     def branch(
         self, attn: Projections, x_BtsD: Tensor, axis: Axis, shard: Shard, *, first: First | None, before: Before, then: Then
@@ -92,41 +91,25 @@ class Ulysses(Scheme):
         dim = 1 if axis is Axis.SPACE else 2
         sizes = [size for size in split_sizes(x_BtsD.shape[dim], self._chunks) if size]
         pieces = torch.split(x_BtsD, sizes, dim=dim)  # its backward is one cat
-        (linears,) = self._linears(attn, ranks=len(shard.sizes), pieces=1)
+        qkv = QkvMessages(attn, ranks=len(shard.sizes), tape=shard.tape)
         # Every piece is sent before the first is attended to, so that the link has no pause between them.
-        crossings = [
-            _Crossing(
-                before(piece, slice(part.start, part.stop) if axis is Axis.SPACE else slice(None)),
-                linears,
-                attn=attn,
-                axis=axis,
-                shard=shard,
-                overlap=self._overlap,
-            )
-            for piece, part in zip(pieces, ranges(sizes))
-        ]
+        crossings = []
+        for piece, part in zip(pieces, ranges(sizes)):
+            given = before(piece, slice(part.start, part.stop) if axis is Axis.SPACE else slice(None))
+            crossings.append(self._crossing(qkv.source(rows_of(given, axis)), attn=attn, axis=axis, shard=shard))
         for crossing in crossings:
             crossing.attend()
         done = [
-            then(piece, _project(attn, [crossing.output()], axis=axis, like=piece)) for piece, crossing in zip(pieces, crossings)
+            then(piece, _project(attn, [crossing.output()], axis=axis, ranks=len(shard.sizes), like=piece))
+            for piece, crossing in zip(pieces, crossings)
         ]
         return done[0] if len(done) == 1 else torch.cat(done, dim=dim)
 
-    def _linears(self, attn: Projections, *, ranks: int, pieces: int) -> list[list[Linear]]:
-        """For pieces of every rank's heads: what is projected and sent at a time, which is q, k and v each, or all.
-
-        Weights are cut once for all sequences, so that backward joins their gradients once.
-        """
-        sizes = [size for size in split_sizes(attn.heads // ranks, pieces) if size]
-        width = attn.qkv.weight.shape[1]
-        weights = torch.split(cast(attn.qkv.weight).view(3, ranks, attn.heads // ranks, -1, width), sizes, dim=2)
-        biases = torch.split(cast(attn.qkv.bias).view(3, ranks, attn.heads // ranks, -1), sizes, dim=2)
-        if not self._overlap:
-            return [[(weight.reshape(-1, width), bias.flatten())] for weight, bias in zip(weights, biases)]
-        return [
-            [(w.reshape(-1, width), b.flatten()) for w, b in zip(weight.unbind(0), bias.unbind(0))]
-            for weight, bias in zip(weights, biases)
-        ]
+    def _crossing(self, source: Source, *, attn: Projections, axis: Axis, shard: Shard, heads: slice = slice(None)) -> _Crossing:
+        """Sends q, k and v of these heads of each rank, one after the other, or at once."""
+        parts = [slice(i, i + 1) for i in range(3)] if self._overlap else [slice(3)]
+        messages = (source.write(parts=part, heads=heads) for part in parts)  # each is sent before the next is projected
+        return _Crossing(messages, attn=attn, axis=axis, shard=shard, overlap=self._overlap)
 
 
 class _Crossing:
@@ -135,42 +118,35 @@ class _Crossing:
     Made, it has sent q, k and v. ``attend`` waits for the others' and sends the output, ``output`` waits for that of the tokens here.
     """
 
-    def __init__(
-        self, x_BtsD: Tensor, linears: list[Linear], *, attn: Projections, axis: Axis, shard: Shard, overlap: bool
-    ) -> None:
+    def __init__(self, messages: Iterable[Tensor], *, attn: Projections, axis: Axis, shard: Shard, overlap: bool) -> None:
         assert shard.links is not None
         lengths = shard.lengths(axis)
-        self._ranks, self._head_dim = len(lengths), attn.head_dim
+        self._head_dim = attn.head_dim
         self._whole, self._mine = lengths, [lengths[shard.rank]] * len(lengths)
         self._transfer = partial(Transfer, shard.links.sp, overlap=overlap, tape=shard.tape)
-        x_BtsD = cast(x_BtsD).contiguous()  # a piece is a view: copied once here, not by each linear
-        self._arriving = [
-            self._send(to_sequences(F.linear(x_BtsD, *linear), axis), parts=3 // len(linears)) for linear in linears
-        ]
-
-    def _send(self, y_lGC: Tensor, *, parts: int) -> tuple[Transfer, Tensor]:
-        """Starts sending one of q, k, v, or all three ``parts``."""
-        transfer = self._transfer(send_rows=self._mine, recv_rows=self._whole)
-        return transfer, transfer.issue(pack_heads(y_lGC.view(*y_lGC.shape[:-1], parts, -1), ranks=self._ranks))
+        self._arriving = []
+        for message in messages:
+            transfer = self._transfer(send_rows=self._mine, recv_rows=self._whole)
+            self._arriving.append((transfer, transfer.issue(message)))
 
     def attend(self) -> None:
         """Attention of whole sequences with the heads of this rank."""
         qkv_GnLK: list[Tensor] = []
         for transfer, arriving in self._arriving:
-            got = transfer.wait(arriving)  # [L, G.., parts, n K]
-            parts = got.view(len(got), -1, got.shape[-2], got.shape[-1] // self._head_dim, self._head_dim).unbind(2)
-            qkv_GnLK += [part_LGnK.permute(1, 2, 0, 3) for part_LGnK in parts]
+            got = transfer.wait(arriving)  # [L, G.., m, n K]
+            parts = got.view(len(got), -1, got.shape[-2], got.shape[-1] // self._head_dim, self._head_dim)
+            # One alone is not unbound: in backward that would be a copy.
+            parts_LGnK = (parts.squeeze(2),) if parts.shape[2] == 1 else parts.unbind(2)
+            qkv_GnLK += [part_LGnK.permute(1, 2, 0, 3) for part_LGnK in parts_LGnK]
         rows = attention(*qkv_GnLK).permute(2, 0, 1, 3).contiguous().view(*got.shape[:-2], -1)  # [L, G.., n K]
         self._back = self._transfer(send_rows=self._whole, recv_rows=self._mine)
         self._returning = self._back.issue(rows)
 
     def output(self) -> Tensor:
-        """Of the tokens here, [l, G.., P, n K], a view."""
-        return unpack_heads(self._back.wait(self._returning), ranks=self._ranks)
+        """What each rank gives for the tokens here, [P l, G.., n K]."""
+        return self._back.wait(self._returning)
 
 
-def _project(attn: Projections, outputs: list[Tensor], *, axis: Axis, like: Tensor) -> Tensor:
+def _project(attn: Projections, outputs: list[Tensor], *, axis: Axis, ranks: int, like: Tensor) -> Tensor:
     """The output projection of one piece of the sequences whose heads came in these pieces, in the residual layout."""
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-    out_lGD: Tensor = attn.proj(out.flatten(-2))
-    return from_sequences(out_lGD, axis, like=like)
+    return from_sequences(project_home(attn.proj, outputs, ranks=ranks), axis, like=like)

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import gcd
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from opensora_dist.core.types import Axis, Thw
-from opensora_dist.parallel.sequence.base import Projections, Scheme, Shard, Traffic, from_sequences, to_sequences
-from opensora_dist.parallel.sequence.heads import pack_heads, split_q_kv, unpack_heads
+from opensora_dist.parallel.sequence.base import Projections, Scheme, Shard, Traffic, from_sequences
+from opensora_dist.parallel.sequence.messages import QkvMessages, project_home, rows_of
 from opensora_dist.parallel.sequence.ring import Rotation, ring_traffic
 from opensora_dist.parallel.sequence.transfer import Transfer
 
@@ -63,10 +62,9 @@ class Usp(Scheme):
         links = shard.links
         assert links is not None
         u, inner = links.ulysses.size, _inner_lengths(shard, axis)
-        x_lGD = to_sequences(x_BtsD, axis).flatten(1, -2)
-        t, G, _ = x_lGD.shape
+        x = rows_of(x_BtsD, axis)  # [l, G.., D]
         L, n, K = sum(inner), attn.heads // u, attn.head_dim
-        outgoing = [t] * u
+        outgoing = [len(x)] * u
 
         def transfer(send_rows: Sequence[int], recv_rows: Sequence[int]) -> Transfer:
             return Transfer(links.ulysses, send_rows=send_rows, recv_rows=recv_rows, overlap=self._overlap, tape=shard.tape)
@@ -74,18 +72,17 @@ class Usp(Scheme):
         rotation = Rotation(
             links.ring, lengths=_outer_lengths(shard, axis), position_dim=0, overlap=self._overlap, tape=shard.tape
         )
-        q_linear, kv_linear = split_q_kv(attn.qkv)
+        source = QkvMessages(attn, ranks=u, tape=shard.tape).source(x.flatten(1, -2))
         # Keys and values leave while queries are projected, and set out on the ring while queries are on their way.
         kv_there, q_there, back = transfer(outgoing, inner), transfer(outgoing, inner), transfer(inner, outgoing)
-        kv_lG2C = F.linear(x_lGD, *kv_linear).view(t, G, 2, -1)
-        kv_arriving = kv_there.issue(pack_heads(kv_lG2C, ranks=u))
-        q_arriving = q_there.issue(pack_heads(F.linear(x_lGD, *q_linear), ranks=u))
-        kv_LG2nK = rotation.depart(kv_there.wait(kv_arriving).view(L, G, 2, n, K))
-        q_GnLK = q_there.wait(q_arriving).view(L, G, n, K).permute(1, 2, 0, 3)
+        kv_arriving = kv_there.issue(source.write(parts=slice(1, 3)))
+        q_arriving = q_there.issue(source.write(parts=slice(1)))
+        kv_LG2nK = rotation.depart(kv_there.wait(kv_arriving).view(L, -1, 2, n, K))
+        q_GnLK = q_there.wait(q_arriving).view(L, -1, n, K).permute(1, 2, 0, 3)
         out_GnLK = rotation.attend(q_GnLK, kv_LG2nK)
-        out_RGC = back.wait(back.issue(out_GnLK.permute(2, 0, 1, 3).reshape(L, G, n * K)))
-        y_lGD: Tensor = attn.proj(unpack_heads(out_RGC, ranks=u).flatten(2))
-        return from_sequences(y_lGD.view(to_sequences(x_BtsD, axis).shape), axis, like=x_BtsD)
+        out_RGC = back.wait(back.issue(out_GnLK.permute(2, 0, 1, 3).reshape(L, -1, n * K)))
+        y_lGD = project_home(attn.proj, [out_RGC], ranks=u)
+        return from_sequences(y_lGD.view(x.shape), axis, like=x_BtsD)
 
 
 def _inner_lengths(shard: Shard, axis: Axis) -> tuple[int, ...]:
