@@ -18,14 +18,12 @@ from threading import Event
 
 import pytest
 import yaml
-from dataset_factory import write_dataset
 from fake_schedulers import Scheduler
 from pool_jobs import as_kubernetes_reads
-from training import SAMPLES, curve, metrics, overrides
+from training import curve, metrics, overrides
 
 from opensora_dist.cli.main import main
 from opensora_dist.launch.pools import AGAIN_CODE, SUBMISSION_VARIABLE
-from opensora_dist.recipes.bench.hosts import hosts_problems, modelled_hosts
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("pod0", "pod1")
@@ -34,23 +32,7 @@ STEPS = 40
 STEPS_SET = f"run.steps={STEPS}"
 SAVES = ["checkpoint.every_steps=2", "checkpoint.asynchronous=false", "run.log_every=1", "parallel.timeout_s=60"]
 
-pytestmark = [
-    pytest.mark.skipif(bool(hosts_problems(NAMES)), reason="; ".join(hosts_problems(NAMES)) or "-"),
-    pytest.mark.timeout(900),  # three starts of torchrun on two hosts, and a minute that a host's last word is waited for
-]
-
-
-@pytest.fixture(scope="module")
-def hosts():
-    with modelled_hosts(NAMES) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pools") / "data"
-    write_dataset(path, samples=SAMPLES)
-    return path
+pytestmark = pytest.mark.timeout(900)  # three starts of torchrun on two hosts, and a minute that a host's last word is waited for
 
 
 @pytest.fixture(scope="module")

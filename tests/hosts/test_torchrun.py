@@ -16,31 +16,13 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-from dataset_factory import write_dataset
-from training import SAMPLES, curve, metrics, overrides
-
-from opensora_dist.recipes.bench.hosts import hosts_problems, modelled_hosts
+from training import curve, metrics, overrides
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "launch/torchrun.sh")
 NAMES = ("node1", "node2")
 LAYOUT = ["parallel.sp.degree=2", "run.log_every=1", "parallel.timeout_s=60"]
 LIMIT_S = 150.0
-
-pytestmark = pytest.mark.skipif(bool(hosts_problems(NAMES)), reason="; ".join(hosts_problems(NAMES)) or "-")
-
-
-@pytest.fixture(scope="module")
-def hosts():
-    with modelled_hosts(NAMES) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("hosts") / "data"
-    write_dataset(path, samples=SAMPLES)
-    return path
 
 
 class Launched:
