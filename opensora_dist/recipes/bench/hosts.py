@@ -3,6 +3,8 @@
 A host is a network namespace whose only way out is a veth to a bridge, and the bridge is in a namespace of its own: nothing that hosts send
 leaves them, and two runs don't meet. Processes, files, cores and memory are the machine's, shared by all. What two hosts show is what a link
 does; what a NIC, a switch or RDMA does they don't.
+
+It is here because ``link`` measures on them; the tests of launchers, of preflight and of Slurm run on the same hosts, and on no others.
 """
 
 from __future__ import annotations
