@@ -138,8 +138,11 @@ def _on_device(draws: Draws, *, like: Tensor) -> Draws:
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the device without waiting for it: a copy from pageable memory would make the host wait for the step before."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    """To the device without waiting for it: a copy from pageable memory would make the host wait for the step before.
+
+    torch keeps pinned memory, and gives a piece out again once the copies from it are over: in a running training none is made anew.
+    """
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def train_step(
