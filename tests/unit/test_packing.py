@@ -92,7 +92,7 @@ def test_an_epoch_has_each_sample_once_in_packs_within_the_budget(mix, seed, win
             used = Counter(index.clip_shape(row) for batch in steps for row in batch.rows)
             exact = epoch == 0 and len(steps) <= 32  # all its steps were packed when the pace was chosen
             for y in order.yields():
-                assert used[y.bucket] == pytest.approx(y.used_per_epoch, abs=0 if exact else 2 + 0.02 * y.samples)
+                assert used[y.bucket] == y.used_per_epoch or not exact
                 assert bool(y.reason) == (y.used_per_epoch < y.samples)
             assert sum(order.dropped.values()) == sum(y.samples - y.used_per_epoch for y in order.yields())
             assert {latent for batch in steps for latent in batch.shapes} <= set(order.latents)
@@ -102,6 +102,18 @@ def test_an_epoch_has_each_sample_once_in_packs_within_the_budget(mix, seed, win
             for batch in steps:
                 assert batch.shapes == Counter(index.latent_shape(row) for row in batch.rows)
                 assert batch.text_tokens == max(index.text_tokens[row] for row in batch.rows)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_a_set_that_is_not_tiny_later_epochs_use_of_each_shape_what_was_said_of_the_first(seed, tmp_path):
+    """In a tiny one the order of an epoch may leave a whole shape out."""
+    index = open_only_index([write_only_index(tmp_path / "set", dict.fromkeys(CLIPS, 60))])
+    order = packed(index, packs=3, unit_tokens=300, seed=seed)
+    for epoch in range(1, 4):
+        rows = [row for k in range(order.batches_per_epoch) for row in order.batch(epoch * order.batches_per_epoch + k).rows]
+        used = Counter(index.clip_shape(row) for row in rows)
+        for y in order.yields():
+            assert used[y.bucket] == pytest.approx(y.used_per_epoch, abs=2 + 0.02 * y.samples)
 
 
 @pytest.fixture(scope="module")
