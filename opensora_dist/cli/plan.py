@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 from opensora_dist.cli.arguments import add_config_arguments, config_of, overrides_of
@@ -34,7 +35,16 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--latent", metavar="TxHxW", help="of a sample (default: the largest of the config's data set)")
     parser.add_argument(
-        "--use", type=float, metavar="SHARE", help="of the GPU's peak that a step reaches (default 0.45, assumed)"
+        "--use",
+        type=float,
+        metavar="SHARE",
+        help="of the GPU's peak that a step reaches (default: measured, or else 0.45, assumed)",
+    )
+    parser.add_argument(
+        "--measured",
+        type=Path,
+        metavar="PATH",
+        help="steps that `bench step` timed on such a GPU, a file or a folder (default: benchmarks/results/GPU, where that is)",
     )
     parser.add_argument(
         "--dollars-per-gpu-hour", type=float, metavar="D", help="what a GPU costs; without it no money is reckoned"
@@ -53,6 +63,7 @@ def _run(args: argparse.Namespace) -> int:
         network_gbit=args.network_gbit,
         latent=_latent(args.latent),
         use=args.use,
+        measured=args.measured,
         dollars=args.dollars_per_gpu_hour,
     )
     made = plan(config_of(args), overrides=overrides_of(args), options=options)

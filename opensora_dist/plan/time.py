@@ -36,6 +36,7 @@ class Machine:
         per_node: On one node.
         network_bytes_per_s: That each GPU sends to other nodes: 400 Gbit/s is 50e9.
         use: Share of the peak that a step reaches while nothing is waited for.
+        attention_use: The same of attentions' scores and sums; None: as ``use``.
         latency_s: Of a message, however small.
         overlaps: Whether anything travels while it computes. Ranks on a CPU whose cores all compute have nobody else to copy.
         dollars_per_gpu_hour: None where nobody asks.
@@ -46,14 +47,20 @@ class Machine:
     per_node: int = 8
     network_bytes_per_s: float = 50e9
     use: float = 0.45
+    attention_use: float | None = None
     latency_s: float = 20e-6
     overlaps: bool = True
     dollars_per_gpu_hour: float | None = None
 
     @property
     def flops_per_s(self) -> float:
-        """That one GPU computes."""
+        """That one GPU computes, but for attentions."""
         return self.gpu.flops_per_s * self.use
+
+    @property
+    def scores_cost(self) -> float:
+        """What a FLOP of an attention's scores and sums takes, over one of a product."""
+        return 1.0 if self.attention_use is None else self.use / self.attention_use
 
     def bytes_per_s(self, ranks: int) -> float:
         """That a rank sends to the others of a group of consecutive ranks."""
@@ -100,6 +107,7 @@ def step_time(case: MemoryCase, cost: SampleCost, machine: Machine) -> StepTime:
         cost: Of one sample, from the model.
     """
     parallel, depth = case.parallel, case.model.shape.depth
+    cost = _as_products(_of_tp(case, cost), scores_cost=machine.scores_cost)
     shared, bandwidth = _predicted(case, cost, machine)
     compute_s = shared.compute_s * (1 + _tiled_again(case, cost))
     tensor_bytes, tensor_s = _tensor(case, machine)
@@ -138,11 +146,12 @@ def _predicted(case: MemoryCase, cost: SampleCost, machine: Machine) -> tuple[Pr
     work = Workload(
         grid=Thw(case.latent.t // patch.t, case.latent.h // patch.h, case.latent.w // patch.w),
         batch=case.micro_batch,
-        cost=_of_tp(case, cost),
+        cost=cost,
         element_bytes=_compute_bytes(case),
         accum=parallel.grad_accum,
         recompute=parallel.recompute,
         tp=parallel.tp,
+        scores_cost=machine.scores_cost,
     )
     scheme = parallel.sp.scheme if parallel.sp.degree > 1 else "local"
     sp = parallel.sp if machine.overlaps else parallel.sp.model_copy(update={"overlap": False})
@@ -160,6 +169,12 @@ def _of_tp(case: MemoryCase, cost: SampleCost) -> SampleCost:
     return replace(
         cost, flops=(cost.flops - whole) // tp + whole, then_flops=cost.then_flops // tp, scores_flops=cost.scores_flops // tp
     )
+
+
+def _as_products(cost: SampleCost, *, scores_cost: float) -> SampleCost:
+    """With as many FLOPs of products instead of scores as would take as long."""
+    more = round((scores_cost - 1) * cost.scores_flops)
+    return replace(cost, flops=cost.flops + more, scores_flops=cost.scores_flops + more)
 
 
 def _tiled_again(case: MemoryCase, cost: SampleCost) -> float:

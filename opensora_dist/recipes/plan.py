@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ from opensora_dist.models.base import ModelIo
 from opensora_dist.models.registry import build_model
 from opensora_dist.plan.hardware import gpu_of
 from opensora_dist.plan.layouts import Layout, Run, instead, judged, layouts, limit_bytes
+from opensora_dist.plan.measured import read_timed
 from opensora_dist.plan.time import Machine
 from opensora_dist.recipes.auto import sample_cost
+from opensora_dist.recipes.plan_use import nearest_use
 
+_RESULTS = Path("benchmarks/results")
 _SHOWN = 8
 _WIDE = 160
 _CHANNELS, _TEXT_WIDTH, _TEXT_TOKENS = 4, 4096, 120
@@ -36,7 +39,8 @@ class PlanOptions:
 
     Args:
         latent: Of a sample, where no data set says; None: the largest of the data set.
-        use: Share of the peak that a step reaches; None: what a plan assumes.
+        use: Share of the peak that a step reaches; None: from ``measured``, or else what a plan assumes.
+        measured: Steps that ``bench step`` timed, a file or a folder; None: those that this project stores of the GPU, if there are any.
     """
 
     gpu: str
@@ -45,6 +49,7 @@ class PlanOptions:
     network_gbit: float
     latent: Thw | None
     use: float | None
+    measured: Path | None
     dollars: float | None
 
 
@@ -79,6 +84,7 @@ class Plan:
     Args:
         run: What is planned.
         machine: For what.
+        use_from: Where ``machine.use`` is from.
         steps: ``run.steps``.
         parameters: Of the model.
         asked: The config's own layout.
@@ -90,6 +96,7 @@ class Plan:
 
     run: Run
     machine: Machine
+    use_from: str
     steps: int
     parameters: int
     asked: Layout
@@ -107,6 +114,7 @@ def plan(path: Path | None, *, overrides: Sequence[str], options: PlanOptions) -
     config = load_config(TrainConfig, path, overrides=overrides, rules=_unplanned)
     machine = _machine(options)
     run, parameters = _run(config, options.latent)
+    machine, use_from = _used(config, run, machine, options)
     asked = judged(run, config.parallel, machine)
     search = layouts(run, machine)
     found = search.layouts
@@ -116,6 +124,7 @@ def plan(path: Path | None, *, overrides: Sequence[str], options: PlanOptions) -
     return Plan(
         run=run,
         machine=machine,
+        use_from=use_from,
         steps=config.run.steps,
         parameters=parameters,
         asked=asked,
@@ -163,11 +172,23 @@ def _machine(options: PlanOptions) -> Machine:
         network_bytes_per_s=options.network_gbit * 1e9 / 8,
         dollars_per_gpu_hour=options.dollars,
     )
-    return machine if options.use is None else Machine(**{**_fields(machine), "use": options.use})
+    return machine if options.use is None else replace(machine, use=options.use)
 
 
-def _fields(machine: Machine) -> dict[str, Any]:
-    return {name: getattr(machine, name) for name in machine.__dataclass_fields__}
+def _used(config: TrainConfig, run: Run, machine: Machine, options: PlanOptions) -> tuple[Machine, str]:
+    """With the share of the peak that steps reach, and where it is from."""
+    if options.use is not None:
+        return machine, "as given by --use"
+    path = options.measured or _RESULTS / machine.gpu.name
+    if options.measured is None and not path.is_dir():
+        return machine, f"assumed: no step on this GPU is stored in {path}; measure one and name it by --measured"
+    nearest = nearest_use(read_timed(path), config=config, latent=run.latent, machine=machine)
+    if nearest is None:
+        return machine, f"assumed: {path} has no step on a {machine.gpu.name} in {run.dtype}"
+    use, timed = nearest
+    shape = timed.case.model.shape
+    what = f"{timed.case.model.name} of width {shape.width}, {timed.case.latent} latents, {timed.form}"
+    return replace(machine, use=use), f"measured: {timed.source} ({what}), {timed.step_s:.3g} s a step"
 
 
 def _run(config: TrainConfig, latent: Thw | None) -> tuple[Run, int]:
@@ -241,6 +262,7 @@ def record(made: Plan) -> dict[str, Any]:
     return {
         "format": 1,
         "machine": asdict(made.machine),
+        "use_from": made.use_from,
         "limit_bytes": limit_bytes(made.machine),
         "latent": list(made.run.latent),
         "global_batch": made.run.global_batch,
@@ -312,7 +334,7 @@ def show(made: Plan, *, console: Console | None = None) -> None:
         highlight=False,
     )
     console.print(
-        f"Times rest on {machine.use:.0%} of the peak reached in a step (--use), {machine.gpu.link_bytes_per_s / 1e9:.0f} GB/s within a node and "
+        f"Times rest on {machine.use:.0%} of the peak reached in a step ({made.use_from}), {machine.gpu.link_bytes_per_s / 1e9:.0f} GB/s within a node and "
         f"{machine.network_bytes_per_s / 1e9:.0f} GB/s per GPU between nodes; memory on formulas (docs/memory.md).",
         highlight=False,
     )

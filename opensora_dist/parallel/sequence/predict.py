@@ -59,6 +59,7 @@ class Workload:
         accum: Micro-batches of a step.
         recompute: What backward runs again.
         tp: Ranks that share the linears, each with its heads; ``cost`` is that of one of them.
+        scores_cost: What a FLOP of an attention's scores and sums takes, over one of a product; ``cost`` counts it so already.
     """
 
     grid: Thw
@@ -68,6 +69,7 @@ class Workload:
     accum: int = 1
     recompute: Recompute = "none"
     tp: int = 1
+    scores_cost: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +284,7 @@ def _pieces(work: Workload, axis: Axis, shard: Shard, *, share: float, sp: SpCon
     return _Pieces(
         size=degree,
         qkv=6 * width**2 * tokens / work.tp,
-        scores=4 * length * width * tokens / work.tp,
+        scores=4 * length * width * tokens / work.tp * work.scores_cost,
         proj=2 * width**2 * tokens / work.tp,
         before=local if axis is Axis.TIME else 0.0,
         then=work.batch * work.cost.then_flops * share if axis is not Axis.SPACE else 0.0,
