@@ -25,7 +25,7 @@ from opensora_kernels.products import head_parts
 from opensora_kernels.rows import ROWS_BACKWARD, ROWS_FORWARD, block_of, warps_of
 
 ARCHITECTURES = {80: "A100", 90: "H100, H800, H200", 100: "B200"}
-_BEGIN, _END = "<!-- table of kernels: made by opensora_kernels.compile -->", "<!-- end of the table -->"
+_BEGIN, _END = "<!-- table of kernels: made by opensora_kernels.compile -->", "<!-- end of the table of kernels -->"
 _WIDTH, _HEAD_DIM = 1152, 72  # of XL/2
 
 
@@ -84,9 +84,13 @@ def _of_rows() -> Iterator[Case]:
     warps = warps_of(_WIDTH)
     yield _case("norm_modulate, forward", norm_modulate._forward, forward, warps, float32=stream)
     yield _case("norm_modulate, backward", norm_modulate._backward, backward, warps, float32=stream)
-    for name, gate in (("gated_norm", {}), ("gated_norm without a gate", {"gate": None, "gate_step": None})):
-        yield _case(f"{name}, forward", gated_norm._forward, {**forward, **gate}, warps, float32=stream)
-        yield _case(f"{name}, backward", gated_norm._backward, {**backward, **gate}, warps, float32=stream)
+    gateless = {"gate": None, "gate_step": None}
+    for name, without, unread in (
+        ("gated_norm", {}, {}),
+        ("gated_norm without a gate", gateless, {"branch": None, "branch_steps": None}),
+    ):
+        yield _case(f"{name}, forward", gated_norm._forward, {**forward, **without}, warps, float32=stream)
+        yield _case(f"{name}, backward", gated_norm._backward, {**backward, **without, **unread}, warps, float32=stream)
     tile = {"COLUMNS": gated.COLUMNS, "ROWS": gated.ROWS}
     yield _case("gated, forward", gated._forward, tile, gated.WARPS, float32=(*stream, "out"))
     yield _case("gated, backward", gated._backward, tile, gated.WARPS, float32=(*stream, "grad"))

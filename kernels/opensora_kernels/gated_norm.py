@@ -123,16 +123,23 @@ def gated_norm_backward(
     dstream_BTSD: Tensor,
     dout_BTSD: Tensor,
     stream_BTSD: Tensor,
-    branch_BTSD: Tensor,
+    branch_BTSD: Tensor | None,
     gate_BD: Tensor | None,
     scale_BD: Tensor,
+    branch_dtype: torch.dtype,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and branch, with their strides, and those of shift, scale and, where there is one, the gate, float32 [2 or 3, B, D]."""
+    """Gradients.
+
+    Args:
+        branch_BTSD: None where there is no gate, whose gradient alone it is read for.
+    Returns:
+        That of x, with its strides, of the branch, contiguous, and of shift, scale and gate, if any, float32 [2 or 3, B, D].
+    """
     B, T, S, D = stream_BTSD.shape
-    dstream, dout, stream, branch, scale = map(dense_rows, (dstream_BTSD, dout_BTSD, stream_BTSD, branch_BTSD, scale_BD))
-    gate = None if gate_BD is None else dense_rows(gate_BD)
-    dx, dbranch = torch.empty_like(stream_BTSD), torch.empty_like(branch_BTSD)
+    dstream, dout, stream, scale = map(dense_rows, (dstream_BTSD, dout_BTSD, stream_BTSD, scale_BD))
+    branch, gate = (None if t is None else dense_rows(t) for t in (branch_BTSD, gate_BD))
+    dx, dbranch = torch.empty_like(stream_BTSD), like_contiguous(stream, dtype=branch_dtype)
     rows = rows_per_program(B * T * S, least=FEWEST_ROWS, most=MOST_ROWS)
     sums = partial_sums(2 if gate is None else 3, stream, rows=rows)
     if stream.numel():
@@ -144,7 +151,7 @@ def gated_norm_backward(
             stream,
             steps_of(stream),
             branch,
-            steps_of(branch),
+            None if branch is None else steps_of(branch),
             gate,
             None if gate is None else gate.stride(0),
             scale,
@@ -171,24 +178,26 @@ def _(
     dstream_BTSD: Tensor,
     dout_BTSD: Tensor,
     stream_BTSD: Tensor,
-    branch_BTSD: Tensor,
+    branch_BTSD: Tensor | None,
     gate_BD: Tensor | None,
     scale_BD: Tensor,
+    branch_dtype: torch.dtype,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums = scale_BD.new_empty((2 if gate_BD is None else 3, *scale_BD.shape), dtype=torch.float32)
-    return torch.empty_like(stream_BTSD), torch.empty_like(branch_BTSD), sums
+    return torch.empty_like(stream_BTSD), like_contiguous(stream_BTSD, dtype=branch_dtype), sums
 
 
 def _keep(ctx, inputs, output) -> None:
     _, branch_BTSD, gate_BD, shift_BD, scale_BD, _, ctx.eps = inputs
-    ctx.save_for_backward(output[0], branch_BTSD, gate_BD, scale_BD)  # the stream is kept by what follows, too
-    ctx.shift_dtype = shift_BD.dtype
+    # The stream is kept by what follows, too; a branch without a gate is needed no more.
+    ctx.save_for_backward(output[0], None if gate_BD is None else branch_BTSD, gate_BD, scale_BD)
+    ctx.shift_dtype, ctx.branch_dtype = shift_BD.dtype, branch_BTSD.dtype
 
 
 def _gradients(ctx, dstream_BTSD: Tensor, dout_BTSD: Tensor):
-    stream_BTSD, branch_BTSD, gate_BD, scale_BD = ctx.saved_tensors
-    dx, dbranch, sums = gated_norm_backward(dstream_BTSD, dout_BTSD, stream_BTSD, branch_BTSD, gate_BD, scale_BD, ctx.eps)
+    gate_BD, scale_BD = ctx.saved_tensors[2:]
+    dx, dbranch, sums = gated_norm_backward(dstream_BTSD, dout_BTSD, *ctx.saved_tensors, ctx.branch_dtype, ctx.eps)
     dgate = None if gate_BD is None else sums[2].to(gate_BD.dtype)
     return dx, dbranch, dgate, sums[0].to(ctx.shift_dtype), sums[1].to(scale_BD.dtype), None, None
 
