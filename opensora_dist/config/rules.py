@@ -10,6 +10,7 @@ from dataclasses import replace
 from math import gcd, prod
 
 from opensora_dist.config.caption_rules import caption_problems
+from opensora_dist.config.compile_rules import compile_problems
 from opensora_dist.config.data_rules import data_problems
 from opensora_dist.config.faults import fault_form, parse_fault
 from opensora_dist.config.load import Problem, expand
@@ -49,6 +50,7 @@ def train_problems(config: TrainConfig, *, world: int) -> list[Problem]:
         *mesh_problems(config.parallel, config.model, world=world),
         *_sp_problems(config.parallel.sp),
         *_lever_problems(config),
+        *compile_problems(config),
         *data_problems(config, world=world),
         *_optim_problems(config),
         *_validation_problems(config),

@@ -26,6 +26,21 @@ class RunConfig(Section):
         description="Who does norms, gates, GELU and short attentions: torch, or this project's Triton kernels, which need a GPU and "
         "have not been run on one yet.",
     )
+    attention: Literal["auto", "sdpa", "flash_attn"] = Field(
+        "auto",
+        description="Who does attention: sdpa is torch's, flash_attn the package of that name (version 3 on Hopper, or 2), auto that "
+        "where it is installed and takes the run's GPU and dtype. Short ones are run.kernels's.",
+    )
+    compile: Literal["off", "blocks", "graphs"] = Field(
+        "off",
+        description="blocks: torch.compile makes kernels of each block, or of what it does between communications; graphs: and replays "
+        "them as CUDA graphs. Neither has been run on a GPU yet.",
+    )
+    compile_cache: str = Field(
+        "~/.cache/opensora-dist/compiled",
+        min_length=1,
+        description="Folder, yours alone, in which what was compiled is found again; on a disk that nodes share, by all of them.",
+    )
     log_every: int = Field(10, ge=1, description="Steps between progress lines and metric flushes.")
 
 

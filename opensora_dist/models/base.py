@@ -18,6 +18,7 @@ from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.types import Region, Thw
 from opensora_dist.models.layers import Block, CaptionEmbedder, FinalLayer, PatchEmbed, TimestepEmbedder, linear_flops
 from opensora_dist.models.positions import Positions
+from opensora_dist.ops.compiled import begin_forward
 from opensora_dist.parallel.sequence.base import Shard
 from opensora_dist.parallel.sequence.local import whole
 from opensora_dist.parallel.sequence.pack import Pack, Part, Tokens
@@ -144,6 +145,7 @@ class VideoTransformer(nn.Module, ABC):
         Raises:
             ConfigError: The patch doesn't divide the latents.
         """
+        begin_forward()
         packed = not isinstance(x_BCthw, Tensor)
         parts_BCthw = list(x_BCthw) if not isinstance(x_BCthw, Tensor) else [x_BCthw]
         given = list(shard) if isinstance(shard, Sequence) else [shard] * len(parts_BCthw)

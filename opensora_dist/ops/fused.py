@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opensora_dist.ops.choice import current
+from opensora_dist.ops.compiled import region
 from opensora_dist.ops.precision import compute_dtype
 
 _EPS = 1e-6
 """Of every LayerNorm. It has no affine part: adaLN brings that."""
 
 
+@region
 def norm_modulate(x_BTSD: Tensor, shift_B11D: Tensor, scale_B11D: Tensor) -> Tensor:
     """``LN(x) (1 + scale) + shift``, what a branch is given of the residual stream."""
     if not _by_kernel(x_BTSD):
@@ -24,6 +26,7 @@ def norm_modulate(x_BTSD: Tensor, shift_B11D: Tensor, scale_B11D: Tensor) -> Ten
     return out
 
 
+@region
 def gated(x_BTSD: Tensor, branch_BTSD: Tensor, gate_B11D: Tensor) -> Tensor:
     """``x + gate branch``, the residual stream after a branch."""
     if not _by_kernel(x_BTSD):
@@ -34,6 +37,7 @@ def gated(x_BTSD: Tensor, branch_BTSD: Tensor, gate_B11D: Tensor) -> Tensor:
     return out
 
 
+@region
 def add_norm_modulate(x_BTSD: Tensor, branch_BTSD: Tensor, shift_B11D: Tensor, scale_B11D: Tensor) -> tuple[Tensor, Tensor]:
     """The residual stream after a branch without a gate, and what the next branch is given of it: ``norm_modulate(x + branch)``."""
     if not _by_kernel(x_BTSD):
@@ -46,6 +50,7 @@ def add_norm_modulate(x_BTSD: Tensor, branch_BTSD: Tensor, shift_B11D: Tensor, s
     return both
 
 
+@region
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``gelu(x weight^T + bias)``, by tanh; [..., D] to [..., H]."""
     if not _by_kernel(x):

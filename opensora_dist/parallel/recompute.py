@@ -94,6 +94,11 @@ class _KeepAttention(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of 
         super().__init__()  # type: ignore[no-untyped-call]
         self._tape = tape
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled regions that communicate nothing attend to nothing; without this they would not be compiled within."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func.overloadpacket not in _ATTENTION or not torch.is_grad_enabled():
             return func(*args, **(kwargs or {}))

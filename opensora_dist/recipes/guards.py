@@ -19,6 +19,7 @@ from opensora_dist.data.loader import StepData
 from opensora_dist.models.base import VideoTransformer
 from opensora_dist.models.layers import Block
 from opensora_dist.observe.events import append_event
+from opensora_dist.ops.compiled import Compilations
 from opensora_dist.parallel.mesh import Mesh
 from opensora_dist.parallel.places import AxisName
 from opensora_dist.parallel.zero.base import ZeroBackend
@@ -52,6 +53,8 @@ def guards(
         faults: What goes wrong on purpose.
     """
     resilience, parts = config.resilience, list[Callback]()
+    if config.run.compile != "off":
+        parts.append(Compiling(Compilations(), logbook=logbook))
     if faults.asked:
         parts.append(Injected(faults, model=model, backend=backend, logbook=logbook))
     if resilience.watchdog_s:
@@ -91,6 +94,29 @@ class OnStart(Callback):
     def start(self, *, step: int) -> None:
         """The loop begins."""
         self._call()
+
+
+class Compiling(Callback):
+    """Says what compiling has cost, whenever something was compiled."""
+
+    def __init__(self, compilations: Compilations, *, logbook: Logbook) -> None:
+        self._compilations, self._logbook, self._said = compilations, logbook, 0
+
+    def start(self, *, step: int) -> None:
+        """Counts from here on."""
+        self._compilations.start()
+
+    def end(self) -> None:
+        """Counts no more."""
+        self._compilations.stop()
+
+    def after_step(self, note: StepNote) -> None:
+        """Counts are this rank's; only the main rank's are written."""
+        sofar = self._compilations.sofar
+        if sofar.graphs > self._said:
+            self._said = sofar.graphs
+            _log.info("%s", sofar)
+            self._logbook.event("compiled", step=note.step, **asdict(sofar))
 
 
 class Injected(Callback):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from opensora_dist.observe.progress import TrainProgress
 from opensora_dist.observe.report import write_report
 from opensora_dist.observe.trackers import build_trackers
 from opensora_dist.ops.choice import choose, current, use
+from opensora_dist.ops.compiled import keep_compiled
 from opensora_dist.parallel.failures import lost_contact_said
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.mesh import Mesh, build_mesh, launched_world, process_group, resolve_device
@@ -135,8 +136,12 @@ def train_rank(config: TrainConfig, mesh: Mesh, *, on_start: Callable[[], None] 
         order = order_of(config.data, index, model, keys=keys)
         same_order_everywhere(config, index, order, mesh)
         share_blocks(model, mesh)
-        use(choose(config.run.kernels, device=mesh.device, dtype=config.run.dtype))
+        run = config.run
+        operators = choose(run.kernels, device=mesh.device, dtype=run.dtype, compile=run.compile, attention=run.attention)
+        use(replace(operators, dynamic_shapes=len(order.latents) > 1))
         _log.info("%s", current())
+        if config.run.compile != "off":
+            _log.info("what is compiled is kept in %s", keep_compiled(expand(config.run.compile_cache)))
         set_levers(model, config.parallel, device=mesh.device)
         if config.parallel.tile_tokens is not None:
             objective = TiledLoss(of=objective, positions=config.parallel.tile_tokens * model.patch.volume)
