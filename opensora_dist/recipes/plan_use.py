@@ -75,3 +75,19 @@ def wanted_form(config: TrainConfig) -> str:
     if config.run.kernels == "triton":
         return "ours"
     return "eager" if config.run.compile == "off" else "compile"
+
+
+def attention_ratio_of(first: TimedStep, second: TimedStep, machine: Machine) -> tuple[float | None, float]:
+    """``use``, and ``attention_use`` over it, with which a plan gives the times of two steps, of which the second attends more."""
+    low, high = _LEAST, 1 / _LEAST
+    cost = cost_of(second.case)
+    use: float | None = None
+    for _ in range(_HALVINGS):
+        ratio = math.sqrt(low * high)
+        use = use_of(first, machine, ratio=ratio)
+        if use is None:  # attention alone would take longer than the first step
+            low = ratio
+            continue
+        took = step_time(second.case, cost, replace(machine, use=use, attention_use=ratio * use)).total_s
+        low, high = (ratio, high) if took > second.step_s else (low, ratio)
+    return use, math.sqrt(low * high)
