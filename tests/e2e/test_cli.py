@@ -9,7 +9,7 @@ import sys
 import pytest
 from cli_process import cli, running
 from dataset_factory import SPEC, write_dataset
-from training import MODEL, SAMPLES, curve, events, metrics, overrides
+from training import MODEL, SAMPLES, curve, events, metrics, overrides, train_here
 
 from opensora_dist.cli.main import _VERBS, main
 from opensora_dist.config.base import Section
@@ -246,7 +246,7 @@ def test_sampling_from_what_holds_no_checkpoint_exits_1_and_says_why(say, tmp_pa
         assert (code, said in err) == (1, True), err
 
 
-def test_sigterm_to_the_command_saves_stops_with_0_and_the_same_command_goes_on_bitwise(data, tmp_path):
+def test_sigterm_to_the_command_saves_stops_with_0_and_the_same_command_goes_on_bitwise(ranks, data, tmp_path):
     def args(name):
         more = ["run.steps=80", "run.log_every=1", "parallel.nproc=2", "parallel.zero.stage=2", "checkpoint.every_steps=1000"]
         return ["train", *overrides(data, tmp_path / name, *more)]
@@ -259,11 +259,11 @@ def test_sigterm_to_the_command_saves_stops_with_0_and_the_same_command_goes_on_
     stopped = json.loads((tmp_path / "parts" / "STOPPED").read_text())
     assert 5 <= stopped["step"] < 80 and stopped["signal"] == "SIGTERM"
     assert "start the same command again" in ended.err
-    assert cli(*args("parts")).code == 0
-    assert not (tmp_path / "parts" / "STOPPED").exists()
-    # The run that was never stopped, under torchrun: our own launcher and torch's train the same run.
+    # Again, under torchrun: our own launcher and torch's train the same run.
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    whole = cli(*args("whole"), launcher=torchrun)
-    assert whole.code == 0, whole.err
+    again = cli(*args("parts"), launcher=torchrun)
+    assert again.code == 0, again.err
+    assert not (tmp_path / "parts" / "STOPPED").exists()
+    ranks.run(train_here, args("whole")[1:], world=2)
     assert [m["step"] for m in metrics(tmp_path / "parts")] == list(range(1, 81))
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
