@@ -69,6 +69,11 @@ class StepSweep(_Sweep):
     """A sweep of `bench step`."""
 
     steps: int = Field(3, ge=1, description="Steps of a pass.")
+    forms: tuple[Literal["eager", "compile", "ours"], ...] = Field(
+        ("eager",),
+        min_length=1,
+        description="As --forms: ways of computing the step, the first of which others are compared with.",
+    )
     dollars_per_gpu_hour: float | None = Field(None, gt=0, description="What a GPU costs; null leaves dollars out.")
     grid: StepGrid = Field(StepGrid(), description="What is measured.")
 

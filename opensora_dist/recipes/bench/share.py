@@ -96,7 +96,7 @@ def _echo(into: Tensor, send: Tensor) -> Tensor:
     """``send``, as often as there is room for it, by rows."""
     if len(send) == 0:
         return into.zero_()
-    for part in into.split(len(send)):
+    for part in torch.split(into, len(send)):
         part.copy_(send[: len(part)])
     return into
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -13,11 +13,12 @@ from opensora_dist.core.errors import ConfigError
 from opensora_dist.ops.choice import Choice, choose, using
 from opensora_dist.recipes.bench.training import Training
 
-_ASKED = {
-    "eager": Choice(kernels="torch", compile="off"),
-    "compile": Choice(kernels="torch", compile="blocks"),
-    "ours": Choice(kernels="triton", compile="blocks"),
+_ASKED: dict[str, dict[str, Any]] = {
+    "eager": {"kernels": "torch", "attention": "sdpa", "compile": "off"},
+    "compile": {"kernels": "torch", "attention": "sdpa", "compile": "blocks"},
+    "ours": {"kernels": "triton", "attention": "auto", "compile": "blocks"},
 }
+"""Settings of ``run``, as ``ops.choice.choose`` takes them."""
 
 
 def choice_of(form: str, *, device: torch.device, dtype: str) -> Choice:
@@ -28,8 +29,7 @@ def choice_of(form: str, *, device: torch.device, dtype: str) -> Choice:
     Raises:
         ConfigError: It can't be had on this machine.
     """
-    asked = _ASKED[form]
-    return replace(choose(asked.kernels, device=device, dtype=dtype), compile=asked.compile)
+    return choose(**_ASKED[form], device=device, dtype=dtype)
 
 
 def form_problems(forms: Sequence[str], *, device: torch.device, dtype: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -119,7 +120,8 @@ def step_case(given: Mapping[str, Any], *, world: int, timeout_s: float) -> Memo
         text_tokens=sizes["text_tokens"],
         max_tokens=sizes["text_tokens"],
     )
-    shared = share_problems(case.parallel.sp, case.model, {f"latents of {latent}": meta_model(case).token_grid(latent)})
+    of_one_block = replace(case, model=case.model.model_copy(update={"depth": 1}))  # which has the same patches
+    shared = share_problems(case.parallel.sp, case.model, {f"latents of {latent}": meta_model(of_one_block).token_grid(latent)})
     if shared:
         raise ConfigError([_with_flags(problem.message) for problem in shared])
     return case

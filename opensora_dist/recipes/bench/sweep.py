@@ -33,6 +33,7 @@ from opensora_dist.recipes.bench.case import DEFAULT_GRID
 from opensora_dist.recipes.bench.launch import num_ranks
 from opensora_dist.recipes.bench.machines import Machines, machines_here
 from opensora_dist.recipes.bench.sequence import sequence_inputs
+from opensora_dist.recipes.bench.step_forms import form_problems
 from opensora_dist.recipes.bench.step_inputs import step_case
 from opensora_dist.recipes.bench.sweep_show import write_sweep
 
@@ -162,6 +163,7 @@ def point_problems(sweep: Sweep, point: Point, *, ranks: int, machines: Machines
     del given["nodes"]
     try:
         if isinstance(sweep, StepSweep):
+            problems += form_problems(sweep.forms, device=device, dtype=given.get("dtype", "float32"))
             problems += _memory_problems(step_case(given, world=world, timeout_s=sweep.timeout_s), device)
         else:
             _sequence_case(sweep, given, world=world)
@@ -203,7 +205,7 @@ def point_argv(kind: str, sweep: Sweep, point: Point, *, out: Path) -> list[str]
     argv = ["bench", kind, "--out", str(out), "--device", resolve_device(sweep.device).type, "--timeout", f"{sweep.timeout_s:g}"]
     argv += ["--rounds", str(sweep.rounds), "--warmup", str(sweep.warmup)]
     if isinstance(sweep, StepSweep):
-        argv += ["--steps", str(sweep.steps)]
+        argv += ["--steps", str(sweep.steps), "--forms", *sweep.forms]
     elif sweep.schemes:
         argv += ["--schemes", *sweep.schemes]
     for key, value in point.values.items():
