@@ -196,8 +196,9 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, dstream_BTSD: Tensor, dout_BTSD: Tensor):
-    gate_BD, scale_BD = ctx.saved_tensors[2:]
-    dx, dbranch, sums = gated_norm_backward(dstream_BTSD, dout_BTSD, *ctx.saved_tensors, ctx.branch_dtype, ctx.eps)
+    kept = ctx.saved_tensors  # once: recomputation frees each as it is given
+    _, _, gate_BD, scale_BD = kept
+    dx, dbranch, sums = gated_norm_backward(dstream_BTSD, dout_BTSD, *kept, ctx.branch_dtype, ctx.eps)
     dgate = None if gate_BD is None else sums[2].to(gate_BD.dtype)
     return dx, dbranch, dgate, sums[0].to(ctx.shift_dtype), sums[1].to(scale_BD.dtype), None, None
 
