@@ -8,7 +8,7 @@ DEMO_DIR ?= demo
 COLOSSALAI_VENV := .venv-colossalai
 POOLS_VENV := .venv-pools
 
-.PHONY: demo test test-all test-colossalai test-pools test-docker test-hosts test-slurm lint format clean help
+.PHONY: demo test test-all test-colossalai test-pools test-docker test-gpu test-hosts test-slurm lint format clean help
 
 help:
 	@echo "make demo      toy videos -> shards -> training -> sampled video and report, on this machine"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-colossalai  Colossal-AI's suite, in an environment of its own"
 	@echo "make test-pools  manifests for Kubernetes and SkyPilot, held to their real schemas, in an environment of its own"
 	@echo "make test-docker  the image built from a bare Debian, and its entry point run (as root)"
+	@echo "make test-gpu  what only a GPU shows, on a machine that has one"
 	@echo "make test-hosts   torchrun over two modelled hosts (as root)"
 	@echo "make test-slurm   what befalls a training, on a real Slurm of four modelled nodes (as root, Debian)"
 	@echo "make lint      style, types, import direction"
@@ -26,8 +27,9 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/opensora-dist demo $(DEMO_DIR)
 
+# Two of pytest's processes, each with ranks of its own: for much of its time a test waits, for another rank or for a program to start.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest
@@ -43,6 +45,11 @@ test-pools: $(POOLS_VENV)/.installed
 # These need root and programs that they install themselves; elsewhere they skip, and say why.
 test-docker: $(VENV)/.dev
 	$(BIN)/python -m pytest -rsP --timeout 1800 tests/docker
+
+# By itself: in the suite's own process Triton interprets.
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu needs a GPU, and torch sees none")'
+	$(BIN)/python -m pytest -p no:cacheprovider tests/gpu
 
 test-hosts: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/hosts

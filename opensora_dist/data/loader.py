@@ -171,8 +171,7 @@ class Loader:
         self._shares = {latent: share(latent) for latent in order.latents}
         self._planner = Planner(index, order, shares=self._shares, accum=accum, loss_weight=loss_weight)
         self.last_wait_s = 0.0
-        self._index = index
-        self._accum = accum
+        self._index, self._accum = index, accum
         self._steps = range(start_step, start_step + num_steps)
         self._dtype, self._device, self._damaged = dtype, device, damaged
         self._known: dict[int, Damage] = {}  # row -> what is wrong with its bytes: it is not read a second time
@@ -181,7 +180,9 @@ class Loader:
             torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1, 1)
             for values in (index.spec.latent_mean, index.spec.latent_std)
         )
-        self._pool = ThreadPoolExecutor(max_workers=reader_threads, thread_name_prefix="shard-reader")
+        # A thread begins on GPU 0, where whatever it does first makes a context: half a GiB for every rank of the machine.
+        on_gpu = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self._pool = ThreadPoolExecutor(max_workers=reader_threads, thread_name_prefix="shard-reader", initializer=on_gpu)
         self._thread = threading.local()
         self._readers: list[ShardReader] = []
         self._slots = [Slot(pinned=device.type == "cuda") for _ in range(prefetch_batches)]

@@ -13,8 +13,9 @@ TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 def draws(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
     """The same numbers for the same shapes."""
-    generator = torch.Generator().manual_seed(sum(map(sum, shapes)))
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    generator = torch.Generator("cpu").manual_seed(sum(map(sum, shapes)))
+    device = torch.get_default_device()  # the GPU, in its own suite
+    return [torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for shape in shapes]
 
 
 def assert_same(
