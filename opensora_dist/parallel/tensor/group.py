@@ -35,6 +35,11 @@ class TensorGroup:
     def __init__(self, exchange: Exchange | None) -> None:
         self._exchange = exchange
 
+    @property
+    def alone(self) -> bool:
+        """Whether linears are whole here, and nothing is sent."""
+        return self._exchange is None
+
     def enter(self, x: Tensor) -> Tensor:
         """The input of column-wise linears, as they compute with it; in backward, the sum over ranks of what each gives for it."""
         if self._exchange is None:
