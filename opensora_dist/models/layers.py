@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora_dist.core.types import Axis, Thw
-from opensora_dist.ops.attention import attention
-from opensora_dist.ops.compiled import compiles, region
+from opensora_dist.ops.compiled import compiles, region, replayed_region
 from opensora_dist.ops.fused import add_norm_modulate, gated, linear_gelu, norm_modulate
+from opensora_dist.ops.samples import cross_attention
 from opensora_dist.parallel.offload import Around
 from opensora_dist.parallel.recompute import Recompute, Store, recompute, recompute_traced, tiled
 from opensora_dist.parallel.sequence.base import Shard
@@ -85,25 +85,21 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def keys_and_values(self, text_BYD: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the caption, each [B, N, Y, K]; the same for every token, so computed once however the tokens come."""
-        k_BNYK, v_BNYK = self.kv_linear(text_BYD).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return k_BNYK, v_BNYK
+    def keys_and_values(self, text_BYD: Tensor) -> Tensor:
+        """Of the caption, [B, Y, 2, N, K]; the same for every token, so computed once however the tokens come."""
+        kv_BY2NK: Tensor = self.kv_linear(text_BYD).unflatten(-1, (2, self.heads, -1))
+        return kv_BY2NK
 
-    def forward(self, x_BTSD: Tensor, *, shard: Tokens, kv_BNYK: tuple[Tensor, Tensor], text_mask_BY: Tensor | None) -> Tensor:
+    def forward(self, x_BTSD: Tensor, *, shard: Tokens, kv_BY2NK: Tensor, text_mask_BY: Tensor | None) -> Tensor:
         """
         Args:
             x_BTSD: Tokens of ``shard``, or of a pack all of them.
         """
-        masks = () if text_mask_BY is None else (text_mask_BY,)
-        attended = shard.each(self._attend, self.q_linear(x_BTSD), of=(*kv_BNYK, *masks))
-        out: Tensor = self.proj(attended)
+        q_BTSC = self.q_linear(x_BTSD)
+        q_QNK = q_BTSC.flatten(0, 2).unflatten(-1, (self.heads, -1))
+        attended = cross_attention(q_QNK, kv_BY2NK, text_mask_BY, runs=shard.runs(x_BTSD))
+        out: Tensor = self.proj(attended.reshape(q_BTSC.shape))
         return out
-
-    def _attend(self, q_BTSC: Tensor, k_BNYK: Tensor, v_BNYK: Tensor, mask_BY: Tensor | None = None) -> Tensor:
-        B, T, S, C = q_BTSC.shape
-        q_BNLK = q_BTSC.reshape(B, T * S, self.heads, C // self.heads).transpose(1, 2)
-        return attention(q_BNLK, k_BNYK, v_BNYK, mask_BM=mask_BY).transpose(1, 2).reshape(q_BTSC.shape)
 
     def flops(self, tokens: int, *, text_tokens: int) -> int:
         """Forward FLOPs for one sample."""
@@ -191,9 +187,9 @@ class Block(nn.Module, ABC):
 
     def _is_one_graph(self, shard: Tokens) -> bool:
         """Whether nothing that a compiler can't follow happens inside: no communication, no loop over shapes or tiles."""
-        return isinstance(shard, Shard) and shard.links is None and self.tensor is ALONE and self.tile_tokens is None
+        return isinstance(shard, Shard) and shard.links is None and self.tensor.alone and self.tile_tokens is None
 
-    @region
+    @replayed_region
     def _traced(
         self,
         x_BTSD: Tensor,
@@ -222,11 +218,11 @@ class Block(nn.Module, ABC):
     ) -> Tensor:
         modulation_B611D = (self.scale_shift_table + t_B6D)[:, :, None, None]
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation_B611D.unbind(1)
-        kv_BNYK = self.cross_attn.keys_and_values(text_BYD)
+        kv_BY2NK = self.cross_attn.keys_and_values(text_BYD)
         tp = self.tensor
 
         def cross_and_mlp(x: Tensor) -> Tensor:
-            part = self.cross_attn(tp.enter(x), shard=shard, kv_BNYK=kv_BNYK, text_mask_BY=text_mask_BY)
+            part = self.cross_attn(tp.enter(x), shard=shard, kv_BY2NK=kv_BY2NK, text_mask_BY=text_mask_BY)
             attended = tp.leave(part, self.cross_attn.proj, tape=shard.tape)
             x, x_mlp = shard.each(add_norm_modulate, x, attended, of=(shift_mlp, scale_mlp))
             # What is sent is outside: a tile is run again in backward.
@@ -344,9 +340,9 @@ class FinalLayer(nn.Module):
 
     def forward(self, x_BTSD: Tensor, *, shard: Tokens, t_BD: Tensor) -> Tensor:
         shift_scale = (self.scale_shift_table + t_BD[:, None])[:, :, None, None].unbind(1)
+        return shard.each(partial(over_tokens, self._patches, tile_tokens=self.tile_tokens), x_BTSD, of=shift_scale)
 
-        def patches(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-            out: Tensor = self.linear(norm_modulate(x, shift, scale))
-            return out
-
-        return shard.each(partial(over_tokens, patches, tile_tokens=self.tile_tokens), x_BTSD, of=shift_scale)
+    @region
+    def _patches(self, x_BTSD: Tensor, shift_B11D: Tensor, scale_B11D: Tensor) -> Tensor:
+        out: Tensor = self.linear(norm_modulate(x_BTSD, shift_B11D, scale_B11D))
+        return out

@@ -11,12 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opensora_dist.ops.flash import flash_attention, takes
 from opensora_dist.ops.precision import accumulation_dtype
 
-# Flash attention's kernels put the batch on a grid axis on which CUDA allows no more, and torch's choice of a kernel doesn't look
-# at that (2.11 to 2.13; pytorch issue 146704): the launch fails with "invalid configuration argument". Attention over time has a
-# batch of samples x tokens per frame: 19 clips of 720p are enough. The memory-efficient kernel cuts its batch itself.
+# Flash attention's kernels, torch's and the package's, put the batch on a grid axis on which CUDA allows no more, and nobody looks at
+# that (torch 2.11 to 2.13; pytorch issue 146704, flash-attention issue 1786): the launch fails with "invalid configuration argument".
+# Attention over time has a batch of samples x tokens per frame: 19 clips of 720p are enough. The memory-efficient kernel cuts its batch
+# itself.
 _CUDA_MAX_BATCH = 65_535
+# And their backward adds up the gradient of queries in rows of 128 and heads of a multiple of 32, which it finds by 32 bits: beyond, it
+# reads and writes anywhere (flash-attention pull request 1500 mended it there in 2025; torch carries an older copy). Over 16 frames at
+# XL/2 that is a batch of 10,922.
+_CUDA_MAX_SUMS = 2**31
 _CUDA_MAX_HEAD = 256  # of the flash kernels
 _REFERENCE_SCORES = 1 << 24  # numbers that the reference holds of an L x M matrix at once
 
@@ -33,7 +39,7 @@ def attention(q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor, *, mask_BM: Tensor
         [B, N, L, K].
     """
     if mask_BM is None:
-        return _attend_in_parts(q_BNLK, k_BNMK, v_BNMK, max_batch=_CUDA_MAX_BATCH if q_BNLK.is_cuda else len(q_BNLK))
+        return _attend_in_parts(q_BNLK, k_BNMK, v_BNMK, max_batch=_flash_batch(q_BNLK) if q_BNLK.is_cuda else len(q_BNLK))
     # A softmax over nothing is NaN in some kernels, forward or backward. So a sample without keys attends to all of them, with
     # values of zero: that costs a copy of the values, not of the (much larger) output.
     empty_B1 = ~mask_BM.any(dim=1, keepdim=True)
@@ -42,10 +48,18 @@ def attention(q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor, *, mask_BM: Tensor
 
 
 def _attend_in_parts(q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor, *, max_batch: int) -> Tensor:
+    attend = flash_attention if takes(q_BNLK) else F.scaled_dot_product_attention
     if len(q_BNLK) <= max_batch:
-        return F.scaled_dot_product_attention(q_BNLK, k_BNMK, v_BNMK)
+        return attend(q_BNLK, k_BNMK, v_BNMK)
     parts = zip(*(torch.split(tensor, max_batch) for tensor in (q_BNLK, k_BNMK, v_BNMK)))
-    return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+    return torch.cat([attend(*part) for part in parts])
+
+
+def _flash_batch(q_BNLK: Tensor) -> int:
+    """The largest batch of one call."""
+    _, N, L, K = q_BNLK.shape
+    sums = N * (L + -L % 128) * (K + -K % 32)
+    return min(_CUDA_MAX_BATCH, max(1, _CUDA_MAX_SUMS // max(1, sums)))
 
 
 # --- attention whose parts can be put together: keys that are not all here at once
@@ -59,12 +73,12 @@ class _Kernel(NamedTuple):
     Args:
         forward: (q, k, v) to (out, lse).
         backward: (grad_out, q, k, v, out, lse) to (dq, dk, dv).
-        max_batch: Largest batch of one call; None where there is no limit.
+        max_batch: Largest batch of one call with queries like these.
     """
 
     forward: Callable[..., Tensors]
     backward: Callable[..., Tensors]
-    max_batch: int | None
+    max_batch: Callable[[Tensor], int]
 
 
 @torch.no_grad()
@@ -82,7 +96,7 @@ def attention_with_lse(q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor) -> tuple[
         out [B, N, L, K] in the inputs' dtype, and lse [B, N, L] of scores scaled by 1 / sqrt(K), in float32 (float64 for float64).
     """
     kernel = _kernel(q_BNLK, k_BNMK)
-    out, lse = _in_parts(kernel.forward, (q_BNLK, k_BNMK, v_BNMK), max_batch=kernel.max_batch)
+    out, lse = _in_parts(kernel.forward, (q_BNLK, k_BNMK, v_BNMK), max_batch=kernel.max_batch(q_BNLK))
     return out, lse
 
 
@@ -107,7 +121,7 @@ def attention_backward(
     """
     kernel = _kernel(q_BNLK, k_BNMK)
     tensors = (grad_BNLK, q_BNLK, k_BNMK, v_BNMK, out_BNLK, lse_BNL)
-    dq, dk, dv = _in_parts(kernel.backward, tensors, max_batch=kernel.max_batch)
+    dq, dk, dv = _in_parts(kernel.backward, tensors, max_batch=kernel.max_batch(q_BNLK))
     return dq, dk, dv
 
 
@@ -121,8 +135,8 @@ def _kernel(q_BNLK: Tensor, k_BNMK: Tensor) -> _Kernel:
     return _REFERENCE
 
 
-def _in_parts(kernel: Callable[..., Tensors], tensors: Tensors, *, max_batch: int | None) -> Tensors:
-    if max_batch is None or len(tensors[0]) <= max_batch:
+def _in_parts(kernel: Callable[..., Tensors], tensors: Tensors, *, max_batch: int) -> Tensors:
+    if len(tensors[0]) <= max_batch:
         return kernel(*tensors)
     parts = [kernel(*part) for part in zip(*(torch.split(tensor, max_batch) for tensor in tensors))]
     return tuple(torch.cat(results) for results in zip(*parts))
@@ -207,6 +221,6 @@ def _reference_rows(q_BNLK: Tensor, k_BNMK: Tensor) -> int:
     return max(1, _REFERENCE_SCORES // max(1, q_BNLK.shape[0] * q_BNLK.shape[1] * k_BNMK.shape[2]))
 
 
-_CPU = _Kernel(_cpu_forward, _cpu_backward, None)
-_CUDA = _Kernel(_cuda_forward, _cuda_backward, _CUDA_MAX_BATCH)
-_REFERENCE = _Kernel(_reference_forward, _reference_backward, None)
+_CPU = _Kernel(_cpu_forward, _cpu_backward, len)
+_CUDA = _Kernel(_cuda_forward, _cuda_backward, _flash_batch)
+_REFERENCE = _Kernel(_reference_forward, _reference_backward, len)

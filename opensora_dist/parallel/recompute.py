@@ -16,17 +16,28 @@ T = TypeVar("T")
 Recompute = Literal["none", "selective", "full"]
 """What is computed again in backward (``parallel.recompute``)."""
 
-# Those that autograd calls for `scaled_dot_product_attention`, each with what its backward needs: output, log-sum-exp, seeds.
+# Operators whose outputs are kept, each with what its backward needs: output, log-sum-exp, seeds. By name, since the packages that
+# register the last of them are imported where they are used. Those that autograd calls for `scaled_dot_product_attention`:
 _ATTENTION = frozenset(
-    getattr(torch.ops.aten, name)
-    for name in (
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_fused_attention_overrideable",
+    f"aten::_scaled_dot_product_{kernel}"
+    for kernel in (
+        "flash_attention_for_cpu",
+        "flash_attention",
+        "efficient_attention",
+        "cudnn_attention",
+        "fused_attention_overrideable",
     )
-    if hasattr(torch.ops.aten, name)
+)
+# And those that are called below autograd, or inside autograd functions, of which none is a scheme's: gradients are off there.
+_ATTENTION_BELOW = frozenset(
+    (
+        "opensora::short_attention",
+        "opensora::varlen_attention",
+        "flashattn::_flash_attn_forward",
+        "flashattn::_flash_attn_varlen_forward",
+        "flash_attn_3::_flash_attn_forward",
+        "flash_attn_3::fwd",
+    )
 )
 
 
@@ -87,7 +98,7 @@ class Tape:
 class _KeepAttention(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch's, which has no types
     """Puts on a tape what the attentions within give.
 
-    Only those that autograd calls: inside an autograd function of a scheme gradients are off, and that function keeps its own result.
+    Inside an autograd function of a scheme gradients are off, and that function keeps its own result.
     """
 
     def __init__(self, tape: Tape) -> None:
@@ -100,11 +111,16 @@ class _KeepAttention(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of 
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func.overloadpacket not in _ATTENTION or not torch.is_grad_enabled():
+        name = func._schema.name
+        if name not in _ATTENTION_BELOW and not (name in _ATTENTION and torch.is_grad_enabled()):
             return func(*args, **(kwargs or {}))
         if self._tape.replaying:
-            return tuple(self._tape.replay() for _ in func._schema.returns)
-        return tuple(self._tape.keep(part) for part in func(*args, **(kwargs or {})))
+            outs = tuple(self._tape.replay() for _ in func._schema.returns)
+            return outs[0] if len(outs) == 1 else outs
+        outs = func(*args, **(kwargs or {}))
+        for part in outs if isinstance(outs, tuple) else (outs,):
+            self._tape.keep(part)
+        return outs
 
 
 def recompute(
@@ -150,7 +166,8 @@ def recompute_traced(region: Callable[[Tensor], Tensor], x: Tensor, *, how: Lite
 
 
 def _keep_attention(_ctx: Any, func: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if func.overloadpacket in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+    name = func._schema.name if isinstance(func, torch._ops.OpOverload) else ""
+    return CheckpointPolicy.MUST_SAVE if name in _ATTENTION | _ATTENTION_BELOW else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def tiled(region: Callable[..., Tensor], *xs: Tensor, dim: int, size: int) -> Tensor:

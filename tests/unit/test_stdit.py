@@ -107,7 +107,7 @@ def test_a_caption_without_valid_tokens_leaves_the_projection_bias_only():
     assert torch.equal(run(model, c), run(model, other))
     attn = model.blocks[0].cross_attn
     x = torch.ones(2, 1, 3, 16).double()
-    out = attn(x, shard=whole(Thw(1, 1, 3)), kv_BNYK=attn.keys_and_values(torch.ones(2, 5, 16).double()), text_mask_BY=c.mask)
+    out = attn(x, shard=whole(Thw(1, 1, 3)), kv_BY2NK=attn.keys_and_values(torch.ones(2, 5, 16).double()), text_mask_BY=c.mask)
     torch.testing.assert_close(out, attn.proj.bias.expand_as(out), rtol=0, atol=0)
 
 

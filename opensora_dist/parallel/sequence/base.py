@@ -174,6 +174,11 @@ class Shard:
         """This shard within a region that is computed again in backward; without a tape, one that is not."""
         return replace(self, tape=tape)
 
+    def runs(self, x_BtsD: Tensor) -> list[tuple[int, int]]:
+        """Samples whose tokens follow each other in ``x_BtsD``, all or some of each's: how many, and tokens of each."""
+        B, t, s, _ = x_BtsD.shape
+        return [(B, t * s)]
+
     def each(self, op: Callable[..., TensorOrTensors], *tokens_BtsD: Tensor, of: Sequence[Tensor]) -> TensorOrTensors:
         """``op(*tokens, *of)`` where what a token meets is its own sample's: work on each token by itself.
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from opensora_dist.core.types import Axis, Thw
-from opensora_dist.ops.attention import attention
+from opensora_dist.ops.frames import frames_attention
 from opensora_dist.ops.precision import compute_dtype
 from opensora_dist.parallel.sequence.base import (
     Before,
@@ -179,9 +179,8 @@ class _Pipeline:
         own_tBsC, returning = [], []
         for j, run_TBsE in enumerate(torch.split(qkv_TBsE, self._own_runs, dim=2)):
             T, B, s, _ = run_TBsE.shape
-            qkv_BsNTK = run_TBsE.view(T, B, s, 3, heads, head_dim).permute(3, 1, 2, 4, 0, 5).flatten(1, 2)
-            out_GTC = attention(*qkv_BsNTK.unbind(0)).transpose(1, 2).flatten(2)
-            own_RC, rest_RC = leave([out_GTC], [[(0, slice(0, self._t))], self._order()])
+            out_BTsC = frames_attention(run_TBsE.view(T, B, s, 3, heads, head_dim).transpose(0, 1))
+            own_RC, rest_RC = leave([out_BTsC.transpose(1, 2).flatten(0, 1)], [[(0, slice(0, self._t))], self._order()])
             own_tBsC.append(own_RC.view(self._t, B, s, heads * head_dim))
             transfer = self._transfer(
                 send=[sum(self._held_by[r]) * B * s for r in self._others],

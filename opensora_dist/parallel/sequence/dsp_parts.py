@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opensora_dist.core.types import Axis
-from opensora_dist.ops.attention import attention
+from opensora_dist.ops.frames import frames_attention
 from opensora_dist.ops.precision import compute_dtype
 from opensora_dist.parallel.sequence.base import Projections, Shard, Traffic, ranges
 from opensora_dist.parallel.sequence.dsp_ops import cat, leave, project
@@ -127,5 +127,4 @@ class Parts:
         """[G, T, C]."""
         heads, head_dim = self._attn.heads, self._attn.head_dim
         qkv_TGE = rows_RE.view(sum(part.held), len(part.owned[part.rank]), 3, heads, head_dim)
-        qkv_GNTK = qkv_TGE.permute(2, 1, 3, 0, 4)
-        return attention(*qkv_GNTK.unbind(0)).transpose(1, 2).flatten(2)
+        return frames_attention(qkv_TGE[None])[0].transpose(0, 1)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from opensora_dist.core.types import Axis, Thw
 from opensora_dist.ops.attention import attention
+from opensora_dist.ops.frames import frames_attention, reads_in_place
 from opensora_dist.parallel.sequence.base import Projections, Scheme, Shard, Traffic
 
 
@@ -31,11 +32,15 @@ class Local(Scheme):
         return Traffic(forward=0, backward=0)
 
     def attend(self, attn: Projections, x_BtsD: Tensor, axis: Axis, shard: Shard) -> Tensor:
-        """For ``Axis.TIME`` the result is a transposed view."""
+        """For ``Axis.TIME`` the result may be a transposed view."""
         B, T, S, _ = x_BtsD.shape
         if axis is Axis.SPACE:
             return self_attention(attn, x_BtsD.flatten(0, 1)).view(x_BtsD.shape)
         if axis is Axis.TIME:
+            if reads_in_place(T, x_BtsD):
+                qkv_BTS3NK = attn.qkv(x_BtsD).view(B, T, S, 3, attn.heads, -1)
+                out: Tensor = attn.proj(frames_attention(qkv_BTS3NK))
+                return out
             # Transposing the input moves D numbers per token; transposing q, k and v would move 3 D.
             return self_attention(attn, x_BtsD.transpose(1, 2).flatten(0, 1)).view(B, S, T, -1).transpose(1, 2)
         return self_attention(attn, x_BtsD.flatten(1, 2)).view(x_BtsD.shape)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from opensora_dist.core.types import Axis
-from opensora_dist.ops.attention import attention
+from opensora_dist.ops.frames import frames_attention, reads_in_place
+from opensora_dist.ops.samples import packed_attention
 from opensora_dist.parallel.recompute import Tape
 from opensora_dist.parallel.sequence.base import Before, First, Projections, Shard, TensorOrTensors, Then
 
@@ -48,15 +49,6 @@ class Part:
         B, t, s = self.shape
         return {Axis.SPACE: (B * t, s), Axis.TIME: (B * s, t), Axis.JOINT: (B, t * s)}[axis]
 
-    def in_order(self, x_BtsD: Tensor, axis: Axis) -> Tensor:
-        """Tokens in the order of these sequences: of time [B, s, t, D]; a view."""
-        return x_BtsD.transpose(1, 2) if axis is Axis.TIME else x_BtsD
-
-    def residual(self, x_RD: Tensor, axis: Axis) -> Tensor:
-        """Back from ``in_order``, whose dims may be one: [B, t, s, D]."""
-        B, t, s = self.shape
-        return x_RD.view(B, s, t, -1).transpose(1, 2) if axis is Axis.TIME else x_RD.view(B, t, s, -1)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
@@ -72,6 +64,10 @@ class Pack:
     def taped(self, tape: Tape | None) -> Pack:
         """As ``Shard.taped``."""
         return replace(self, tape=tape, parts=tuple(replace(part, shard=part.shard.taped(tape)) for part in self.parts))
+
+    def runs(self, _x_11LD: Tensor) -> list[tuple[int, int]]:
+        """As ``Shard.runs``, shape by shape."""
+        return [part.sequences(Axis.JOINT) for part in self.parts]
 
     def join(self, parts_BtsD: Sequence[Tensor]) -> Tensor:
         """The parts' tokens as one sequence."""
@@ -106,8 +102,8 @@ class Pack:
         for i, part in enumerate(self.parts):
             if part.shard.crosses(axis):
                 crossing.setdefault(part.shard.scheme.name, []).append(i)
-        if not crossing and axis is not Axis.TIME:  # sequences as they lie in memory
-            return then(x, self._attend_in_place(attn, input_11LD, axis))
+        if not crossing and (axis is not Axis.TIME or _reads_in_place(self.parts, input_11LD)):
+            return then(x, attn.proj(_attended(attn, input_11LD, axis, self.parts)))
         inputs = self.split(input_11LD)
         here = sorted({*range(len(self.parts))}.difference(*crossing.values()))
         outputs: dict[int, Tensor] = {}
@@ -123,33 +119,44 @@ class Pack:
         attend_here()
         return then(x, self.join([outputs[i] for i in range(len(self.parts))]))
 
-    def _attend_in_place(self, attn: Projections, x_11LD: Tensor, axis: Axis) -> Tensor:
-        """Nothing crosses ranks, and every sequence lies in one piece: no token is moved."""
-        return attn.proj(_attended(attn, x_11LD, [part.sequences(axis) for part in self.parts]))
-
 
 def _attend_here(attn: Projections, inputs_BtsD: Sequence[Tensor], axis: Axis, parts: Sequence[Part]) -> list[Tensor]:
-    """Parts whose sequences are whole on this rank: one projection for all, one attention per shape."""
-    in_order = [part.in_order(x, axis) for part, x in zip(parts, inputs_BtsD, strict=True)]
-    x_11RD: Tensor = _Join.apply(*in_order)  # type: ignore[no-untyped-call]
-    out_11RD = attn.proj(_attended(attn, x_11RD, [part.sequences(axis) for part in parts]))
+    """Parts whose sequences are whole on this rank: one projection for all, one attention per shape or for all."""
+    if axis is not Axis.TIME or _reads_in_place(parts, inputs_BtsD[0]):
+        x_11RD: Tensor = _Join.apply(*inputs_BtsD)  # type: ignore[no-untyped-call]
+        out_11RD = attn.proj(_attended(attn, x_11RD, axis, parts))
+        rows = torch.split(out_11RD[0, 0], [prod(part.shape) for part in parts])
+        return [out_RD.view(*part.shape, -1) for part, out_RD in zip(parts, rows, strict=True)]
+    x_11RD = _Join.apply(*(x.transpose(1, 2) for x in inputs_BtsD))  # type: ignore[no-untyped-call]
+    out_11RD = attn.proj(_of_sequences(attn.qkv(x_11RD), attn, runs=[part.sequences(axis) for part in parts]))
     rows = torch.split(out_11RD[0, 0], [prod(part.shape) for part in parts])
-    return [part.residual(out, axis) for part, out in zip(parts, rows, strict=True)]
+    return [
+        out_RD.view(B, s, t, -1).transpose(1, 2) for (B, t, s), out_RD in zip((part.shape for part in parts), rows, strict=True)
+    ]
 
 
-def _attended(attn: Projections, x_11RD: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-    """The attentions of sequences that lie one after the other, before the last projection: [1, 1, R, C].
+def _reads_in_place(parts: Sequence[Part], x: Tensor) -> bool:
+    """Whether attention over frames wants no token moved, of none of the parts."""
+    return all(reads_in_place(part.shape[1], x) for part in parts)
 
-    Args:
-        shapes: Sequences of a length, [G, l].
-    """
-    outputs = []
-    qkv_RE = attn.qkv(x_11RD)[0, 0]
-    for (G, length), rows_RE in zip(shapes, torch.split(qkv_RE, [G * length for G, length in shapes]), strict=True):
-        q, k, v = rows_RE.view(G, length, 3, attn.heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        outputs.append(attention(q, k, v).transpose(1, 2).flatten(2))
-    out: Tensor = _Join.apply(*outputs)  # type: ignore[no-untyped-call]
-    return out
+
+def _attended(attn: Projections, x_11RD: Tensor, axis: Axis, parts: Sequence[Part]) -> Tensor:
+    """The attentions of tokens that lie as the residual stream has them, before the last projection: [1, 1, R, C]."""
+    qkv_11RE = attn.qkv(x_11RD)
+    if axis is not Axis.TIME:
+        return _of_sequences(qkv_11RE, attn, runs=[part.sequences(axis) for part in parts])
+    pieces = torch.split(qkv_11RE[0, 0], [prod(part.shape) for part in parts])
+    outs = [
+        frames_attention(qkv_RE.view(*part.shape, 3, attn.heads, attn.head_dim))
+        for part, qkv_RE in zip(parts, pieces, strict=True)
+    ]
+    out_11RC: Tensor = _Join.apply(*outs)  # type: ignore[no-untyped-call]
+    return out_11RC
+
+
+def _of_sequences(qkv_11RE: Tensor, attn: Projections, *, runs: Sequence[tuple[int, int]]) -> Tensor:
+    qkv_R3NK = qkv_11RE[0, 0].view(-1, 3, attn.heads, attn.head_dim)
+    return packed_attention(qkv_R3NK, runs=runs).flatten(1)[None, None]
 
 
 class _Join(torch.autograd.Function):
