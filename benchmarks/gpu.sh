@@ -17,8 +17,12 @@ elif [ $# -gt 0 ]; then
     echo "usage: $0 [--list]" >&2
     exit 2
 else
-    name=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name(0))') || { echo "no GPU that torch can use" >&2; exit 1; }
-    gpu=$(printf '%s' "$name" | tr '[:upper:] ' '[:lower:]_' | sed 's/^nvidia_//; s/[^a-z0-9_].*//; s/_.*//')
+    gpu=$("$PYTHON" -c '
+import torch
+from opensora_dist.plan.hardware import gpu_for_device
+name = torch.cuda.get_device_name(0)
+known = gpu_for_device(name)
+print(known.name if known else "gpu")') || { echo "no GPU that torch can use" >&2; exit 1; }
 fi
 RESULTS=benchmarks/results/$gpu
 OPENSORA="$PYTHON -m opensora_dist"
@@ -32,7 +36,8 @@ kernels|120|||$PYTHON benchmarks/kernels.py --out benchmarks/results
 bench_16_256|90|step.json|step_16x256x256.json|$STEP --clip 16x32x32 --batch 6 --forms eager compile ours --out $WORK/bench_16_256
 bench_16_512|90|step.json|step_16x512x512.json|$STEP --clip 16x64x64 --batch 1 --forms eager compile ours --out $WORK/bench_16_512
 bench_64|150|step.json|step_64x512x512.json|$STEP --clip 64x64x64 --batch 1 --forms eager compile ours --recompute full --out $WORK/bench_64
-no_recompute|120|step.json|step_64x512x512_no_recompute.json|$STEP --clip 64x64x64 --batch 1 --forms ours --compare recompute=none,selective,full --out $WORK/no_recompute
+recompute|90|step.json|step_64x512x512_recompute.json|$STEP --clip 64x64x64 --batch 1 --forms ours --compare recompute=selective,full --out $WORK/recompute
+no_recompute|90|step.json|step_64x512x512_no_recompute.json|$STEP --clip 64x64x64 --batch 1 --forms ours --out $WORK/no_recompute
 dit|120|step.json|step_64x512x512_dit.json|$STEP --clip 64x64x64 --batch 1 --forms ours --recompute full --compare model=stdit,dit --out $WORK/dit
 share|150|share.json|share_1080p_minute.json|$OPENSORA bench share --device cuda --form ours --memory-cap-gib 80 --out $WORK/share
 PARTS

@@ -6,6 +6,8 @@ import argparse
 import ast
 import dataclasses
 import json
+import re
+import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
@@ -25,12 +27,12 @@ from opensora_dist.ops.compiled import using_backend
 from opensora_dist.parallel.sequence.registry import SCHEMES
 from opensora_dist.parallel.sequence.traffic import SentBytes
 from opensora_dist.plan.memory import MemoryCase, estimate
-from opensora_dist.recipes.bench.kinds import IDLE, KindTimes
+from opensora_dist.recipes.bench.kinds import IDLE, KINDS, OTHER, KindTimes, Ran, kind_of, kind_times
 from opensora_dist.recipes.bench.show import megabytes
 from opensora_dist.recipes.bench.speed import Work, speed
 from opensora_dist.recipes.bench.step import FormResult, StepOptions, Variant, bench_step, silence_problem
 from opensora_dist.recipes.bench.step_forms import FORMS
-from opensora_dist.recipes.bench.step_inputs import step_case, step_inputs
+from opensora_dist.recipes.bench.step_inputs import CASE_FIELDS, step_case, step_inputs
 from opensora_dist.recipes.bench.step_show import print_step_table, step_figures, step_record, work_of
 from opensora_dist.recipes.bench.training import Training, samples_of
 
@@ -181,6 +183,77 @@ def test_a_compiled_form_is_timed_beside_the_eager_one_and_its_memory_on_a_cpu_i
     eager, compiled = ranks.run(_bench, [_case(1)], options, world=1)[0]
     assert compiled.difference < 1e-6 and len(compiled.seconds) == 1
     assert eager.memory_bytes > 0 and compiled.memory_bytes is None
+
+
+def test_what_can_not_be_compared_is_refused_with_a_way_out(capsys):
+    words = "bench step --device cpu --forms ours --recompute full --compare recompute=none,full size=S depth=1,2 dtype"
+    assert main(words.split()) == 2
+    said = capsys.readouterr().err
+    assert "--forms ours: run.kernels=triton needs a GPU" in said
+    assert "--compare recompute=none,full and --recompute full; give one of them" in said
+    assert (
+        "--compare size=S compares nothing" in said
+        and "'depth=1,2' is not KEY=VALUE" in said
+        and "'dtype' is not KEY=VALUE" in said
+    )
+
+
+def test_kernels_are_sorted_by_their_names_and_what_nobody_knows_is_named():
+    names = {
+        "matrix products": [
+            "nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNN",
+            "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n",
+            "aten::addmm",
+        ],
+        "attention": [
+            "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<>",
+            "fmha_cutlassF_bf16_aligned_64x128_rf_sm80",
+        ],
+        "norms, modulation, gates": ["triton_per_fused_add_mul_native_layer_norm_3", "vectorized_layer_norm_kernel"],
+        "GELU": ["triton_poi_fused_gelu_5", "void at::native::GeluCUDAKernelImpl"],
+        "optimizer": ["void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>"],
+        "collectives": ["ncclDevKernel_ReduceScatter_Sum_f32_RING_LL"],
+        "copies": ["Memcpy HtoD (Pinned -> Device)", "void at::native::bfloat16_copy_kernel_cuda"],
+        "other pointwise and sums": [
+            "void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add<float>>",
+            "triton_red_fused_sum_2",
+        ],
+        OTHER: ["strange"],
+    }
+    for kind, kernels in names.items():
+        assert {kind_of(name) for name in kernels} == {kind}, kernels
+    ran = [
+        Ran(name="aten::mm", start_us=0, end_us=4000, own_us=4000),
+        Ran(name="strange", start_us=3000, end_us=6000, own_us=3000),
+    ]
+    times = kind_times(ran, wall_ms=10)
+    assert times.milliseconds[IDLE] == 4 and times.unknown == ("strange",) and set(times.milliseconds) == {*KINDS, OTHER, IDLE}
+    assert times.shares() == pytest.approx({"matrix products": 4 / 11, OTHER: 3 / 11, IDLE: 4 / 11})
+
+
+def test_each_of_this_projects_kernels_has_a_kind():
+    """By the operator that launches it, where its own name says nothing."""
+    folder = Path(opensora_dist.__file__).parents[1] / "kernels/opensora_kernels"
+    operators = {
+        name for path in folder.glob("*.py") for name in re.findall(r'custom_op\(\s*"(opensora::\w+)"', path.read_text())
+    }
+    assert len(operators) > 6 and {name for name in operators if kind_of(f"{name} _forward") == OTHER} == set()
+
+
+def test_the_script_for_a_gpu_lists_commands_that_exist():
+    script = Path(opensora_dist.__file__).parents[1] / "benchmarks/gpu.sh"
+    said = subprocess.run(["bash", str(script), "--list"], capture_output=True, text=True, check=True, timeout=30).stdout
+    commands = [line.split(" -m opensora_dist ")[1].split() for line in said.splitlines() if " -m opensora_dist " in line]
+    assert len(commands) > 5
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    bench_cli.add_parser(parser.add_subparsers())
+    for words in commands:
+        args = parser.parse_args(words)
+        if args.action == "step":
+            given = {name: getattr(args, name) for name in CASE_FIELDS}
+            measuring = {name: getattr(args, name) for name in ("rounds", "warmup", "steps", "dollars_per_gpu_hour")}
+            forms = [form for form in args.forms if form != "ours"] or ["eager"]  # which needs a GPU
+            assert step_inputs(given, world=1, timeout_s=60, device=CPU, compare=args.compare, forms=forms, **measuring)
 
 
 def test_the_peak_of_a_step_is_what_the_formula_says(ranks):

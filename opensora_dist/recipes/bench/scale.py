@@ -24,6 +24,7 @@ from opensora_dist.models.base import ModelIo, VideoTransformer
 from opensora_dist.models.levers import set_levers
 from opensora_dist.models.registry import build_model
 from opensora_dist.models.tensor import share_blocks
+from opensora_dist.ops.choice import Choice, using
 from opensora_dist.parallel.mesh import Mesh, build_mesh
 from opensora_dist.parallel.sequence.layout import SequenceParallel
 from opensora_dist.parallel.zero.base import ZeroBackend
@@ -75,7 +76,7 @@ def simulate_step(case: MemoryCase, *, rank: int = 0) -> MeasuredStep:
     """One step of a rank of ``case.world``, on tensors that have a size and no memory."""
     with simulated(case.world, rank=rank):
         mesh = _mesh(case)  # before the mode: a mesh computes with the numbers of ranks
-        with FakeTensorMode():
+        with FakeTensorMode(), using(Choice(kernels=case.kernels)):
             return _measure(case, mesh, init=lambda _model: None, steps=1)
 
 

@@ -155,24 +155,21 @@ def _apart(variant: Variant) -> MemoryCase:
 
 
 def _check_memory(variants: Sequence[Variant], device: torch.device) -> None:
-    """
+    """One case alone is left to find out: the formula is of torch's operators, and kernels keep less.
+
     Raises:
         ConfigError: By formula the trainings of all cases don't fit beside the largest step of one.
     """
-    if device.type != "cuda":
+    held = {_apart(variant): estimate(variant.case) for variant in variants}
+    if device.type != "cuda" or len(held) == 1:
         return
-    held: dict[MemoryCase, int] = {}
-    worst = 0
-    for variant in variants:
-        most = estimate(variant.case)
-        held[_apart(variant)] = most.parameters + most.optimizer + most.ema
-        worst = max(worst, most.total)
-    needed = worst + sum(held.values()) - min(held.values())
+    fixed = [e.parameters + e.optimizer + e.ema for e in held.values()]
+    needed = max(estimate(variant.case).total for variant in variants) + sum(fixed) - min(fixed)
     there = torch.cuda.get_device_properties(device).total_memory
     if needed > there:
         raise ConfigError(
-            f"a rank needs {needed / 2**30:.1f} GiB by formula{' for the compared cases side by side' if len(held) > 1 else ''}, and the "
-            f"GPU has {there / 2**30:.1f}; use --recompute full, a smaller --batch, or compare fewer cases"
+            f"--compare: the cases need {needed / 2**30:.1f} GiB side by side, by formula, and the GPU has {there / 2**30:.1f}; use "
+            "--recompute full or a smaller --batch, or run them one by one"
         )
 
 
