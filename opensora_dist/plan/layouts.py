@@ -34,6 +34,7 @@ class Run:
         global_batch: Samples of a step.
         latent: Of one sample.
         dtype: ``run.dtype``.
+        kernels: ``run.kernels``.
         cost: Of one sample, from the model.
         channels: Latent channels.
         text_width: Of a text token.
@@ -49,6 +50,7 @@ class Run:
     channels: int
     text_width: int
     text_tokens: int
+    kernels: Literal["torch", "triton"] = "torch"
 
     @property
     def grid(self) -> Thw:
@@ -245,6 +247,7 @@ def _case(run: Run, parallel: ParallelConfig, machine: Machine, micro_batch: int
         world=machine.gpus,
         latent=run.latent,
         dtype=run.dtype,
+        kernels=run.kernels,
         micro_batch=micro_batch,
         channels=run.channels,
         text_width=run.text_width,

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
+from typing import Literal
 
 from opensora_dist.config.train import ModelConfig, ParallelConfig
 from opensora_dist.core.types import Thw
@@ -31,6 +32,7 @@ class MemoryCase:
     Args:
         latent: Of one whole sample.
         dtype: ``run.dtype``.
+        kernels: ``run.kernels``. Triton's norms keep their input alone.
         micro_batch: Samples that a rank (with those that share them) works on at once.
         packed_samples: Of packs, how many samples there really are, of any shapes, whose tokens are those of ``micro_batch`` of ``latent``;
             0 where samples have one shape.
@@ -44,6 +46,7 @@ class MemoryCase:
     world: int
     latent: Thw
     dtype: str
+    kernels: Literal["torch", "triton"] = "torch"
     micro_batch: int = 1
     packed_samples: int = 0
     channels: int = 4
@@ -283,8 +286,8 @@ def _unit(shapes: list[_Shape], ranks: int) -> _Unit:
 class _Activations:
     """What autograd keeps, and what operators need beside it.
 
-    Read off the code of a block; held to the storages that are alive after the forward of one, to the byte, for every scheme and
-    ``recompute``, in ``tests/unit/test_levers.py``. What operators need beside it is held to whole steps only, to some percent.
+    Held to the storages that are alive after the forward of a block, to the byte, for every scheme and ``recompute``, in
+    ``tests/unit/test_levers.py``. What operators need beside it is held to whole steps only, to some percent.
     """
 
     def __init__(self, case: MemoryCase) -> None:
@@ -292,6 +295,8 @@ class _Activations:
         self.c = _BYTES[case.dtype]
         self.r = max(4, self.c)
         self.grid, self.tokens = _grid(case), tokens_of_rank(case)
+        # Of a norm, what torch keeps beside its input: numbers of one [n, D] that the scale multiplies.
+        self.normal = self.r if case.kernels == "torch" else 0
         self.latents = self.tokens * Thw(*case.model.patch).volume * case.channels
         self.stream = self.tokens * case.model.shape.width  # numbers of one [n, D]
 
@@ -314,7 +319,7 @@ class _Activations:
 
     def ends(self) -> float:
         """The final layer: the last block's output, its norm, and the modulated norm; with tiles, the output alone."""
-        return self.stream * (self.r if self.case.parallel.tile_tokens else 2 * self.r + self.c)
+        return self.stream * (self.r if self.case.parallel.tile_tokens else self.r + self.c + self.normal)
 
     def forward_of_last(self) -> float:
         """Without recomputation: all that is kept, and what its MLP works with."""
@@ -361,7 +366,7 @@ class _Activations:
     def _block_none(self) -> float:
         """All of a block. In multiples of [n, D]; what lies between two linears of a branch is a ``tp``-th of it.
 
-        - Two norms: input and output in the residual's dtype (8 or 16 bytes each), mean and deviation of each token.
+        - Two norms: input and output in the residual's dtype, mean and deviation of each token; by Triton the input alone.
         - Self-attention, ``A`` times: its input, cast (1), q, k and v (3 / tp), the attention's output, which is the projection's input
           (1 / tp), the output that the gate multiplies (1). Of a second, along time, the input is a copy, since it is transposed.
         - Cross-attention: its input, cast (1), q (1 / tp), output (1 / tp). The sum keeps nothing.
@@ -377,9 +382,9 @@ class _Activations:
         hidden = 0 if case.parallel.tile_tokens else 2 * _hidden(case) / D / tp
         of_packs = (A + 1 - (case.parallel.sp.degree > 1)) / tp if case.packed_samples else 0
         multiples = A * (2 + 4 / tp) + (1 + 2 / tp) + (2 + hidden) + of_packs
-        stats = self.tokens * self.r * (4 + (A + 1) * N / tp)
+        stats = self.tokens * self.r * (4 * (case.kernels == "torch") + (A + 1) * N / tp)
         text = case.captions * case.text_tokens * 4 * D * self.c / tp
-        return self.stream * (4 * self.r + multiples * self.c) + stats + text + self._scheme_extra()
+        return self.stream * (2 * self.r + 2 * self.normal + multiples * self.c) + stats + text + self._scheme_extra()
 
     def _attention_outputs(self) -> float:
         """What selective recomputation keeps: outputs and log-sum-exps of attentions, but of one in hops, which the tape has."""

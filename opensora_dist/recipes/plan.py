@@ -221,6 +221,7 @@ def _run(config: TrainConfig, latent: Thw | None) -> tuple[Run, int]:
         channels=channels,
         text_width=width,
         text_tokens=tokens,
+        kernels=config.run.kernels,
     )
     return run, sum(p.numel() for p in model.parameters())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.types import Thw
@@ -16,9 +17,10 @@ from opensora_dist.plan.time import Machine, step_time
 from opensora_dist.recipes.auto import sample_cost
 from opensora_dist.recipes.bench.training import meta_model
 
-_LEAST, _MOST, _HALVINGS = 1e-4, 1.0, 40
+_LEAST, _MOST, _HALVINGS = 1e-4, 1.0, 24
 
 
+@lru_cache(maxsize=64)
 def cost_of(case: MemoryCase) -> SampleCost:
     """Of a sample of a case, as it was timed."""
     model = meta_model(case)
