@@ -11,7 +11,6 @@ import torch
 
 from opensora_dist.parallel.mesh import process_group
 
-
 _ON_CPU = os.environ.get("OPENSORA_GPU_TESTS") == "cpu"
 
 
