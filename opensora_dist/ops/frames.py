@@ -40,4 +40,4 @@ def frames_attention(qkv_BTS3NK: Tensor) -> Tensor:
         return out.flatten(3)
     qkv_3GNTK = qkv_BTS3NK.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)
     out_GTC = attention(*qkv_3GNTK.unbind(0)).transpose(1, 2).flatten(2)
-    return out_GTC.view(B, S, T, -1).transpose(1, 2)
+    return out_GTC.view(B, S, *out_GTC.shape[1:]).transpose(1, 2)
