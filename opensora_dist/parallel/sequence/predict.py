@@ -346,7 +346,6 @@ def _bytes(work: Workload, axis: Axis, shards: Sequence[Shard]) -> tuple[int, in
     """
     width = work.cost.width // work.tp if shards[0].scheme.name in ("ulysses", "ring", "usp") else work.cost.width
     sent = [
-        shard.scheme.bytes_sent(shard, axis, batch=work.batch, width=width, element_bytes=work.element_bytes)
-        for shard in shards
+        shard.scheme.bytes_sent(shard, axis, batch=work.batch, width=width, element_bytes=work.element_bytes) for shard in shards
     ]
     return max(s.forward for s in sent), max(s.backward for s in sent)
