@@ -21,6 +21,7 @@ from opensora_dist.parallel.zero.native import NativeBackend
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-10
+pytestmark = pytest.mark.slow  # a compiler's time on each rank, in every test
 COMPILED = Choice(compile="blocks", dynamic_shapes=True)
 SHAPE = Shape(Thw(5, 4, 3), batch=2)
 
@@ -45,7 +46,7 @@ def _sequence(pairs):
 
 @pytest.mark.parametrize(
     "scheme, recompute",
-    [("dsp", "selective"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("dsp", "none"), ("ulysses", "full")))],
+    [("dsp", "selective"), ("dsp", "none"), ("ulysses", "full")],
 )
 def test_where_two_ranks_share_a_sample_the_work_between_messages_is_compiled(ranks, scheme, recompute):
     pairs = [Pair(scheme, "stdit", Thw(5, 4, 3), recompute=recompute, chunks=2 if scheme == "dsp" else 1)]
@@ -94,7 +95,7 @@ def _fsdp(stage, recompute):
 
 @pytest.mark.parametrize(
     "stage, recompute",
-    [(3, "none"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, "none"), (3, "full"), (3, "selective")))],
+    [(3, "none"), (0, "none"), (3, "full"), (3, "selective")],
 )
 def test_blocks_whose_weights_are_gathered_share_a_graph(ranks, stage, recompute):
     for error, graphs in ranks.run(_fsdp, stage, recompute, world=2):
@@ -121,7 +122,6 @@ def _tensor(name, recompute):
     ), graphs
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_where_two_ranks_share_linears_the_work_between_sums_is_compiled(ranks, recompute):
     for error, graphs in ranks.run(_tensor, "stdit", recompute, world=2):
