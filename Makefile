@@ -64,7 +64,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/shellcheck launch/*.sh launch/docker/*.sh launch/slurm/bench.sbatch \
+	$(BIN)/shellcheck benchmarks/gpu.sh launch/*.sh launch/docker/*.sh launch/slurm/bench.sbatch \
 		launch/slurm/network.sh launch/slurm/node.sh launch/slurm/rank.sh
 
 format: $(VENV)/.dev

@@ -199,7 +199,9 @@ def test_a_point_is_a_command_that_a_user_could_type():
     sweep = StepSweep(device="cpu", dollars_per_gpu_hour=2.5, grid=StepGrid(dp_replicate=(2,)))
     (point,) = sweep_points("step", sweep, ranks=8)
     words = " ".join(point_argv("step", sweep, point, out=Path("o")))
-    assert words == ("bench step --out o --device cpu --timeout 600 --rounds 5 --warmup 2 --steps 3 --forms eager --dp-replicate 2")
+    assert words == (
+        "bench step --out o --device cpu --timeout 600 --rounds 5 --warmup 2 --steps 3 --forms eager --dp-replicate 2"
+    )
 
 
 def test_a_sweep_of_sequence_names_its_schemes_and_refuses_what_no_scheme_shares():
