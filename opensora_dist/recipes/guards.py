@@ -97,10 +97,10 @@ class OnStart(Callback):
 
 
 class Compiling(Callback):
-    """Says what compiling has cost, whenever something was compiled."""
+    """Says what compiling has cost, whenever something was compiled, or recorded as a CUDA graph."""
 
     def __init__(self, compilations: Compilations, *, logbook: Logbook) -> None:
-        self._compilations, self._logbook, self._said = compilations, logbook, 0
+        self._compilations, self._logbook, self._said = compilations, logbook, compilations.sofar
 
     def start(self, *, step: int) -> None:
         """Counts from here on."""
@@ -113,8 +113,8 @@ class Compiling(Callback):
     def after_step(self, note: StepNote) -> None:
         """Counts are this rank's; only the main rank's are written."""
         sofar = self._compilations.sofar
-        if sofar.graphs > self._said:
-            self._said = sofar.graphs
+        if sofar != self._said:
+            self._said = sofar
             _log.info("%s", sofar)
             self._logbook.event("compiled", step=note.step, **asdict(sofar))
 
@@ -259,8 +259,8 @@ def _holders(mesh: Mesh, *, sharded: set[AxisName]) -> list[list[int]]:
 
 
 def _probed(model: VideoTransformer) -> nn.Module:
-    """A module of plain computation, the same on every rank."""
-    return cast(Block, model.blocks[0]).mlp.fc1
+    """A module of plain computation, the same on every rank. It is called as a module; ``fc1`` is not, whose GELU goes with it."""
+    return cast(Block, model.blocks[0]).mlp.fc2
 
 
 @contextmanager

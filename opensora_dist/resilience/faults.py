@@ -113,7 +113,10 @@ def _flip_bit(weight: Tensor) -> None:
 
 
 class _Slowness:
-    """Hooks that make a module's forward take longer: a CPU is kept busy, since short sleeps are not exact; a GPU runs it again."""
+    """Hooks that make a module's forward take longer: a CPU is kept busy, since short sleeps are not exact; a GPU runs it again.
+
+    Compiled graphs are what they are without: a compiler can't follow a clock.
+    """
 
     def __init__(self, module: nn.Module, *, factor: float) -> None:
         self._factor, self._began = factor, 0.0
@@ -121,10 +124,15 @@ class _Slowness:
         module.register_forward_hook(self._after)
 
     def _before(self, _module: nn.Module, _args: Any) -> None:
-        self._began = time.perf_counter()
+        if not torch.compiler.is_compiling():
+            self._began = time.perf_counter()
+
+    def _after(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            self._take_longer(module, args, output)
 
     @torch.no_grad()
-    def _after(self, module: nn.Module, args: Any, output: Tensor) -> None:
+    def _take_longer(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if output.device.type == "cuda":
             for _ in range(round(self._factor) - 1):
                 module.forward(*args)

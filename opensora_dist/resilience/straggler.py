@@ -4,7 +4,8 @@ In training every step takes as long as its slowest rank's, on all ranks, so ste
 nobody: the forward of one linear layer of the first block, by CUDA events on a GPU, and the wait for data.
 
 What it can't see: a rank whose slowness is not in such work (its network card, a part of the GPU that a matrix product doesn't use); one
-that is slow for fewer than ten of twenty steps; and ranks that are all alike slow. On CPUs that other programs share it sees those.
+that is slow for fewer than ten of twenty steps; ranks that are all alike slow; and, where a block is one compiled graph, what is inside
+of it. On CPUs that other programs share it sees those.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ WINDOW: Final = 20
 
 
 class Probe:
-    """Times every forward of ``module``, without a wait for the device.
+    """Times every forward of ``module``, without a wait for the device; but for those within a compiled graph, which calls nobody.
 
     Args:
         module: Does the same work on every rank, and no communication.
@@ -60,12 +61,17 @@ class Probe:
         return event
 
     def _before(self, _module: nn.Module, _args: Any) -> None:
-        if torch.is_grad_enabled():  # validation draws videos on some ranks alone
+        if _is_watched():
             self._began = self._stamp()
 
     def _after(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
-        if torch.is_grad_enabled():
+        if _is_watched():
             self._now.append((self._began, self._stamp(), output.numel() // output.shape[-1]))
+
+
+def _is_watched() -> bool:
+    """Not where validation draws videos, which some ranks do alone; nor while a compiler looks at the module, and its hooks."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 @dataclass(frozen=True, kw_only=True)

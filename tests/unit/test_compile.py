@@ -6,19 +6,26 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from sequence_cases import Shape, compute, difference, make_inputs, make_model
+from torch._dynamo.callback import CallbackTrigger, callback_handler
 
 from opensora_dist.config.rules import train_problems
-from opensora_dist.config.train import ParallelConfig, TrainConfig
+from opensora_dist.config.train import FaultConfig, ParallelConfig, TrainConfig
 from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.types import Thw
 from opensora_dist.models.levers import set_levers
 from opensora_dist.ops.choice import Choice, choose, using
 from opensora_dist.ops.compiled import CACHE_VARIABLE, Compilations, keep_compiled, using_backend
+from opensora_dist.recipes.guards import Compiling
+from opensora_dist.resilience.faults import Faults
+from opensora_dist.resilience.straggler import Probe
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-10
@@ -137,6 +144,41 @@ def test_a_run_of_one_shape_has_graphs_of_its_sizes_and_of_symbols_once_another_
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_watched_module_inside_of_a_compiled_block_breaks_no_graph_and_is_not_timed():
+    model = _model("dit", depth=1)
+    Faults(FaultConfig(slow_rank="0@x1.1"), run_dir=Path("unused"), rank=0).slow_down(model.blocks[0].mlp.fc2)
+    probe = Probe(model.blocks[0].mlp.fc2, device=CPU)
+    error, graphs = _compare(model, SHAPE)  # the eager one first: forward once
+    assert error < TOLERANCE and graphs > 0
+    probe.end_step()
+    assert len(probe._steps[0]) == 1 and probe.read()[0][0] > 0
+
+
+class _Events:
+    def __init__(self):
+        self.written = []
+
+    def event(self, name, **fields):
+        self.written.append((name, fields["step"], fields["seconds"]))
+
+
+def test_recording_of_cuda_graphs_is_said_though_nothing_was_compiled(monkeypatch):
+    compilations, events = Compilations(), _Events()
+    compiling = Compiling(compilations, logbook=events)
+    compiling.start(step=0)
+    note = SimpleNamespace(step=7)
+    compiling.after_step(note)
+    assert not events.written
+    with callback_handler.install_callbacks(CallbackTrigger.CUDAGRAPH_RECORDING, "-1"):  # as torch does around one
+        time.sleep(0.001)
+    compiling.after_step(note)
+    compiling.after_step(note)
+    compiling.end()
+    (said,) = events.written
+    assert said[:2] == ("compiled", 7) and said[2] > 0 and compilations.sofar.graphs == 0
+
+
 def test_what_is_counted_is_what_was_compiled():
     compilations = Compilations()
     compilations.start()
