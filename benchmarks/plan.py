@@ -25,11 +25,12 @@ import torch
 
 from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.io import read_json, write_json
-from opensora_dist.plan.hardware import Gpu, gpu_on
+from opensora_dist.plan.hardware import Gpu, gpu_for_device
 from opensora_dist.plan.measured import TimedStep, read_timed
 from opensora_dist.plan.memory import estimate
 from opensora_dist.plan.time import Machine, step_time
 from opensora_dist.recipes.bench.page import write_table
+from opensora_dist.recipes.bench.show import DASH
 from opensora_dist.recipes.plan_use import attention_ratio_of, cost_of, use_of
 
 MEMORY_BAR, TIME_BAR = 0.10, 0.20
@@ -71,8 +72,9 @@ class Row:
     fitted: bool
 
     @property
-    def memory_ratio(self) -> float:
-        return self.memory_bytes / self.timed.memory_bytes
+    def memory_ratio(self) -> float | None:
+        """None where nobody saw the peak."""
+        return None if self.timed.memory_bytes is None else self.memory_bytes / self.timed.memory_bytes
 
     @property
     def time_ratio(self) -> float:
@@ -80,8 +82,9 @@ class Row:
 
     @property
     def holds(self) -> bool:
-        """Whether both are within their bars."""
-        return abs(self.memory_ratio - 1) <= MEMORY_BAR and abs(self.time_ratio - 1) <= TIME_BAR
+        """Whether what was measured of both is within their bars."""
+        memory_holds = self.memory_ratio is None or abs(self.memory_ratio - 1) <= MEMORY_BAR
+        return memory_holds and abs(self.time_ratio - 1) <= TIME_BAR
 
 
 def main() -> int:
@@ -91,9 +94,13 @@ def main() -> int:
     parser.add_argument(
         "--measure", action="store_true", help=f"first time steps on this machine's CPUs, into {FILE} of that folder"
     )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="with --measure: these steps, besides the first two")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(STEPS), metavar="NAME", help="with --measure: these steps, besides the first two"
+    )
     parser.add_argument("--page", type=Path, help="Markdown page whose table is replaced")
     args = parser.parse_args()
+    if args.only and not args.measure:
+        parser.error("--only is of what --measure times; add --measure, or drop it")
     try:
         if args.measure:
             measure(args.results / FILE, names=args.only)
@@ -180,7 +187,7 @@ def _compared(steps: Sequence[TimedStep], *, cpu: dict[str, Any] | None) -> list
             Row(
                 timed=timed,
                 # What a compiler keeps of a block is in no formula: that of what it compiles stands for it.
-                memory_bytes=estimate(replace(timed.case, kernels="triton" if timed.form == "ours" else "torch")).total,
+                memory_bytes=estimate(timed.case).total,
                 step_s=step_time(timed.case, cost_of(timed.case), machine).total_s,
                 fitted=timed is first or timed is second,
             )
@@ -191,7 +198,7 @@ def _compared(steps: Sequence[TimedStep], *, cpu: dict[str, Any] | None) -> list
 def _machine(steps: Sequence[TimedStep], world: int, *, cpu: dict[str, Any] | None) -> Machine:
     """That so many ranks ran on: a GPU of the table, or a CPU by what was measured of it."""
     if steps[0].cuda:
-        gpu = gpu_on(steps[0].device)
+        gpu = gpu_for_device(steps[0].device)
         if gpu is None:
             raise ConfigError(f"{steps[0].source}: {steps[0].device} is in no table; add it to opensora_dist/plan/hardware.py")
         return Machine(gpu=gpu, gpus=world, per_node=min(8, world))
@@ -239,8 +246,8 @@ def lines(rows: Sequence[Row]) -> list[str]:
             str(timed.case.world),
             ", ".join(layout),
             f"{row.memory_bytes / 1e6:,.0f}",
-            f"{timed.memory_bytes / 1e6:,.0f}",
-            f"{row.memory_ratio:.3f}",
+            DASH if timed.memory_bytes is None else f"{timed.memory_bytes / 1e6:,.0f}",
+            DASH if row.memory_ratio is None else f"{row.memory_ratio:.3f}",
             f"{row.step_s:.3g}",
             f"{timed.step_s:.3g}",
             f"{row.time_ratio:.2f}",

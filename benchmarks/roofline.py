@@ -6,8 +6,10 @@ python benchmarks/roofline.py --results benchmarks/results --page docs/roofline.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+from opensora_dist.core.errors import ConfigError
 from opensora_dist.recipes.bench.page import write_table
 from opensora_dist.recipes.bench.roofline_page import page, stored_results
 
@@ -17,7 +19,12 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), metavar="DIR", help="of folders by GPU")
     parser.add_argument("--page", type=Path, required=True, metavar="FILE", help="whose tables are written anew")
     args = parser.parse_args()
-    write_table(args.page, page(stored_results(args.results)))
+    try:
+        measured = stored_results(args.results)
+    except ConfigError as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        return 2
+    write_table(args.page, page(measured))
     print(args.page)
     return 0
 

@@ -106,7 +106,7 @@ def _add_share(actions: Any) -> None:
     share.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="default bfloat16")
     share.add_argument("--form", default="eager", metavar="NAME", help="eager, compile or ours (default eager)")
     share.add_argument("--memory-cap-gib", type=float, default=80.0, metavar="G", help="of the device's memory (default 80)")
-    share.add_argument("--host-gib", type=float, default=100.0, metavar="G", help="CPU memory that levers may fill (default 100)")
+    share.add_argument("--host-gib", type=float, default=120.0, metavar="G", help="CPU memory that levers may fill (default 120)")
     share.add_argument("--gpu", default="h100", metavar="NAME", help="whose speed the planner reckons with (default h100)")
     share.add_argument("--steps", type=int, default=2, metavar="S", help="after the first (default 2)")
     share.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto")
@@ -255,11 +255,18 @@ def _run_share(args: argparse.Namespace) -> int:
     from opensora_dist.recipes.bench.step_inputs import check_share, step_case
 
     device = resolve_device(args.device)
-    check_share(form=args.form, steps=args.steps, gib=(args.memory_cap_gib, args.host_gib), device=device, dtype=args.dtype)
+    check_share(
+        form=args.form,
+        ranks=args.ranks,
+        steps=args.steps,
+        gib=(args.memory_cap_gib, args.host_gib),
+        device=device,
+        dtype=args.dtype,
+    )
     given = {name: getattr(args, name) for name in ("model", "size", "clip", "scheme", "text_tokens", "dtype")}
     case = step_case({**given, "sp": args.ranks, "zero": 2}, world=args.ranks, timeout_s=600.0)
     cap_bytes = int(args.memory_cap_gib * 2**30)
-    case = planned_case(case, cap_bytes=cap_bytes, host_bytes=int(args.host_gib * 2**30), gpu=args.gpu)
+    case = planned_case(case, form=args.form, cap_bytes=cap_bytes, host_bytes=int(args.host_gib * 2**30), gpu=args.gpu)
     cap = cap_bytes if device.type == "cuda" else None
     return share_command(case, device=device, form=args.form, steps=args.steps, cap_bytes=cap, out=args.out)
 

@@ -154,11 +154,6 @@ def gpu_for_device(name: str) -> Gpu | None:
     return next((gpu for gpu in _GPUS if gpu.device in name), None)
 
 
-def gpu_on(device: str) -> Gpu | None:
-    """The kind of a GPU by what its driver calls it; None for one that isn't in the table."""
-    return next((gpu for gpu in _GPUS if gpu.device in device), None)
-
-
 def peak_flops(device: torch.device, *, dtype: str) -> float | None:
     """FLOP/s of one rank's device at its peak; None for a GPU that is not in the table, or computes in another precision than it.
 

@@ -12,7 +12,8 @@ from opensora_dist.config.train import ModelConfig, ParallelConfig, SpConfig
 from opensora_dist.core.types import Thw
 from opensora_dist.parallel.sequence.layout import scheme_problems
 from opensora_dist.parallel.sequence.predict import SampleCost
-from opensora_dist.plan.memory import MemoryCase, MemoryEstimate, estimate
+from opensora_dist.plan.memory import MemoryCase, estimate
+from opensora_dist.plan.moment import MemoryEstimate
 from opensora_dist.plan.time import Machine, StepTime, step_time
 
 _SCHEMES = ("dsp", "ulysses", "fastseq", "ring", "usp")
@@ -209,6 +210,13 @@ def _meshes(run: Run, machine: Machine) -> Iterator[ParallelConfig]:
             for stage in _STAGES if tp == copies == 1 else _STAGES[1:]:
                 zero = run.parallel.zero.model_copy(update={"stage": stage, "offload": "none"})
                 yield run.parallel.model_copy(update={"sp": sp, "tp": tp, "dp_replicate": copies, "zero": zero})
+
+
+def memory_levers(parallel: ParallelConfig) -> Iterator[ParallelConfig]:
+    """A layout of ranks under every ZeRO stage, recomputation, and what saves memory."""
+    for stage, recompute in product(_STAGES, _RECOMPUTE):
+        zero = parallel.zero.model_copy(update={"stage": stage})
+        yield from _saving(parallel.model_copy(update={"zero": zero, "recompute": recompute}))
 
 
 def _saving(parallel: ParallelConfig) -> Iterator[ParallelConfig]:

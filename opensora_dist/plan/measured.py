@@ -17,7 +17,8 @@ from opensora_dist.core.io import read_json
 from opensora_dist.core.types import Thw
 from opensora_dist.plan.memory import MemoryCase
 
-_FORMAT = 2
+STEP_FORMAT = 3
+"""Of what `bench step` writes, and of what is read here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,9 @@ class TimedStep:
         cuda: Whether it is a GPU.
         peak_flops: Of one rank's device, FLOP/s; None where it isn't known.
         step_s: Median over rounds.
-        memory_bytes: Most that a rank held.
+        memory_bytes: Most that a rank held; None where nobody saw it.
+        kinds_ms: Milliseconds of a step by kind of kernel; empty where it wasn't watched.
+        mfu: Model FLOPs over the peak; None where that isn't known.
     """
 
     source: str
@@ -41,7 +44,9 @@ class TimedStep:
     cuda: bool
     peak_flops: float | None
     step_s: float
-    memory_bytes: int
+    memory_bytes: int | None
+    kinds_ms: Mapping[str, float]
+    mfu: float | None
 
 
 def read_timed(path: Path) -> list[TimedStep]:
@@ -50,13 +55,21 @@ def read_timed(path: Path) -> list[TimedStep]:
     Raises:
         ConfigError: There is nothing there, a file is no JSON, or it is a step of another format.
     """
-    files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
-    found = [timed for file in files for timed in _of_file(file, named=file == path)]
+    found = timed_below(path) if path.is_dir() else _of_file(path, named=True)
     if not found:
         raise ConfigError(
             f"--measured {path}: no step of `opensora-dist bench step` in it; write one with --out DIR, or leave it out"
         )
     return found
+
+
+def timed_below(folder: Path) -> list[TimedStep]:
+    """All steps in the files below a folder, which may be none.
+
+    Raises:
+        ConfigError: A file is no JSON, or a step of another format.
+    """
+    return [timed for file in sorted(folder.rglob("*.json")) for timed in _of_file(file, named=False)]
 
 
 def timed_steps(record: Mapping[str, Any], *, source: str) -> list[TimedStep]:
@@ -66,23 +79,25 @@ def timed_steps(record: Mapping[str, Any], *, source: str) -> list[TimedStep]:
         ConfigError: It isn't what this version writes.
     """
     try:
-        if record["format"] != _FORMAT:
-            raise ValueError(f"format {record['format']}, and {_FORMAT} is read here")
-        gpus = record["environment"]["gpus"]
+        if record["format"] != STEP_FORMAT:
+            raise ValueError(f"format {record['format']}, and {STEP_FORMAT} is read here")
+        cuda = record["device"] == "cuda"
         return [
             TimedStep(
                 source=f"{source}: {result['name']}",
                 form=result["form"],
                 case=_case(result["case"]),
-                device=gpus[0] if gpus else record["environment"]["cpu"],
-                cuda=bool(gpus),
+                device=record["environment"]["gpus"][0] if cuda else record["environment"]["cpu"],
+                cuda=cuda,
                 peak_flops=result["work"]["peak_flops"],
                 step_s=statistics.median(result["seconds"]),
                 memory_bytes=result["memory_bytes"],
+                kinds_ms=result["kinds"]["milliseconds"] if result["kinds"] is not None else {},
+                mfu=result["figures"]["speed"]["mfu"],
             )
             for result in record["results"]
         ]
-    except (KeyError, TypeError, ValueError, ValidationError, statistics.StatisticsError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, ValidationError, statistics.StatisticsError) as error:
         said = f"{source} is no step that this version measured ({type(error).__name__}: {error})"
         raise ConfigError(f"{said}; measure again with `opensora-dist bench step`") from error
 
@@ -98,8 +113,11 @@ def _of_file(file: Path, *, named: bool) -> list[TimedStep]:
         raise ConfigError(f"--measured: {file} is no JSON ({error}); measure again, or name another file") from error
     kind = record.get("kind") if isinstance(record, dict) else None
     if kind == "plan":  # of benchmarks/plan.py: several such records
-        return [timed for name, step in record["steps"].items() for timed in timed_steps(step, source=f"{file.name}, {name}")]
-    if kind == "step" and "results" in record:
+        steps = record.get("steps")
+        if not isinstance(steps, dict):
+            raise ConfigError(f"{file} has no steps; write it with `python benchmarks/plan.py --measure`")
+        return [timed for name, step in steps.items() for timed in timed_steps(step, source=f"{file.name}, {name}")]
+    if kind == "step":
         return timed_steps(record, source=file.name)
     if named:
         raise ConfigError(f"--measured {file} is no record of `opensora-dist bench step`; name one, or a folder with some")

@@ -112,7 +112,7 @@ def step_time(case: MemoryCase, cost: SampleCost, machine: Machine) -> StepTime:
     compute_s = shared.compute_s * (1 + _tiled_again(case, cost))
     tensor_bytes, tensor_s = _tensor(case, machine)
     weights_bytes, weights_takes = _weights(case, machine)
-    hidden = _HIDDEN * (compute_s + shared.exposed_s) if machine.overlaps else 0.0
+    hidden = _HIDDEN * compute_s if machine.overlaps else 0.0
     shard_bytes = _weight_bytes(case) * _numbers_of_rank(case) / _shards(case)
     passes_per_s = machine.gpu.memory_bytes_per_s if parallel.zero.offload == "none" else _HOST_MEMORY_BYTES_PER_S
     return StepTime(
@@ -178,12 +178,12 @@ def _as_products(cost: SampleCost, *, scores_cost: float) -> SampleCost:
 
 
 def _tiled_again(case: MemoryCase, cost: SampleCost) -> float:
-    """Tiles are computed once more in backward, whatever else is: the MLP's forward, over all that a step computes."""
+    """Tiles are computed once more in backward, whatever else is: the MLP's forward, over all that a step computes. Of a rank of ``tp``."""
     parallel, D = case.parallel, case.model.shape.width
     if parallel.tile_tokens is None:
         return 0.0
     patch = Thw(*case.model.patch)
-    mlp = 4 * D * D * case.model.mlp_ratio * case.model.shape.depth * (case.latent.volume // patch.volume)
+    mlp = 4 * D * D * case.model.mlp_ratio * case.model.shape.depth * (case.latent.volume // patch.volume) / parallel.tp
     again = {"none": 0.0, "selective": 1 - cost.scores_flops / cost.flops, "full": 1.0}[parallel.recompute]
     return mlp / (cost.flops * (3 + again))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -151,11 +152,11 @@ def _machine(options: PlanOptions) -> Machine:
     problems = [
         f"--{name} must be above 0, and is {value:g}"
         for name, value in (("gpus", options.gpus), ("per-node", options.per_node), ("network-gbit", options.network_gbit))
-        if value <= 0
+        if not 0 < value < math.inf
     ]
     if options.use is not None and not 0 < options.use <= 1:
         problems.append(f"--use must be above 0 and at most 1, and is {options.use:g}")
-    if options.dollars is not None and options.dollars < 0:
+    if options.dollars is not None and not 0 <= options.dollars < math.inf:
         problems.append(f"--dollars-per-gpu-hour must be 0 or more, and is {options.dollars:g}")
     if options.per_node > 0 and options.gpus > options.per_node and options.gpus % options.per_node:
         problems.append(f"--gpus {options.gpus} is no whole number of nodes of --per-node {options.per_node}")
@@ -182,7 +183,13 @@ def _used(config: TrainConfig, run: Run, machine: Machine, options: PlanOptions)
     path = options.measured or _RESULTS / machine.gpu.name
     if options.measured is None and not path.is_dir():
         return machine, f"assumed: no step on this GPU is stored in {path}; measure one and name it by --measured"
-    nearest = nearest_use(read_timed(path), config=config, latent=run.latent, machine=machine)
+    try:
+        timed_there = read_timed(path)
+    except ConfigError as error:
+        if options.measured is not None:
+            raise
+        return machine, f"assumed: {'; '.join(error.problems)}"
+    nearest = nearest_use(timed_there, config=config, latent=run.latent, machine=machine)
     if nearest is None:
         return machine, f"assumed: {path} has no step on a {machine.gpu.name} in {run.dtype}"
     use, timed = nearest

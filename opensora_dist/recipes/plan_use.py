@@ -10,11 +10,12 @@ from functools import lru_cache
 from opensora_dist.config.train import TrainConfig
 from opensora_dist.core.types import Thw
 from opensora_dist.parallel.sequence.predict import SampleCost
-from opensora_dist.plan.hardware import gpu_on
+from opensora_dist.plan.hardware import gpu_for_device
 from opensora_dist.plan.measured import TimedStep
 from opensora_dist.plan.memory import MemoryCase
 from opensora_dist.plan.time import Machine, step_time
 from opensora_dist.recipes.auto import sample_cost
+from opensora_dist.recipes.bench.step_forms import form_of
 from opensora_dist.recipes.bench.training import meta_model
 
 _LEAST, _MOST, _HALVINGS = 1e-4, 1.0, 24
@@ -54,7 +55,7 @@ def nearest_use(
 
     Nearest: the same dtype is a must; then how it is computed, then the model, then width and tokens of a sample, then recomputation.
     """
-    form = wanted_form(config)
+    form = form_of(config.run.kernels, config.run.compile)
 
     def distance(timed: TimedStep) -> tuple[bool, bool, float, bool]:
         case = timed.case
@@ -63,20 +64,13 @@ def nearest_use(
         other = case.parallel.recompute != config.parallel.recompute
         return timed.form != form, case.model.name != config.model.name, width + tokens, other
 
-    alike = [t for t in found if t.cuda and gpu_on(t.device) == machine.gpu and t.case.dtype == config.run.dtype]
+    alike = [t for t in found if t.cuda and gpu_for_device(t.device) == machine.gpu and t.case.dtype == config.run.dtype]
     for timed in sorted(alike, key=distance):
         world = timed.case.world
         use = use_of(timed, replace(machine, gpus=world, per_node=min(machine.per_node, world), attention_use=None))
         if use is not None:
             return use, timed
     return None
-
-
-def wanted_form(config: TrainConfig) -> str:
-    """What ``bench step`` calls the way in which a run computes."""
-    if config.run.kernels == "triton":
-        return "ours"
-    return "eager" if config.run.compile == "off" else "compile"
 
 
 def attention_ratio_of(first: TimedStep, second: TimedStep, machine: Machine) -> tuple[float | None, float]:

@@ -301,17 +301,20 @@ def test_record_and_table_hold_what_was_measured(tmp_path):
             seconds=(s, s, s),
             silent=(s, s, s),
         )
-        for form, s in (("eager", 1.0), ("fast", 0.5))
+        for form, s in (("eager", 1.0), ("ours", 0.5))
     ]
     works = [work_of(case, peak_flops=1e12)] * 2
-    made = json.loads(json.dumps(step_record(results, options=QUICK, works=works), allow_nan=False))
+    made = json.loads(json.dumps(step_record(results, options=QUICK, works=works, device="cpu"), allow_nan=False))
     assert made["world"] == 4 and made["memory_by_formula"] == estimate(case).total and made["case"]["latent"] == [5, 8, 8]
+    by_kernels = dataclasses.replace(case, kernels="triton")
+    assert [r["case"]["kernels"] for r in made["results"]] == ["torch", "triton"] and made["device"] == "cpu"
+    assert made["results"][1]["memory_by_formula"] == estimate(by_kernels).total < made["memory_by_formula"]
     assert made["results"][1]["figures"]["ratio"] == {"low": 0.5, "median": 0.5, "high": 0.5}
     with open(tmp_path / "table.txt", "w") as file:
         print_step_table(results, works=works, console=Console(file=file))
     text = (tmp_path / "table.txt").read_text()
     assert "ZeRO 2, dsp x 2" in text and "0.500 [0.500, 0.500]" in text
-    assert "75%" in text and "fast: other: strange" in text
+    assert "75%" in text and "ours: other: strange" in text
 
 
 def test_the_command_writes_its_record(tmp_path, capsys):

@@ -126,6 +126,21 @@ def test_ranks_that_share_linears_send_two_sums_a_branch_and_compute_their_part(
     assert one.compute_s / 4 < four.compute_s < one.compute_s / 3.9 and again.compute_s == pytest.approx(4 / 3 * four.compute_s)
 
 
+def test_tiles_cost_a_rank_that_shares_linears_the_same_share_more():
+    run = run_of("parallel.sp.degree=1", "parallel.recompute=none")
+    more = [_step(run, 8, tp=tp, tile_tokens=4096).compute_s / _step(run, 8, tp=tp).compute_s for tp in (1, 8)]
+    assert more[1] == pytest.approx(more[0], rel=0.01) and more[0] > 1.05
+
+
+def test_weights_hide_under_compute_and_not_under_tokens_on_the_same_links():
+    run = run_of("parallel.recompute=none")
+    blocking, hidden = (
+        _step(run, 64, sp=run.parallel.sp.model_copy(update={"degree": 64, "overlap": overlap})) for overlap in (False, True)
+    )
+    assert blocking.tokens_s != hidden.tokens_s and blocking.compute_s == hidden.compute_s
+    assert blocking.weights_s == hidden.weights_s > 0
+
+
 def test_copies_on_each_node_leave_sums_of_shards_to_the_network_and_gathers_to_the_node():
     run = run_of("parallel.sp.degree=1", "parallel.recompute=none")
     over_all, copies, accumulated = _step(run, 64), _step(run, 64, dp_replicate=8), _step(run, 64, dp_replicate=8, grad_accum=4)
@@ -246,6 +261,10 @@ def test_a_run_that_fits_nowhere_is_exit_code_1(capsys):
     [
         (["--gpus", "0", "--gpu", "h80"], ["--gpus must be above 0", "did you mean 'h800'"]),
         (["--gpus", "12", "--gpu", "h800", "--use", "1.5"], ["no whole number of nodes", "--use must be above 0 and at most 1"]),
+        (
+            ["--gpus", "8", "--gpu", "h800", "--network-gbit", "nan", "--dollars-per-gpu-hour", "inf"],
+            ["--network-gbit must be above 0, and is nan", "--dollars-per-gpu-hour must be 0 or more, and is inf"],
+        ),
         (["--gpus", "8", "--gpu", "h800"], ["give --latent"]),
         (
             ["parallel.zero.backend=deepspeed", "--gpus", "8", "--gpu", "h800"],

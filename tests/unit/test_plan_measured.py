@@ -16,7 +16,9 @@ from opensora_dist.plan.hardware import gpu_of
 from opensora_dist.plan.measured import read_timed
 from opensora_dist.plan.memory import MemoryCase
 from opensora_dist.plan.time import Machine, step_time
+from opensora_dist.recipes import plan as recipe
 from opensora_dist.recipes.bench.step import FormResult, StepOptions, Variant
+from opensora_dist.recipes.bench.step_forms import FORMS, case_of_form, compiles, form_of
 from opensora_dist.recipes.bench.step_show import step_record, work_of
 from opensora_dist.recipes.plan_use import attention_ratio_of, cost_of, use_of
 
@@ -29,11 +31,19 @@ def case_of(**changes) -> MemoryCase:
     return MemoryCase(**{**given, "world": 1, **changes})
 
 
-def write(path: Path, case: MemoryCase, *, use: float, attention_use: float | None = None, gpu: str = "NVIDIA H800") -> None:
+def write(
+    path: Path,
+    case: MemoryCase,
+    *,
+    use: float,
+    attention_use: float | None = None,
+    gpu: str = "NVIDIA H800",
+    device: str = "cuda",
+) -> None:
     """What ``bench step`` would have written on a GPU that is as a plan has it."""
     took = step_time(case, cost_of(case), replace(H800, use=use, attention_use=attention_use)).total_s
     result = FormResult(variant=Variant(case=case), form="eager", difference=0.0, memory_bytes=1 << 30, seconds=(took,) * 3)
-    record = step_record([result], options=StepOptions(), works=[work_of(case, peak_flops=H800.gpu.flops_per_s)])
+    record = step_record([result], options=StepOptions(), works=[work_of(case, peak_flops=H800.gpu.flops_per_s)], device=device)
     record["environment"]["gpus"] = [gpu]
     path.write_text(json.dumps(record))
 
@@ -68,13 +78,43 @@ def test_a_plan_takes_the_use_of_the_nearest_step_on_its_gpu_and_names_it(tmp_pa
     assert found["machine"]["use"] == 0.45 and "assumed" in found["use_from"] and "no step on a h200" in found["use_from"]
 
 
-@pytest.mark.parametrize("change", ["format", "field", "seconds"])
+def test_a_step_on_the_cpu_of_a_machine_with_a_gpu_is_no_step_of_the_gpu(tmp_path):
+    write(tmp_path / "step.json", case_of(), use=0.31, device="cpu")
+    (timed,) = read_timed(tmp_path)
+    assert not timed.cuda and timed.device != "NVIDIA H800"
+
+
+@pytest.mark.parametrize("stored", ["nothing", "another format"])
+def test_results_of_which_a_plan_can_use_none_leave_its_assumption_and_say_why(tmp_path, monkeypatch, capsys, stored):
+    (tmp_path / "h800").mkdir()
+    (tmp_path / "h800" / "kernels.json").write_text(json.dumps({"kind": "kernels"}))
+    if stored == "another format":
+        (tmp_path / "h800" / "step_a.json").write_text(json.dumps({"kind": "step", "format": 1, "results": []}))
+    monkeypatch.setattr(recipe, "_RESULTS", tmp_path)
+    command = ["plan", str(RECIPE), "--gpus", "8", "--gpu", "h800", "--latent", "16x32x32"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    why = "no step of" if stored == "nothing" else "format 1, and 3 is read here"
+    assert found["machine"]["use"] == 0.45 and found["use_from"].startswith("assumed: ") and why in found["use_from"]
+    assert main([*command, "--measured", str(tmp_path / "h800")]) == 2
+
+
+def test_forms_and_runs_find_each_other():
+    for form in FORMS:
+        kernels = case_of_form(case_of(), form).kernels
+        assert form_of(kernels, "blocks" if compiles(form) else "off") == form
+    assert form_of("triton", "off") == "ours" and form_of("torch", "graphs") == "compile"
+
+
+@pytest.mark.parametrize("change", ["format", "field", "seconds", "device"])
 def test_a_step_that_another_version_wrote_is_refused(tmp_path, change):
     path = tmp_path / "step.json"
     write(path, case_of(), use=0.4)
     record = json.loads(path.read_text())
     if change == "format":
         record["format"] = 1
+    elif change == "device":
+        del record["device"]
     elif change == "field":
         record["results"][0]["case"]["warp"] = 9
     else:
@@ -89,6 +129,9 @@ def test_what_is_no_step_is_refused_where_it_is_named(tmp_path):
         read_timed(tmp_path)
     (tmp_path / "a.json").write_text(json.dumps({"kind": "sequence", **asdict(StepOptions())}))
     with pytest.raises(ConfigError, match="is no record of"):
+        read_timed(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text(json.dumps({"kind": "plan"}))
+    with pytest.raises(ConfigError, match="has no steps"):
         read_timed(tmp_path / "a.json")
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(ConfigError, match="is no JSON"):

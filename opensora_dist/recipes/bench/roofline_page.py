@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from opensora_dist.config.train import ModelConfig, ParallelConfig
-from opensora_dist.core.io import read_json
 from opensora_dist.core.types import Thw
 from opensora_dist.plan.hardware import Gpu, gpu_for_device, gpu_of
+from opensora_dist.plan.measured import TimedStep, timed_below
 from opensora_dist.plan.memory import MemoryCase
 from opensora_dist.recipes.bench.kinds import IDLE, KINDS, OTHER
 from opensora_dist.recipes.bench.roofline import Operator, limit_s, model_flops, step_operators
@@ -22,46 +21,22 @@ _GPUS = ("a100", "h100", "h200", "b200")
 _OPERATORS_ON = "h100"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One form of a stored result of ``bench step``.
+def stored_results(folder: Path) -> list[TimedStep]:
+    """All that ``bench step`` stored below a folder; what ran on a CPU or on several ranks is left out.
 
-    Args:
-        device: As the driver calls it.
-        result: An item of ``results``.
+    Raises:
+        ConfigError: A step is of another format.
     """
-
-    device: str
-    result: Mapping[str, Any]
-
-    @property
-    def case(self) -> MemoryCase:
-        """What was measured."""
-        case = dict(self.result["case"])
-        case["model"] = ModelConfig.model_validate(case["model"])
-        case["parallel"] = ParallelConfig.model_validate(case["parallel"])
-        case["latent"] = Thw(*case["latent"])
-        return MemoryCase(**case)
+    return [timed for timed in timed_below(folder) if timed.cuda and timed.case.world == 1]
 
 
-def stored_results(folder: Path) -> list[Measured]:
-    """Of one GPU, every form in every ``*/step_*.json`` below a folder; what ran on a CPU or on several ranks is left out."""
-    found = []
-    for path in sorted(folder.glob("*/step_*.json")):
-        record = read_json(path)
-        devices = record["environment"].get("gpus") or []
-        if record["kind"] == "step" and devices and record["world"] == 1:
-            found += [Measured(device=str(devices[0]), result=result) for result in record["results"]]
-    return found
-
-
-def page(measured: Sequence[Measured]) -> str:
+def page(measured: Sequence[TimedStep]) -> str:
     """Markdown, from the arithmetic and what was measured."""
     published = {name: (case, step_operators(case)) for name, case in published_cases().items()}
     parts = [_least_times(published), *(_by_operator(name, *of) for name, of in published.items())]
-    by_case: dict[tuple[str, MemoryCase], list[Measured]] = {}
+    by_case: dict[tuple[str, MemoryCase], list[TimedStep]] = {}
     for one in measured:
-        by_case.setdefault((one.device, one.case), []).append(one)
+        by_case.setdefault((one.device, replace(one.case, kernels="torch")), []).append(one)  # whoever computes it
     parts.append("## Measured\n" if measured else "## Measured\n\nNothing: no GPU has run it.\n".rstrip())
     parts += [_beside_limits(device, case, forms) for (device, case), forms in by_case.items()]
     return "\n\n".join(part.strip() for part in parts)
@@ -123,31 +98,26 @@ def _by_operator(name: str, case: MemoryCase, operators: list[Operator]) -> str:
     return "\n".join([*lines, "", "What takes less than a thousandth of the step is left out."])
 
 
-def _beside_limits(device: str, case: MemoryCase, forms: Sequence[Measured]) -> str:
+def _beside_limits(device: str, case: MemoryCase, forms: Sequence[TimedStep]) -> str:
     """What each kind of kernel took, over the least that its operators take."""
     gpu = gpu_for_device(device)
     title = f"### {device}: {case.model.name} ({case.model.shape.depth} blocks, width {case.model.shape.width}), {case.micro_batch} x {case.latent} latents, recompute {case.parallel.recompute}"
     if gpu is None:
         return f"{title}\n\nThis GPU is not in the table of `plan/hardware.py`, so there is no limit to compare with."
     operators = step_operators(case)
-    lines = [title, "", "| kind | limit, ms | " + " | ".join(f"{f.result['form']}, ms (x limit)" for f in forms) + " |"]
+    lines = [title, "", "| kind | limit, ms | " + " | ".join(f"{f.form}, ms (x limit)" for f in forms) + " |"]
     lines.append("| --- " * (2 + len(forms)) + "|")
     for kind in (*KINDS, OTHER, IDLE):
         least = 1e3 * sum(op.limit_s(gpu) for op in operators if op.kind == kind)
-        took = [_of_kind(form, kind) for form in forms]
+        took = [form.kinds_ms.get(kind, 0.0) for form in forms]
         if least or any(took):
             cells = [f"{three(ms)} ({three(ms / least)})" if least and ms else three(ms) if ms else DASH for ms in took]
             lines.append(f"| {kind} | {three(least) if least else DASH} | " + " | ".join(cells) + " |")
     least = 1e3 * limit_s(operators, gpu)
-    steps = [float(form.result["figures"]["step_ms"]["median"]) for form in forms]
+    steps = [1e3 * form.step_s for form in forms]
     lines.append(
         f"| the step, unwatched | {three(least)} | " + " | ".join(f"{three(s)} ({three(s / least)})" for s in steps) + " |"
     )
-    mfus = [percent(form.result["figures"]["speed"]["mfu"]) for form in forms]
+    mfus = [percent(form.mfu) for form in forms]
     lines.append(f"| MFU | {percent(best_mfu(operators, gpu))} | " + " | ".join(mfus) + " |")
     return "\n".join(lines)
-
-
-def _of_kind(form: Measured, kind: str) -> float:
-    kinds = form.result["kinds"]
-    return float(kinds["milliseconds"].get(kind, 0.0)) if kinds is not None else 0.0

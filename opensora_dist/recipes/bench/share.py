@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +25,47 @@ from opensora_dist.parallel.sequence.exchange import Exchange, Pending
 from opensora_dist.parallel.sequence.layout import SequenceParallel
 from opensora_dist.parallel.zero.native import NativeBackend
 from opensora_dist.plan.hardware import gpu_of
-from opensora_dist.plan.layouts import Run, judged
-from opensora_dist.plan.memory import MemoryCase, MemoryEstimate, estimate
+from opensora_dist.plan.layouts import Run, judged, memory_levers
+from opensora_dist.plan.memory import MemoryCase, estimate
+from opensora_dist.plan.moment import MemoryEstimate
+from opensora_dist.plan.pinned import pinned_bytes
 from opensora_dist.plan.time import Machine
 from opensora_dist.recipes.auto import sample_cost
 from opensora_dist.recipes.bench.memory import peak_memory
 from opensora_dist.recipes.bench.rounds import timed
 from opensora_dist.recipes.bench.scale import simulated
 from opensora_dist.recipes.bench.show import about, three
-from opensora_dist.recipes.bench.step_forms import FORMS
+from opensora_dist.recipes.bench.step_forms import FORMS, case_of_form
 from opensora_dist.recipes.bench.step_show import case_record
 from opensora_dist.recipes.bench.training import Training, meta_model
 from opensora_dist.recipes.shards import LatentShards
 
 BAR = 0.10
 """What prediction and measurement may differ by, of the measurement."""
-_TILE_TOKENS = 16_384
-_STAGES, _RECOMPUTE = (2, 3), ("none", "selective", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShareResult:
     """
     Args:
-        case: Of all ranks together.
+        case: Of all ranks together, by the kernels of the form.
+        form: Of ``step_forms.FORMS``.
         cap_bytes: What the allocator was held to; None: nothing (on a CPU).
         predicted: By the planner, of the rank that holds most.
         measured_bytes: At most at once, of the device's memory.
         step_s: Of steps after the first, without any transfer between ranks.
         computed_by: What operators went by.
+        device: cpu or cuda.
     """
 
     case: MemoryCase
+    form: str
     cap_bytes: int | None
     predicted: MemoryEstimate
     measured_bytes: int
     step_s: tuple[float, ...]
     computed_by: str
+    device: str
 
     @property
     def ratio(self) -> float:
@@ -122,17 +125,19 @@ class ShareTraining(Training):
         return _Alone(mesh, SequenceParallel(mesh, self.case.parallel.sp), self.model)
 
 
-def planned_case(case: MemoryCase, *, cap_bytes: int, host_bytes: int, gpu: str) -> MemoryCase:
-    """The case with the levers under which the planner has it fastest: ZeRO stage, recomputation, offload of activations, tiles.
+def planned_case(case: MemoryCase, *, form: str, cap_bytes: int, host_bytes: int, gpu: str) -> MemoryCase:
+    """The case with the levers under which the planner has it fastest, and of equally fast ones those that need least of the device.
 
     Args:
-        case: Its model, sequence parallelism, latents and micro-batch are kept.
+        case: Its model, sequence parallelism, latents and global batch are kept.
+        form: Of ``step_forms.FORMS``; whose kernels compute it.
         cap_bytes: Of a GPU's memory; the planner keeps its reserve of it.
-        host_bytes: CPU memory that a rank may fill.
+        host_bytes: CPU memory that a rank may fill, as pinned memory is allocated.
         gpu: Whose speed is reckoned with.
     Raises:
         ConfigError: No combination fits.
     """
+    case = case_of_form(case, form)
     model = meta_model(case)
     grid = model.token_grid(case.latent)
     machine = Machine(gpu=replace(gpu_of(gpu), memory_bytes=cap_bytes), gpus=case.world, per_node=case.world)
@@ -147,21 +152,22 @@ def planned_case(case: MemoryCase, *, cap_bytes: int, host_bytes: int, gpu: str)
         channels=case.channels,
         text_width=case.text_width,
         text_tokens=case.text_tokens,
+        kernels=case.kernels,
     )
-    found = []
-    for stage, recompute, offload, tile in product(_STAGES, _RECOMPUTE, (False, True), (None, _TILE_TOKENS)):
-        zero = case.parallel.zero.model_copy(update={"stage": stage})
-        levers = {"zero": zero, "recompute": recompute, "offload_activations": offload, "tile_tokens": tile}
-        found.append(judged(run, case.parallel.model_copy(update=levers), machine))
-    fit = [f for f in found if f.step is not None and f.memory is not None and f.memory.host <= host_bytes]
+    found = [judged(run, parallel, machine) for parallel in memory_levers(case.parallel)]
+    fit = []
+    for layout in found:
+        if layout.step is not None and layout.memory is not None:
+            made = replace(case, parallel=layout.parallel, micro_batch=layout.micro_batch)
+            if pinned_bytes(made) <= host_bytes:
+                fit.append((layout.step.total_s, layout.memory.total, made))
     if not fit:
         least = min((f.memory.total for f in found if f.memory is not None), default=0)
         raise ConfigError(
             f"no combination of levers fits {cap_bytes / 2**30:.1f} GiB of the device and {host_bytes / 2**30:.1f} GiB of CPU memory; on the "
-            f"device the least is {least / 2**30:.1f} GiB and the planner's reserve; raise --memory-cap-gib or --ranks"
+            f"device the least is {least / 2**30:.1f} GiB and the planner's reserve; raise --host-gib, --memory-cap-gib or --ranks"
         )
-    best = min(fit, key=lambda f: f.step.total_s if f.step is not None else 0.0)
-    return replace(case, parallel=best.parallel)
+    return min(fit, key=lambda one: one[:2])[2]
 
 
 def measure_share(case: MemoryCase, *, device: torch.device, form: str, steps: int, cap_bytes: int | None) -> ShareResult:
@@ -172,6 +178,7 @@ def measure_share(case: MemoryCase, *, device: torch.device, form: str, steps: i
         steps: That are timed, after one that isn't.
         cap_bytes: That the CUDA allocator may have; None: all.
     """
+    case = case_of_form(case, form)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         total = torch.cuda.get_device_properties(device).total_memory
@@ -189,11 +196,13 @@ def measure_share(case: MemoryCase, *, device: torch.device, form: str, steps: i
         most = peak.most()
     return ShareResult(
         case=case,
+        form=form,
         cap_bytes=cap_bytes,
         predicted=estimate(case),
         measured_bytes=most,
         step_s=seconds,
         computed_by=computed_by,
+        device=device.type,
     )
 
 
@@ -221,6 +230,7 @@ def share_lines(result: ShareResult) -> list[str]:
     tokens = model.token_grid(case.latent).volume // p.sp.degree
     levers = [f"ZeRO {p.zero.stage}", f"recompute {p.recompute}"]
     levers += ["activations offloaded"] if p.offload_activations else []
+    levers += [] if p.zero.offload == "none" else [f"{p.zero.offload} of ZeRO offloaded"]
     levers += [f"tiles of {p.tile_tokens} tokens"] if p.tile_tokens else []
     cap = "no cap" if result.cap_bytes is None else f"capped at {result.cap_bytes / 2**30:.1f} GiB"
     return [
@@ -238,6 +248,8 @@ def share_record(result: ShareResult) -> dict[str, Any]:
         "format": 1,
         "kind": "share",
         "case": case_record(result.case),
+        "form": result.form,
+        "device": result.device,
         "cap_bytes": result.cap_bytes,
         "predicted": {**asdict(result.predicted), "total": result.predicted.total},
         "measured_bytes": result.measured_bytes,

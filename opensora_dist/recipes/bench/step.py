@@ -20,7 +20,7 @@ from opensora_dist.recipes.bench.kinds import KindTimes, profiled
 from opensora_dist.recipes.bench.memory import Peak, peak_memory
 from opensora_dist.recipes.bench.rounds import of_all_ranks, take_turns, timed
 from opensora_dist.recipes.bench.sequence import TOLERANCES
-from opensora_dist.recipes.bench.step_forms import FORMS
+from opensora_dist.recipes.bench.step_forms import FORMS, case_of_form
 from opensora_dist.recipes.bench.training import Training
 
 
@@ -92,6 +92,11 @@ class FormResult:
         """For people."""
         return f"{self.form}, {self.variant.name}" if self.variant.changed else self.form
 
+    @property
+    def case(self) -> MemoryCase:
+        """What was computed, by the kernels of the form."""
+        return case_of_form(self.variant.case, self.form)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Turn:
@@ -136,7 +141,7 @@ def bench_step(
         ConfigError: The cases don't fit the device's memory side by side.
         OpensoraError: A form computes something else than the first one.
     """
-    _check_memory(variants, device)
+    _check_memory(variants, device, forms=options.forms)
     turns, results = _examined(variants, device=device, options=options)
     quiet = silence_problem(variants[0].case) is None
     passes = [
@@ -154,8 +159,8 @@ def _apart(variant: Variant) -> MemoryCase:
     return replace(case, parallel=case.parallel.model_copy(update={"recompute": "none"}))
 
 
-def _check_memory(variants: Sequence[Variant], device: torch.device) -> None:
-    """One case alone is left to find out: the formula is of torch's operators, and kernels keep less.
+def _check_memory(variants: Sequence[Variant], device: torch.device, *, forms: Sequence[str]) -> None:
+    """One case alone is left to find out: what a compiler keeps is in no formula.
 
     Raises:
         ConfigError: By formula the trainings of all cases don't fit beside the largest step of one.
@@ -164,7 +169,8 @@ def _check_memory(variants: Sequence[Variant], device: torch.device) -> None:
     if device.type != "cuda" or len(held) == 1:
         return
     fixed = [e.parameters + e.optimizer + e.ema for e in held.values()]
-    needed = max(estimate(variant.case).total for variant in variants) + sum(fixed) - min(fixed)
+    steps = [estimate(case_of_form(variant.case, form)).total for variant in variants for form in forms]
+    needed = max(steps) + sum(fixed) - min(fixed)
     there = torch.cuda.get_device_properties(device).total_memory
     if needed > there:
         raise ConfigError(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from opensora_dist.core.errors import ConfigError
-from opensora_dist.ops.choice import Choice, choose, using
+from opensora_dist.ops.choice import Choice, Compile, Kernels, choose, using
+from opensora_dist.plan.memory import MemoryCase
 from opensora_dist.recipes.bench.training import Training
 
 _ASKED: dict[str, dict[str, Any]] = {
@@ -19,6 +21,21 @@ _ASKED: dict[str, dict[str, Any]] = {
     "ours": {"kernels": "triton", "attention": "auto", "compile": "blocks"},
 }
 """Settings of ``run``, as ``ops.choice.choose`` takes them."""
+
+
+def case_of_form(case: MemoryCase, form: str) -> MemoryCase:
+    """The case with the kernels that the form computes it by, whose formula of memory is another than torch's."""
+    return replace(case, kernels=_ASKED[form]["kernels"])
+
+
+def compiles(form: str) -> bool:
+    """Whether a form has torch.compile make kernels of regions."""
+    return bool(_ASKED[form]["compile"] != "off")
+
+
+def form_of(kernels: Kernels, compile: Compile) -> str:
+    """The form that is nearest to how a run computes: the same kernels first, then compiled or not."""
+    return min(_ASKED, key=lambda form: (_ASKED[form]["kernels"] != kernels, compiles(form) != (compile != "off")))
 
 
 def choice_of(form: str, *, device: torch.device, dtype: str) -> Choice:

@@ -18,7 +18,7 @@ from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.types import Thw
 from opensora_dist.plan.memory import MemoryCase
 from opensora_dist.recipes.bench.step import StepOptions, Variant
-from opensora_dist.recipes.bench.step_forms import FORMS, form_problems
+from opensora_dist.recipes.bench.step_forms import FORMS, compiles, form_problems
 from opensora_dist.recipes.bench.training import meta_model
 from opensora_dist.recipes.shards import share_problems
 
@@ -143,7 +143,7 @@ def step_options(*, forms: list[str], rounds: int, warmup: int, steps: int, doll
     return StepOptions(forms=tuple(forms), rounds=rounds, warmup=warmup, steps=steps, dollars_per_gpu_hour=dollars_per_gpu_hour)
 
 
-def check_share(*, form: str, steps: int, gib: tuple[float, float], device: torch.device, dtype: str) -> None:
+def check_share(*, form: str, ranks: int, steps: int, gib: tuple[float, float], device: torch.device, dtype: str) -> None:
     """
     Args:
         gib: Of the device and of CPU memory.
@@ -153,7 +153,11 @@ def check_share(*, form: str, steps: int, gib: tuple[float, float], device: torc
     if form not in FORMS:
         raise ConfigError(f"--form {form}: not known; use one of {', '.join(FORMS)}")
     problems = [problem.replace("--forms", "--form") for problem in form_problems([form], device=device, dtype=dtype)]
-    problems += [] if steps >= 1 else [f"--steps must be 1 or more, and is {steps}"]
+    if device.type == "cpu" and compiles(form):
+        problems.append(f"--form {form} on a CPU: nobody sees what memory compiled code takes there; use --form eager")
+    problems += [
+        f"--{name} must be 1 or more, and is {value}" for name, value in (("ranks", ranks), ("steps", steps)) if value < 1
+    ]
     for flag, value in zip(("memory-cap-gib", "host-gib"), gib):
         if not 0 < value < math.inf:
             problems.append(f"--{flag} must be above 0, and is {value:g}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from rich.table import Table
 from opensora_dist.core.io import write_json
 from opensora_dist.observe.progress import Bar
 from opensora_dist.plan.hardware import peak_flops
+from opensora_dist.plan.measured import STEP_FORMAT
 from opensora_dist.plan.memory import MemoryCase, estimate
 from opensora_dist.recipes.bench.figures import Spread
 from opensora_dist.recipes.bench.kinds import IDLE, KINDS, OTHER
@@ -76,7 +77,8 @@ def step_rank(variants: Sequence[Variant], device: torch.device, *, options: Ste
         of_results = [works[variants.index(r.variant)] for r in results]
         print_step_table(results, works=of_results)
         if out is not None:
-            write_json(out / "step.json", step_record(results, options=options, works=of_results))
+            kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+            write_json(out / "step.json", step_record(results, options=options, works=of_results, device=kind))
             print(out / "step.json")
     return 0
 
@@ -180,15 +182,22 @@ def step_title(case: MemoryCase) -> str:
     )
 
 
-def step_record(results: Sequence[FormResult], *, options: StepOptions, works: Sequence[Work]) -> dict[str, Any]:
+def step_record(
+    results: Sequence[FormResult], *, options: StepOptions, works: Sequence[Work], device: Literal["cpu", "cuda"]
+) -> dict[str, Any]:
     """Everything as JSON values: cases, the environment, raw times, and the figures that follow from them.
 
-    ``case``, ``work`` and ``memory_by_formula`` are of the first result; each result has its own.
+    ``case``, ``work`` and ``memory_by_formula`` are of the first result; each result has its own, by the kernels of its form.
+
+    Args:
+        works: Of each result.
+        device: That ran it, whatever else the environment has.
     """
-    first = results[0].variant.case
+    first = results[0].case
     return {
-        "format": 2,
+        "format": STEP_FORMAT,
         "kind": "step",
+        "device": device,
         "case": case_record(first),
         "world": first.world,
         "work": asdict(works[0]),
@@ -201,9 +210,9 @@ def step_record(results: Sequence[FormResult], *, options: StepOptions, works: S
                 "name": r.name,
                 "form": r.form,
                 "changed": r.variant.changed,
-                "case": case_record(r.variant.case),
+                "case": case_record(r.case),
                 "work": asdict(work),
-                "memory_by_formula": _by_formula(r.variant.case),
+                "memory_by_formula": _by_formula(r.case),
                 **{key: value for key, value in asdict(r).items() if key not in ("form", "variant")},
                 "figures": asdict(step_figures(r, results[0], work=work)),
             }

@@ -33,7 +33,7 @@ from opensora_dist.recipes.bench.case import DEFAULT_GRID
 from opensora_dist.recipes.bench.launch import num_ranks
 from opensora_dist.recipes.bench.machines import Machines, machines_here
 from opensora_dist.recipes.bench.sequence import sequence_inputs
-from opensora_dist.recipes.bench.step_forms import form_problems
+from opensora_dist.recipes.bench.step_forms import case_of_form, form_problems
 from opensora_dist.recipes.bench.step_inputs import step_case
 from opensora_dist.recipes.bench.sweep_show import write_sweep
 
@@ -164,7 +164,8 @@ def point_problems(sweep: Sweep, point: Point, *, ranks: int, machines: Machines
     try:
         if isinstance(sweep, StepSweep):
             problems += form_problems(sweep.forms, device=device, dtype=given.get("dtype", "float32"))
-            problems += _memory_problems(step_case(given, world=world, timeout_s=sweep.timeout_s), device)
+            case = step_case(given, world=world, timeout_s=sweep.timeout_s)
+            problems += _memory_problems([case_of_form(case, form) for form in sweep.forms], device)
         else:
             _sequence_case(sweep, given, world=world)
     except ConfigError as error:
@@ -172,11 +173,14 @@ def point_problems(sweep: Sweep, point: Point, *, ranks: int, machines: Machines
     return problems
 
 
-def _memory_problems(case: MemoryCase, device: torch.device) -> list[str]:
-    """Of a case that can't fit the memory of a GPU like this machine's, by formula and without what libraries take beside."""
+def _memory_problems(forms: Sequence[MemoryCase], device: torch.device) -> list[str]:
+    """Of a case, in its forms, that can't fit the memory of a GPU like this machine's, by formula and without what libraries take beside."""
     if device.type != "cuda":
         return []
-    needed, there = estimate(case).total / 2**30, torch.cuda.get_device_properties(device).total_memory / 2**30
+    needed, there = (
+        max(estimate(case).total for case in forms) / 2**30,
+        torch.cuda.get_device_properties(device).total_memory / 2**30,
+    )
     if needed <= there:
         return []
     return [f"a rank needs {needed:.1f} GiB, and the GPU has {there:.1f}; raise sp or zero, or set recompute=full"]
