@@ -7,7 +7,6 @@ import ast
 import dataclasses
 import json
 import re
-import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
@@ -32,7 +31,7 @@ from opensora_dist.recipes.bench.show import megabytes
 from opensora_dist.recipes.bench.speed import Work, speed
 from opensora_dist.recipes.bench.step import FormResult, StepOptions, Variant, bench_step, silence_problem
 from opensora_dist.recipes.bench.step_forms import FORMS
-from opensora_dist.recipes.bench.step_inputs import CASE_FIELDS, step_case, step_inputs
+from opensora_dist.recipes.bench.step_inputs import step_case, step_inputs
 from opensora_dist.recipes.bench.step_show import print_step_table, step_figures, step_record, work_of
 from opensora_dist.recipes.bench.training import Training, samples_of
 
@@ -238,22 +237,6 @@ def test_each_of_this_projects_kernels_has_a_kind():
         name for path in folder.glob("*.py") for name in re.findall(r'custom_op\(\s*"(opensora::\w+)"', path.read_text())
     }
     assert len(operators) > 6 and {name for name in operators if kind_of(f"{name} _forward") == OTHER} == set()
-
-
-def test_the_script_for_a_gpu_lists_commands_that_exist():
-    script = Path(opensora_dist.__file__).parents[1] / "benchmarks/gpu.sh"
-    said = subprocess.run(["bash", str(script), "--list"], capture_output=True, text=True, check=True, timeout=30).stdout
-    commands = [line.split(" -m opensora_dist ")[1].split() for line in said.splitlines() if " -m opensora_dist " in line]
-    assert len(commands) > 5
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    bench_cli.add_parser(parser.add_subparsers())
-    for words in commands:
-        args = parser.parse_args(words)
-        if args.action == "step":
-            given = {name: getattr(args, name) for name in CASE_FIELDS}
-            measuring = {name: getattr(args, name) for name in ("rounds", "warmup", "steps", "dollars_per_gpu_hour")}
-            forms = [form for form in args.forms if form != "ours"] or ["eager"]  # which needs a GPU
-            assert step_inputs(given, world=1, timeout_s=60, device=CPU, compare=args.compare, forms=forms, **measuring)
 
 
 def test_the_peak_of_a_step_is_what_the_formula_says(ranks):
