@@ -9,12 +9,14 @@ import json
 import re
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch._C._autograd import DeviceType
 
 import opensora_dist
 from opensora_dist.cli import bench as bench_cli
@@ -22,11 +24,11 @@ from opensora_dist.cli.main import main
 from opensora_dist.config.train import SIZES, ModelConfig, ModelName, ParallelConfig, SchemeName, SizeName, SpConfig, ZeroConfig
 from opensora_dist.core.errors import ConfigError, OpensoraError
 from opensora_dist.core.types import Thw
-from opensora_dist.ops.compiled import using_backend
+from opensora_dist.ops.compiled import region, using_backend
 from opensora_dist.parallel.sequence.registry import SCHEMES
 from opensora_dist.parallel.sequence.traffic import SentBytes
 from opensora_dist.plan.memory import MemoryCase, estimate
-from opensora_dist.recipes.bench.kinds import IDLE, KINDS, OTHER, KindTimes, Ran, kind_of, kind_times
+from opensora_dist.recipes.bench.kinds import IDLE, KINDS, OTHER, KindTimes, Ran, _kernels, kind_of, kind_times
 from opensora_dist.recipes.bench.show import megabytes
 from opensora_dist.recipes.bench.speed import Work, speed
 from opensora_dist.recipes.bench.step import FormResult, StepOptions, Variant, bench_step, silence_problem
@@ -228,6 +230,52 @@ def test_kernels_are_sorted_by_their_names_and_what_nobody_knows_is_named():
     times = kind_times(ran, wall_ms=10)
     assert times.milliseconds[IDLE] == 4 and times.unknown == ("strange",) and set(times.milliseconds) == {*KINDS, OTHER, IDLE}
     assert times.shares() == pytest.approx({"matrix products": 4 / 11, OTHER: 3 / 11, IDLE: 4 / 11})
+
+
+def _event(name, start, end, *, on=DeviceType.CUDA, launches=(), annotation=False):
+    launched = [SimpleNamespace(name=name, duration=duration) for name, duration in launches]
+    span = SimpleNamespace(start=start, end=end)
+    return SimpleNamespace(name=name, device_type=on, kernels=launched, time_range=span, is_user_annotation=annotation)
+
+
+def test_of_what_ran_on_a_gpu_each_kernel_counts_once_and_named_ranges_over_them_do_not():
+    cpu = DeviceType.CPU
+    events = [
+        _event("opensora::gated", 0, 1, on=cpu, launches=[("_forward", 30)]),
+        _event("Optimizer.step#AdamW.step", 40, 90, on=cpu, annotation=True),
+        _event("bench step", 10, 100, annotation=True),
+        _event("_forward", 10, 40),
+        _event("Optimizer.step#AdamW.step", 40, 90, annotation=True),
+        _event("multi_tensor_apply_kernel<FusedAdam>", 40, 90),
+        _event("FSDP::all_gather", 90, 95, annotation=True),
+        _event("unknown", 95, 96),
+    ]
+    ran = _kernels(events)
+    assert [(r.name, r.own_us) for r in ran] == [
+        ("opensora::gated _forward", 30),
+        ("multi_tensor_apply_kernel<FusedAdam>", 50),
+        ("unknown", 1),
+    ]
+    times = kind_times(ran, wall_ms=0.1).milliseconds
+    assert times["optimizer"] == 0.05 and times["collectives"] == 0 and times[IDLE] == pytest.approx(0.1 - 0.081)
+
+
+def test_a_second_case_is_compiled_for_its_own_sizes():
+    symbols = []
+
+    def backend(graph, inputs):
+        symbols.append([given for given in inputs if isinstance(given, torch.SymInt)])
+        return graph.forward
+
+    @region
+    def twice(x):
+        return x * 2
+
+    training = SimpleNamespace(mesh=SimpleNamespace(device=CPU), case=_case(1))
+    with using_backend(backend), FORMS["compile"](training):
+        for width in (8, 16, 24, 8):
+            twice(torch.ones(3, width))
+    assert symbols == [[], [], []]
 
 
 def test_each_of_this_projects_kernels_has_a_kind():

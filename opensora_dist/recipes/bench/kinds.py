@@ -121,12 +121,15 @@ _STEP = "bench step"
 
 
 def _kernels(events: Iterable[Any]) -> list[Ran]:
-    """What ran on the GPU, each with the name of the operator that launched it."""
+    """What ran on the GPU, each with the name of the operator that launched it.
+
+    A range that somebody named (the optimizer's step, FSDP2's) is there once more, on the GPU, over the kernels that are in it.
+    """
     listed = list(events)
     by = {(k.name, k.duration): e.name for e in listed if e.device_type == DeviceType.CPU for k in e.kernels}
     ran = []
     for event in listed:
-        if event.device_type != DeviceType.CUDA or event.name == _STEP:
+        if event.device_type != DeviceType.CUDA or event.is_user_annotation:
             continue
         start, end = event.time_range.start, event.time_range.end
         launcher = by.get((event.name, end - start), "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -63,7 +63,14 @@ def form_problems(forms: Sequence[str], *, device: torch.device, dtype: str) -> 
 @contextmanager
 def _chosen(training: Training, *, form: str) -> Iterator[None]:
     with using(choice_of(form, device=training.mesh.device, dtype=training.case.dtype)):
-        yield
+        with _own_sizes() if compiles(form) else nullcontext():
+            yield
+
+
+def _own_sizes() -> AbstractContextManager[object]:
+    """Each case that is compiled is compiled for its sizes, as in a run of its own, and not for symbols as soon as there is a second."""
+    patch: AbstractContextManager[object] = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+    return patch
 
 
 FORMS: dict[str, Callable[[Training], AbstractContextManager[object]]] = {name: partial(_chosen, form=name) for name in _ASKED}
