@@ -131,12 +131,12 @@ def _gated(shape: Shape, device: torch.device) -> tuple[list[Tensor], Callable[.
     return [*_tokens(shape, device, F32, BF16), *_rows(shape, device, kinds=1)], gated, reference
 
 
-def _gated_norm(shape: Shape, device: torch.device) -> tuple[list[Tensor], Callable[..., Any], Callable[..., Any]]:
-    from opensora_kernels.gated_norm import gated_norm, reference
+def _add_norm_modulate(shape: Shape, device: torch.device) -> tuple[list[Tensor], Callable[..., Any], Callable[..., Any]]:
+    from opensora_kernels.add_norm_modulate import add_norm_modulate, reference
 
     inputs = [*_tokens(shape, device, F32, BF16), *_rows(shape, device, kinds=2)]
-    forms = (gated_norm, reference)
-    return inputs, *(lambda x, add, shift, scale, by=by: by(x, add, None, shift, scale, BF16, EPS) for by in forms)
+    forms = (add_norm_modulate, reference)
+    return inputs, *(lambda x, add, shift, scale, by=by: by(x, add, shift, scale, BF16, EPS) for by in forms)
 
 
 def _bias_gelu(shape: Shape, device: torch.device) -> tuple[list[Tensor], Callable[..., Any], Callable[..., Any]]:
@@ -179,7 +179,9 @@ def _varlen_attention(shape: Shape, device: torch.device) -> tuple[list[Tensor],
 KERNELS = {
     "norm_modulate": Kernel(prepare=_norm_modulate, forward=Moved(float32=1, bfloat16=1), backward=Moved(float32=2, bfloat16=1)),
     "gated": Kernel(prepare=_gated, forward=Moved(float32=2, bfloat16=1), backward=Moved(float32=1, bfloat16=2)),
-    "gated_norm": Kernel(prepare=_gated_norm, forward=Moved(float32=2, bfloat16=2), backward=Moved(float32=3, bfloat16=2)),
+    "add_norm_modulate": Kernel(
+        prepare=_add_norm_modulate, forward=Moved(float32=2, bfloat16=2), backward=Moved(float32=3, bfloat16=2)
+    ),
     "bias_gelu": Kernel(
         prepare=_bias_gelu, forward=Moved(float32=0, bfloat16=2), backward=Moved(float32=0, bfloat16=3), hidden=True
     ),
@@ -190,8 +192,7 @@ KERNELS = {
         prepare=_varlen_attention, forward=Moved(float32=0, bfloat16=2), backward=Moved(float32=0, bfloat16=6)
     ),
 }
-"""``gated_norm`` is without a gate, as a block has it; of ``varlen_attention`` queries are read once for their own gradients and once for
-those of keys and values."""
+"""Of ``varlen_attention`` queries are read once for their own gradients and once for those of keys and values."""
 
 
 def call(form: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Tensor]]:

@@ -32,9 +32,10 @@ def bias_gelu(x_RH: Tensor, bias_H: Tensor) -> Tensor:
     """
     x, out = x_RH.contiguous(), like_contiguous(x_RH)
     H = x.shape[-1]
+    assert bias_H.shape == (H,)
     if out.numel():
         R = x.numel() // H
-        _forward[(triton.cdiv(R, ROWS) * triton.cdiv(H, COLUMNS),)](
+        _bias_gelu_forward[(triton.cdiv(R, ROWS) * triton.cdiv(H, COLUMNS),)](
             x, bias_H.contiguous(), out, R, H, COLUMNS, ROWS, num_warps=WARPS
         )
     return out
@@ -55,7 +56,9 @@ def bias_gelu_backward(grad_RH: Tensor, x_RH: Tensor, bias_H: Tensor) -> tuple[T
     rows = rows_per_program(R * columns, least=FEWEST_ROWS, most=MOST_ROWS)
     sums = torch.empty((triton.cdiv(R, rows), H), dtype=torch.float32, device=x.device)
     if x.numel():
-        _backward[(len(sums) * columns,)](grad, x, bias_H.contiguous(), dx, sums, rows, R, H, COLUMNS, ROWS, num_warps=WARPS)
+        _bias_gelu_backward[(len(sums) * columns,)](
+            grad, x, bias_H.contiguous(), dx, sums, rows, R, H, COLUMNS, ROWS, num_warps=WARPS
+        )
     return dx, sums.sum(dim=0)
 
 
@@ -97,7 +100,7 @@ def _slope(x):
 
 
 @triton.jit(do_not_specialize=["R"])
-def _forward(x, bias, out, R, H, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+def _bias_gelu_forward(x, bias, out, R, H, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     parts = tl.cdiv(H, COLUMNS)  # neighbours in memory are neighbours in time
     row = tl.program_id(0) // parts * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)
@@ -108,7 +111,7 @@ def _forward(x, bias, out, R, H, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "R"])
-def _backward(grad, x, bias, dx, sums, rows, R, H, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+def _bias_gelu_backward(grad, x, bias, dx, sums, rows, R, H, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     parts = tl.cdiv(H, COLUMNS)
     chunk = tl.program_id(0) // parts
     column = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)

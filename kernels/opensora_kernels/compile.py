@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from opensora_kernels import bias_gelu, gated, gated_norm, norm_modulate, short_attention, varlen_attention
+from opensora_kernels import add_norm_modulate, bias_gelu, gated, norm_modulate, short_attention, varlen_attention
 from opensora_kernels.products import head_parts
 from opensora_kernels.rows import ROWS_BACKWARD, ROWS_FORWARD, block_of, warps_of
 
@@ -36,7 +36,7 @@ class Case:
     name: str
     kernel: Any
     types: Mapping[str, str | tuple[str, ...]]
-    constants: Mapping[str, int | None]
+    constants: Mapping[str, int]
     warps: int
 
 
@@ -67,12 +67,12 @@ def _of_attention() -> Iterator[Case]:
     for frames in (16, 32, 64):
         tile = {**sizes, "ROWS": short_attention._tile(frames, _HEAD_DIM)[0]}
         for way in ("forward", "backward"):
-            kernel = getattr(short_attention, f"_{way}")
+            kernel = getattr(short_attention, f"_short_attention_{way}")
             yield _case(f"short_attention, {frames} frames, {way}", kernel, tile, short_attention._warps(frames))
     rows, columns = varlen_attention._ROWS, varlen_attention._COLUMNS
     for way, walked in (("forward", columns), ("backward_q", varlen_attention._COLUMNS_OF_Q), ("backward_k", columns)):
         tile = {**sizes, "ROWS": rows, "COLUMNS": walked}
-        kernel, sums = getattr(varlen_attention, f"_{way}"), ("lse", "weight", "dkv")
+        kernel, sums = getattr(varlen_attention, f"_varlen_attention_{way}"), ("lse", "weight", "dkv")
         yield _case(f"varlen_attention, {way}", kernel, tile, varlen_attention._warps(rows), float32=sums)
 
 
@@ -82,21 +82,16 @@ def _of_rows() -> Iterator[Case]:
     stream = (*modulation, "x", "dx", "stream", "dstream")
     forward, backward = ({"BLOCK": block_of(_WIDTH), "ROWS": rows} for rows in (ROWS_FORWARD, ROWS_BACKWARD))
     warps = warps_of(_WIDTH)
-    yield _case("norm_modulate, forward", norm_modulate._forward, forward, warps, float32=stream)
-    yield _case("norm_modulate, backward", norm_modulate._backward, backward, warps, float32=stream)
-    gateless = {"gate": None, "gate_step": None}
-    for name, without, unread in (
-        ("gated_norm", {}, {}),
-        ("gated_norm without a gate", gateless, {"branch": None, "branch_steps": None}),
-    ):
-        yield _case(f"{name}, forward", gated_norm._forward, {**forward, **without}, warps, float32=stream)
-        yield _case(f"{name}, backward", gated_norm._backward, {**backward, **without, **unread}, warps, float32=stream)
+    yield _case("norm_modulate, forward", norm_modulate._norm_modulate_forward, forward, warps, float32=stream)
+    yield _case("norm_modulate, backward", norm_modulate._norm_modulate_backward, backward, warps, float32=stream)
+    yield _case("add_norm_modulate, forward", add_norm_modulate._add_norm_modulate_forward, forward, warps, float32=stream)
+    yield _case("add_norm_modulate, backward", add_norm_modulate._add_norm_modulate_backward, backward, warps, float32=stream)
     tile = {"COLUMNS": gated.COLUMNS, "ROWS": gated.ROWS}
-    yield _case("gated, forward", gated._forward, tile, gated.WARPS, float32=(*stream, "out"))
-    yield _case("gated, backward", gated._backward, tile, gated.WARPS, float32=(*stream, "grad"))
+    yield _case("gated, forward", gated._gated_forward, tile, gated.WARPS, float32=(*stream, "out"))
+    yield _case("gated, backward", gated._gated_backward, tile, gated.WARPS, float32=(*stream, "grad"))
     tile = {"COLUMNS": bias_gelu.COLUMNS, "ROWS": bias_gelu.ROWS}
-    yield _case("bias_gelu, forward", bias_gelu._forward, tile, bias_gelu.WARPS, float32=modulation)
-    yield _case("bias_gelu, backward", bias_gelu._backward, tile, bias_gelu.WARPS, float32=modulation)
+    yield _case("bias_gelu, forward", bias_gelu._bias_gelu_forward, tile, bias_gelu.WARPS, float32=modulation)
+    yield _case("bias_gelu, backward", bias_gelu._bias_gelu_backward, tile, bias_gelu.WARPS, float32=modulation)
 
 
 _WHOLE = {"L", "D", "R", "H", "S", "T", "N", "K", "Q", "M", "rows", "tiles"}
@@ -105,7 +100,7 @@ _MULTIPLES = {"L", "D", "H", "S", "N"}
 _INTEGERS = {"q_ends", "k_ends", "k_stops"}
 
 
-def _case(name: str, kernel: Any, constants: Mapping[str, int | None], warps: int, *, float32: tuple[str, ...] = ()) -> Case:
+def _case(name: str, kernel: Any, constants: Mapping[str, int], warps: int, *, float32: tuple[str, ...] = ()) -> Case:
     types: dict[str, str | tuple[str, ...]] = {}
     for argument in kernel.arg_names:
         if argument in constants:

@@ -13,6 +13,7 @@ from opensora_kernels.rows import (
     dense_rows,
     load_row,
     load_rows,
+    of_samples,
     partial_sums,
     row_starts,
     rows_per_program,
@@ -36,9 +37,12 @@ def reference(x_BTSD: Tensor, branch_BTSD: Tensor, gate_BD: Tensor) -> Tensor:
 def gated(x_BTSD: Tensor, branch_BTSD: Tensor, gate_BD: Tensor) -> Tensor:
     """As ``reference``, in float32 inside; with the strides of x."""
     B, T, S, D = x_BTSD.shape
-    x, branch, gate, out = dense_rows(x_BTSD), dense_rows(branch_BTSD), dense_rows(gate_BD), torch.empty_like(x_BTSD)
+    assert branch_BTSD.shape == x_BTSD.shape
+    x, branch = dense_rows(x_BTSD), dense_rows(branch_BTSD)
+    (gate,) = of_samples(x, gate_BD)
+    out = torch.empty_like(x)
     if out.numel():
-        _forward[(triton.cdiv(T * S, ROWS) * triton.cdiv(D, COLUMNS), B)](
+        _gated_forward[(triton.cdiv(T * S, ROWS) * triton.cdiv(D, COLUMNS), B)](
             x,
             steps_of(x),
             branch,
@@ -59,20 +63,21 @@ def gated(x_BTSD: Tensor, branch_BTSD: Tensor, gate_BD: Tensor) -> Tensor:
 
 @gated.register_fake
 def _(x_BTSD: Tensor, branch_BTSD: Tensor, gate_BD: Tensor) -> Tensor:
-    return torch.empty_like(x_BTSD)
+    return torch.empty_like(dense_rows(x_BTSD))
 
 
 @torch.library.custom_op("opensora::gated_backward", mutates_args=())
 def gated_backward(grad_BTSD: Tensor, branch_BTSD: Tensor, gate_BD: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of the branch, with its strides, and that of the gate, float32 [B, D]. That of x is the stream's."""
     B, T, S, D = branch_BTSD.shape
-    grad, branch, gate = dense_rows(grad_BTSD), dense_rows(branch_BTSD), dense_rows(gate_BD)
-    dbranch = torch.empty_like(branch_BTSD)
+    grad, branch = dense_rows(grad_BTSD), dense_rows(branch_BTSD)
+    (gate,) = of_samples(branch, gate_BD)
+    dbranch = torch.empty_like(branch)
     columns = triton.cdiv(D, COLUMNS)
     rows = rows_per_program(B * T * S * columns, least=FEWEST_ROWS, most=MOST_ROWS)
     sums = partial_sums(1, branch, rows=rows)
     if branch.numel():
-        _backward[(sums.shape[2] * columns, B)](
+        _gated_backward[(sums.shape[2] * columns, B)](
             grad,
             steps_of(grad),
             branch,
@@ -95,7 +100,7 @@ def gated_backward(grad_BTSD: Tensor, branch_BTSD: Tensor, gate_BD: Tensor) -> t
 
 @gated_backward.register_fake
 def _(grad_BTSD: Tensor, branch_BTSD: Tensor, gate_BD: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(branch_BTSD), torch.empty(gate_BD.shape, dtype=torch.float32, device=gate_BD.device)
+    return torch.empty_like(dense_rows(branch_BTSD)), torch.empty(gate_BD.shape, dtype=torch.float32, device=gate_BD.device)
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -112,7 +117,7 @@ gated.register_autograd(_gradients, setup_context=_keep)
 
 
 @triton.jit(do_not_specialize=["L", "S"])
-def _forward(
+def _gated_forward(
     x, x_steps, branch, branch_steps, gate, gate_step, out, out_steps, L, S, D, COLUMNS: tl.constexpr, ROWS: tl.constexpr
 ):
     sample = tl.program_id(1).to(tl.int64)
@@ -127,7 +132,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["rows", "L", "S"])
-def _backward(
+def _gated_backward(
     grad, grad_steps, branch, branch_steps, gate, gate_step, dbranch, dbranch_steps, sums, rows, L, S, D,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip

@@ -20,6 +20,7 @@ from opensora_kernels.rows import (
     load_rows,
     norm_gradient,
     normalised,
+    of_samples,
     partial_sums,
     row_starts,
     rows_per_program,
@@ -53,10 +54,11 @@ def norm_modulate(x_BTSD: Tensor, shift_BD: Tensor, scale_BD: Tensor, out_dtype:
     Nothing but the inputs is kept for backward: mean and deviation of a row are in the row, which is read anyway.
     """
     B, T, S, D = x_BTSD.shape
-    x, shift, scale = dense_rows(x_BTSD), dense_rows(shift_BD), dense_rows(scale_BD)
+    x = dense_rows(x_BTSD)
+    shift, scale = of_samples(x, shift_BD, scale_BD)
     out = like_contiguous(x, dtype=out_dtype)
     if out.numel():
-        _forward[(triton.cdiv(T * S, ROWS_FORWARD), B)](
+        _norm_modulate_forward[(triton.cdiv(T * S, ROWS_FORWARD), B)](
             x,
             steps_of(x),
             shift,
@@ -85,11 +87,13 @@ def _(x_BTSD: Tensor, shift_BD: Tensor, scale_BD: Tensor, out_dtype: torch.dtype
 def norm_modulate_backward(grad_BTSD: Tensor, x_BTSD: Tensor, scale_BD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The gradient of x, with its strides, and those of shift and scale, float32 [2, B, D]."""
     B, T, S, D = x_BTSD.shape
-    grad, x, scale, dx = dense_rows(grad_BTSD), dense_rows(x_BTSD), dense_rows(scale_BD), torch.empty_like(x_BTSD)
+    grad, x = dense_rows(grad_BTSD), dense_rows(x_BTSD)
+    (scale,) = of_samples(x, scale_BD)
+    dx = torch.empty_like(x)
     rows = rows_per_program(B * T * S, least=FEWEST_ROWS, most=MOST_ROWS)
     sums = partial_sums(2, x, rows=rows)
     if x.numel():
-        _backward[(sums.shape[2], B)](
+        _norm_modulate_backward[(sums.shape[2], B)](
             grad,
             steps_of(grad),
             x,
@@ -113,7 +117,7 @@ def norm_modulate_backward(grad_BTSD: Tensor, x_BTSD: Tensor, scale_BD: Tensor, 
 
 @norm_modulate_backward.register_fake
 def _(grad_BTSD: Tensor, x_BTSD: Tensor, scale_BD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_BTSD), scale_BD.new_empty((2, *scale_BD.shape), dtype=torch.float32)
+    return torch.empty_like(dense_rows(x_BTSD)), scale_BD.new_empty((2, *scale_BD.shape), dtype=torch.float32)
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -132,7 +136,7 @@ norm_modulate.register_autograd(_gradients, setup_context=_keep)
 
 
 @triton.jit(do_not_specialize=["L", "S"])
-def _forward(
+def _norm_modulate_forward(
     x, x_steps, shift, shift_step, scale, scale_step, out, out_steps, L, S, D, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
     sample = tl.program_id(1).to(tl.int64)
@@ -146,7 +150,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["rows", "L", "S"])
-def _backward(
+def _norm_modulate_backward(
     grad, grad_steps, x, x_steps, scale, scale_step, dx, dx_steps, sums, rows, L, S, D, eps,
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip

@@ -8,9 +8,10 @@ import os
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+WIDEST_HEAD = 128
+"""Head dim at most: tiles of a wider head are more than a multiprocessor's shared memory."""
 _LEAST = 16
 """Of a side of a matrix product."""
 
@@ -31,16 +32,6 @@ def head_parts(head_dim: int) -> tuple[int, int]:
 def rows_of(tokens: int, *, most: int) -> int:
     """Rows of a tile for so many tokens."""
     return min(most, max(_LEAST, triton.next_power_of_2(tokens)))
-
-
-def dense_rows(tensor: Tensor, *, dims: int) -> Tensor:
-    """The tensor, or a copy where its last ``dims`` dims don't lie one after the other in memory."""
-    size = 1
-    for length, stride in zip(reversed(tensor.shape[-dims:]), reversed(tensor.stride()[-dims:])):
-        if stride != size and length > 1:
-            return tensor.contiguous()
-        size *= length
-    return tensor
 
 
 @triton.jit

@@ -40,13 +40,31 @@ def rows_per_program(rows: int, *, least: int, most: int) -> int:
         rows: Of all samples; where a program has a part of the columns, times their parts.
         least: A power of two.
         most: A power of two.
+    Returns:
+        The largest power of two that leaves ``_PROGRAMS`` programs or more, from ``least``, which comes first, to ``most``.
     """
-    return min(most, max(least, triton.next_power_of_2(rows // _PROGRAMS)))
+    each = rows // _PROGRAMS
+    return min(most, max(least, 1 << each.bit_length() >> 1))
 
 
-def dense_rows(x: Tensor) -> Tensor:
-    """As a kernel can read it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def dense_rows(tensor: Tensor, *, dims: int = 1) -> Tensor:
+    """The tensor, or a contiguous copy where its last ``dims`` dims don't lie one after the other in memory.
+
+    ``torch.empty_like`` of it has rows as dense, and tokens in memory in the same order.
+    """
+    size = 1
+    for length, stride in zip(reversed(tensor.shape[-dims:]), reversed(tensor.stride()[-dims:])):
+        if stride != size and length > 1:
+            return tensor.contiguous()
+        size *= length
+    return tensor
+
+
+def of_samples(x_BTSD: Tensor, *rows_BD: Tensor) -> list[Tensor]:
+    """What is of each sample, as a kernel can read it: [B, D], or it would read beyond its end."""
+    wanted = (x_BTSD.shape[0], x_BTSD.shape[-1])
+    assert all(row.shape == wanted for row in rows_BD), f"{[tuple(row.shape) for row in rows_BD]} for samples and width {wanted}"
+    return [dense_rows(row) for row in rows_BD]
 
 
 def steps_of(x_BTSD: Tensor) -> tuple[int, int, int]:

@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opensora_kernels.products import dense_rows, head_parts, load_tile, product, rows_of, store_tile
+from opensora_kernels.products import WIDEST_HEAD, head_parts, load_tile, product, rows_of, store_tile
+from opensora_kernels.rows import dense_rows
 
 LONGEST = 128
 """Frames at most: a tile of scores of one head has to lie in registers."""
@@ -40,16 +41,18 @@ def short_attention(qkv_BTS3NK: Tensor) -> Tensor:
 
     Args:
         qkv_BTS3NK: As the linear gives it, or rows that came from other ranks: the first three dims may have any strides. T at most
-            ``LONGEST``.
+            ``LONGEST``, K at most ``WIDEST_HEAD``. float16 or bfloat16: products of float32 take no tensor core, are compiled for minutes
+            and spill kilobytes, and are here for Triton's interpreter alone.
     Returns:
         [B, T, S, N, K], dense, its first three dims in memory in the order of those of ``qkv_BTS3NK``.
     """
     B, T, S, _, N, K = qkv_BTS3NK.shape
     assert T <= LONGEST, f"{T} frames; a tile holds {LONGEST}"
+    assert K <= WIDEST_HEAD, f"heads of {K}; a tile holds {WIDEST_HEAD}"
     qkv, out = dense_rows(qkv_BTS3NK, dims=3), _like(qkv_BTS3NK, (N, K))
     if out.numel():
         steps = (qkv.stride()[:3], out.stride()[:3])
-        _forward[(B * S * N,)](qkv, out, S, T, *steps, K**-0.5, N, K, *_tile(T, K), num_warps=_warps(T))
+        _short_attention_forward[(B * S * N,)](qkv, out, S, T, *steps, K**-0.5, N, K, *_tile(T, K), num_warps=_warps(T))
     return out
 
 
@@ -65,7 +68,7 @@ def short_attention_backward(grad_BTSNK: Tensor, qkv_BTS3NK: Tensor) -> Tensor:
     grad, qkv, dqkv = dense_rows(grad_BTSNK, dims=2), dense_rows(qkv_BTS3NK, dims=3), _like(qkv_BTS3NK, (3, N, K))
     if qkv.numel():
         steps = (grad.stride()[:3], qkv.stride()[:3], dqkv.stride()[:3])
-        _backward[(B * S * N,)](grad, qkv, dqkv, S, T, *steps, K**-0.5, N, K, *_tile(T, K), num_warps=_warps(T))
+        _short_attention_backward[(B * S * N,)](grad, qkv, dqkv, S, T, *steps, K**-0.5, N, K, *_tile(T, K), num_warps=_warps(T))
     return dqkv
 
 
@@ -116,8 +119,8 @@ def _place(S, N: tl.constexpr):
     return (place // S).to(tl.int64), (place % S).to(tl.int64), program % N
 
 
-@triton.jit
-def _forward(
+@triton.jit(do_not_specialize=["S", "T"])
+def _short_attention_forward(
     qkv, out, S, T, qkv_steps, out_steps, scale,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
 ):  # fmt: skip
@@ -144,8 +147,8 @@ def _forward(
     store_tile(to, row, low, out_steps[1], T, K, product(p, v_low))
 
 
-@triton.jit
-def _backward(
+@triton.jit(do_not_specialize=["S", "T"])
+def _short_attention_backward(
     grad, qkv, dqkv, S, T, grad_steps, qkv_steps, dqkv_steps, scale,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
 ):  # fmt: skip

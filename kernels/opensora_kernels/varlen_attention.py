@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opensora_kernels.products import dense_rows, head_parts, load_tile, product, rows_of, store_tile
+from opensora_kernels.products import WIDEST_HEAD, head_parts, load_tile, product, rows_of, store_tile
+from opensora_kernels.rows import dense_rows
 
 _ROWS, _COLUMNS = 64, 64
 _COLUMNS_OF_Q = 32
@@ -73,17 +74,19 @@ def varlen_attention(
     """As ``reference``, with scores and sums in float32.
 
     Args:
-        q_QNK: Rows at any distance from each other.
+        q_QNK: Rows at any distance from each other. K at most ``WIDEST_HEAD``. float16 or bfloat16: products of float32 take no tensor core,
+            are compiled for minutes and spill kilobytes, and are here for Triton's interpreter alone.
         kv_M2NK: Likewise.
     Returns:
         [Q, N, K], dense, and the log of each query's sum of exponentials, float32 [N, Q]; 0 where there is no key.
     """
     Q, N, K = q_QNK.shape
+    assert K <= WIDEST_HEAD, f"heads of {K}; a tile holds {WIDEST_HEAD}"
     q, kv = dense_rows(q_QNK, dims=2), dense_rows(kv_M2NK, dims=3)
     out, lse = q.new_empty((Q, N, K)), q.new_empty((N, Q), dtype=torch.float32)
     if q.numel():
         rows, tiles = _tiles(most_q, _ROWS)
-        _forward[(len(k_stops) * tiles * N,)](
+        _varlen_attention_forward[(len(k_stops) * tiles * N,)](
             q, kv, out, lse, q_ends, k_ends, k_stops, mask_M, Q, tiles, q.stride(0), kv.stride(0), K**-0.5,
             N, K, rows, _COLUMNS, *head_parts(K), num_warps=_warps(rows),
         )  # fmt: skip
@@ -118,7 +121,7 @@ def varlen_attention_backward(
         return dq, kv.new_zeros((M, 2, N, K))
     of_samples, sizes = (q_ends, k_ends, k_stops, mask_M), (N, K)
     rows, tiles = _tiles(most_q, _ROWS)
-    _backward_q[(G * tiles * N,)](
+    _varlen_attention_backward_q[(G * tiles * N,)](
         grad, q, kv, out_QNK, lse_NQ, weight_NQ, dq, *of_samples, Q, tiles,
         grad.stride(0), q.stride(0), kv.stride(0), K**-0.5, *sizes, rows, _COLUMNS_OF_Q, *head_parts(K), num_warps=_warps(rows),
     )  # fmt: skip
@@ -126,7 +129,7 @@ def varlen_attention_backward(
     splits = max(1, min(tiles, triton.cdiv(_PROGRAMS, max(1, G * tiles_k * N))))
     parts = kv.new_empty((splits, M, 2, N, K), dtype=torch.float32 if splits > 1 else kv.dtype)
     if kv.numel():
-        _backward_k[(G * tiles_k * N, splits)](
+        _varlen_attention_backward_k[(G * tiles_k * N, splits)](
             grad, q, kv, lse_NQ, weight_NQ, parts, *of_samples, Q, M, tiles_k,
             grad.stride(0), q.stride(0), kv.stride(0), K**-0.5, *sizes, rows, columns, *head_parts(K), num_warps=_warps(columns),
         )  # fmt: skip
@@ -143,9 +146,12 @@ def _keep(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, kv, *output, *of_samples, mask)
     ctx.most = most_q, most_k
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or zeros would be made for it
 
 
-def _gradients(ctx, grad_QNK: Tensor, _):
+def _gradients(ctx, grad_QNK: Tensor | None, _):
+    if grad_QNK is None:
+        return (None,) * 8
     return *varlen_attention_backward(grad_QNK, *ctx.saved_tensors, *ctx.most), *(None,) * 6
 
 
@@ -204,8 +210,8 @@ def _takes_part(mask, column, stop):
     return inside
 
 
-@triton.jit
-def _forward(
+@triton.jit(do_not_specialize=["Q", "tiles"])
+def _varlen_attention_forward(
     q, kv, out, lse, q_ends, k_ends, k_stops, mask, Q, tiles, q_step, kv_step, scale,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
 ):  # fmt: skip
@@ -253,8 +259,8 @@ def _slopes(q_low, q_high, do_low, do_high, k_low, k_high, v_low, v_high, lse, w
     return p, p * (_inner(do_low, do_high, v_low, v_high, HI) - weight[:, None]) * scale
 
 
-@triton.jit
-def _backward_q(
+@triton.jit(do_not_specialize=["Q", "tiles"])
+def _varlen_attention_backward_q(
     grad, q, kv, out, lse, weight, dq, q_ends, k_ends, k_stops, mask, Q, tiles, grad_step, q_step, kv_step, scale,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
 ):  # fmt: skip
@@ -290,8 +296,8 @@ def _backward_q(
         _put(dq + head * K, row, N * K, end, sum_low, sum_high, K, LO, HI)
 
 
-@triton.jit
-def _backward_k(
+@triton.jit(do_not_specialize=["Q", "M", "tiles"])
+def _varlen_attention_backward_k(
     grad, q, kv, lse, weight, dkv, q_ends, k_ends, k_stops, mask, Q, M, tiles, grad_step, q_step, kv_step, scale,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
 ):  # fmt: skip

@@ -43,10 +43,10 @@ def add_norm_modulate(x_BTSD: Tensor, branch_BTSD: Tensor, shift_B11D: Tensor, s
     if not _by_kernel(x_BTSD):
         stream = x_BTSD + branch_BTSD
         return stream, norm_modulate(stream, shift_B11D, scale_B11D)
-    from opensora_kernels.gated_norm import gated_norm as kernel
+    from opensora_kernels.add_norm_modulate import add_norm_modulate as kernel
 
     shift_BD, scale_BD = _of_sample(shift_B11D), _of_sample(scale_B11D)
-    both: tuple[Tensor, Tensor] = kernel(x_BTSD, branch_BTSD, None, shift_BD, scale_BD, compute_dtype(x_BTSD), _EPS)
+    both: tuple[Tensor, Tensor] = kernel(x_BTSD, branch_BTSD, shift_BD, scale_BD, compute_dtype(x_BTSD), _EPS)
     return both
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton runs on Linux only; pip install 'op
 from opensora_dist.core.types import Thw
 from opensora_dist.ops.choice import Choice, using
 from opensora_dist.ops.frames import frames_attention
-from opensora_dist.ops.samples import cross_attention
+from opensora_dist.ops.samples import captions, cross_attention
 from opensora_dist.parallel.recompute import recompute
 
 GRID = Thw(3, 1, 2)
@@ -76,12 +76,14 @@ def test_no_attention_runs_again_in_backward_under_selective_recomputation(monke
 
     calls: list[str] = []
     for module in (short_attention, varlen_attention):
-        monkeypatch.setattr(module, "_forward", Counted(module._forward, module.__name__.rpartition(".")[2], calls))
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, f"_{name}_forward", Counted(getattr(module, f"_{name}_forward"), name, calls))
     inputs = [t.requires_grad_() for t in draws(torch.float32, (1, 3, 2, 16), (48, 16), (1, 4, 2, 1, 16))]
 
     def region(x, weight, kv):
         attended = frames_attention((x @ weight.T).unflatten(-1, (3, 1, 16)))
-        return cross_attention(attended.flatten(0, 2).unflatten(-1, (1, 16)), kv, None, runs=[(1, 6)]).square()
+        of = captions(None, samples=1, keys=4, device=kv.device)
+        return cross_attention(attended.flatten(0, 2).unflatten(-1, (1, 16)), kv, of, runs=[(1, 6)]).square()
 
     found = {}
     with using(TRITON):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton runs on Linux only; pip install 'opensora-dist[kernels]'")
 
-from opensora_kernels import bias_gelu, gated, gated_norm, norm_modulate
+from opensora_kernels import add_norm_modulate, bias_gelu, gated, norm_modulate
 from opensora_kernels.rows import rows_per_program
 
 EPS = 1e-6
@@ -48,21 +48,15 @@ def ways(
     stream, branched, modulating, out = mix
     x, branch = tokens(stream, shape, number=0), tokens(branched, shape, number=1)
     gate, shift, scale = of_samples(modulating, shape, kinds=3)
-    last = {"eps": EPS}
-
-    def without(operator: Callable) -> Callable:
-        return lambda x, branch, shift, scale, **more: operator(x, branch, None, shift, scale, **more)
 
     def both(operator: Callable, reference: Callable) -> tuple[Callable, Callable]:
-        return partial(operator, out_dtype=out, **last), partial(reference, out_dtype=torch.float64, **last)
+        return partial(operator, out_dtype=out, eps=EPS), partial(reference, out_dtype=torch.float64, eps=EPS)
 
     yield "norm_modulate", *both(norm_modulate.norm_modulate, norm_modulate.reference), [x, shift, scale], [out]
     yield "gated", gated.gated, gated.reference, [x, branch, gate], [stream]
     yield "gated, of a branch along time", gated.gated, gated.reference, [branch.to(stream), x.to(branched), gate], [stream]
-    inputs = [x, branch, gate, shift, scale]
-    yield "gated_norm", *both(gated_norm.gated_norm, gated_norm.reference), inputs, [stream, out]
-    kernel, reference = both(without(gated_norm.gated_norm), without(gated_norm.reference))
-    yield "gated_norm without a gate", kernel, reference, [x, branch, shift, scale], [stream, out]
+    kernel, wanted = both(add_norm_modulate.add_norm_modulate, add_norm_modulate.reference)
+    yield "add_norm_modulate", kernel, wanted, [x, branch, shift, scale], [stream, out]
 
 
 NAMES = [name for name, *_ in ways(MIXES["float32"], SHAPES[0])]
@@ -82,7 +76,7 @@ def test_a_kernel_gives_what_its_reference_gives_and_the_gradient_of_each_input(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sums_over_tokens_are_the_same_however_many_rows_a_program_has(name, monkeypatch):
-    for module in (norm_modulate, gated, gated_norm):
+    for module in (norm_modulate, gated, add_norm_modulate):
         monkeypatch.setattr(module, "FEWEST_ROWS", 64)
         monkeypatch.setattr(module, "MOST_ROWS", 64)
     kernel, reference, inputs, dtypes = chosen(name, MIXES["float32"], (1, 10, 7, 24))
@@ -100,11 +94,28 @@ def test_no_token_at_all_is_no_case_of_its_own(name, shape):
         assert grad.shape == given.shape and grad.dtype == given.dtype and not grad.any()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_whose_width_is_not_innermost_are_read_and_what_comes_of_them_is_right(name):
+    """Of these there is a copy; where the result has the strides of such an input, it has those of the copy, in fakes as well."""
+    kernel, reference, inputs, dtypes = chosen(name, MIXES["float32"], (2, 3, 5, 24))
+    inputs = [t.movedim(-1, 1).contiguous().movedim(1, -1).detach() if t.dim() == 4 else t for t in inputs]
+    assert all(t.stride(-1) == 15 for t in inputs if t.dim() == 4)
+    assert_same(kernel, reference, inputs, dtypes=dtypes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_one_row_for_each_sample_is_refused(name):
+    kernel, _, inputs, _ = chosen(name, MIXES["float32"], (2, 3, 5, 24))
+    for row in (inputs[-1][:1], inputs[-1][:, :20]):
+        with pytest.raises(AssertionError, match=r"for samples and width \(2, 24\)"):
+            kernel(*inputs[:-1], row)
+
+
 def test_the_stream_and_gradients_lie_in_memory_as_what_they_belong_to_and_what_a_linear_reads_is_contiguous():
     shape = (2, 3, 5, 24)
     x, branch = tokens(F32, shape, number=0).requires_grad_(), tokens(F32, shape, number=1).requires_grad_()
     gate, shift, scale = of_samples(F32, shape, kinds=3)
-    stream, out = gated_norm.gated_norm(x, branch, gate, shift, scale, F32, EPS)
+    stream, out = add_norm_modulate.add_norm_modulate(x, branch, shift, scale, F32, EPS)
     assert stream.stride() == x.stride() != out.stride() and out.is_contiguous()
     dx, dbranch = torch.autograd.grad(stream.sum() + out.sum(), (x, branch))
     assert dx.stride() == x.stride() and dbranch.is_contiguous()
@@ -140,26 +151,30 @@ def test_gelu_of_huge_numbers_is_them_or_zero():
     torch.testing.assert_close(bias_gelu.bias_gelu(x, torch.zeros(5)), torch.tensor([[0.0, 0.0, 0.0, 50.0, 1e4]]))
 
 
-@pytest.mark.parametrize(
-    "rows, per_program", [(0, 8), (4096, 8), (65_536, 128), (524_288, 128)], ids=["none", "16x256x256", "64x512x512", "8 of them"]
-)
-def test_programs_fill_a_device_before_their_sums_are_kept_small(rows, per_program):
-    assert rows_per_program(rows, least=8, most=128) == per_program
-    assert rows < 4096 or rows / per_program >= 500  # four programs to each of an H100's 132 multiprocessors
+def test_programs_fill_a_device_before_their_sums_are_kept_small():
+    wanted = 4 * 132  # four programs to each of an H100's multiprocessors
+    sizes = {round(1.07**n) + odd for n in range(200) for odd in (-1, 0, 1)} | {0, 4096, 65_536, 524_288}
+    for rows in sizes:
+        each = rows_per_program(rows, least=8, most=128)
+        assert each in (8, 16, 32, 64, 128)
+        assert each == 8 or rows >= wanted * each, "no more rows to a program than leave enough programs"
+        assert each == 128 or rows < wanted * 2 * each, "and no fewer than that"
 
 
-@pytest.mark.parametrize("name", [*NAMES, "bias_gelu"])
+@pytest.mark.parametrize("name", [*NAMES, "gated, rows not dense", "add_norm_modulate, rows not dense", "bias_gelu"])
 def test_torch_sees_through_each_operator(name):
     """Schema, fake tensors, autograd and compilation, by torch's own checks."""
     shape = (2, 3, 5, 24)
     x, branch = tokens(F32, shape, number=0).requires_grad_(), tokens(BF16, shape, number=1).requires_grad_()
     gate, shift, scale = (t.requires_grad_() for t in of_samples(F32, shape, kinds=3))
+    scattered = x.detach().movedim(-1, 1).contiguous().movedim(1, -1)
     calls = {
         "norm_modulate": (norm_modulate.norm_modulate, (x, shift, scale, BF16, EPS)),
         "gated": (gated.gated, (x, branch, gate)),
         "gated, of a branch along time": (gated.gated, (branch, x, gate)),
-        "gated_norm": (gated_norm.gated_norm, (x, branch, gate, shift, scale, BF16, EPS)),
-        "gated_norm without a gate": (gated_norm.gated_norm, (x, branch, None, shift, scale, BF16, EPS)),
+        "gated, rows not dense": (gated.gated, (scattered, scattered, gate)),
+        "add_norm_modulate": (add_norm_modulate.add_norm_modulate, (x, branch, shift, scale, BF16, EPS)),
+        "add_norm_modulate, rows not dense": (add_norm_modulate.add_norm_modulate, (scattered, branch, shift, scale, BF16, EPS)),
         "bias_gelu": (bias_gelu.bias_gelu, (branch, shift[0])),
     }
     operator, inputs = calls[name]

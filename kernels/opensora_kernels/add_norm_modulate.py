@@ -23,6 +23,7 @@ from opensora_kernels.rows import (
     load_rows,
     norm_gradient,
     normalised,
+    of_samples,
     partial_sums,
     row_starts,
     rows_per_program,
@@ -39,31 +40,27 @@ FEWEST_ROWS, MOST_ROWS = 8, 128
 def reference(
     x_BTSD: Tensor,
     branch_BTSD: Tensor,
-    gate_BD: Tensor | None,
     shift_BD: Tensor,
     scale_BD: Tensor,
     out_dtype: torch.dtype,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """``s = x + gate branch``, and ``LN(s) (1 + scale) + shift``.
+    """``s = x + branch``, and ``LN(s) (1 + scale) + shift``.
 
     Args:
-        gate_BD: None adds the branch as it is.
         out_dtype: Of the second result.
     Returns:
         The stream, in the dtype of x, and what the next branch is given.
     """
-    added = branch_BTSD if gate_BD is None else gate_BD[:, None, None] * branch_BTSD
-    stream = (x_BTSD + added).to(x_BTSD.dtype)
+    stream = (x_BTSD + branch_BTSD).to(x_BTSD.dtype)
     normal = F.layer_norm(stream, stream.shape[-1:], eps=eps)
     return stream, (normal * (1 + scale_BD[:, None, None]) + shift_BD[:, None, None]).to(out_dtype)
 
 
-@torch.library.custom_op("opensora::gated_norm", mutates_args=())
-def gated_norm(
+@torch.library.custom_op("opensora::add_norm_modulate", mutates_args=())
+def add_norm_modulate(
     x_BTSD: Tensor,
     branch_BTSD: Tensor,
-    gate_BD: Tensor | None,
     shift_BD: Tensor,
     scale_BD: Tensor,
     out_dtype: torch.dtype,
@@ -75,17 +72,16 @@ def gated_norm(
         The stream with the strides of x, and what the next branch is given, contiguous.
     """
     B, T, S, D = x_BTSD.shape
-    x, branch, shift, scale = (dense_rows(t) for t in (x_BTSD, branch_BTSD, shift_BD, scale_BD))
-    gate = None if gate_BD is None else dense_rows(gate_BD)
-    stream, out = torch.empty_like(x_BTSD), like_contiguous(x, dtype=out_dtype)
+    assert branch_BTSD.shape == x_BTSD.shape
+    x, branch = dense_rows(x_BTSD), dense_rows(branch_BTSD)
+    shift, scale = of_samples(x, shift_BD, scale_BD)
+    stream, out = torch.empty_like(x), like_contiguous(x, dtype=out_dtype)
     if out.numel():
-        _forward[(triton.cdiv(T * S, ROWS_FORWARD), B)](
+        _add_norm_modulate_forward[(triton.cdiv(T * S, ROWS_FORWARD), B)](
             x,
             steps_of(x),
             branch,
             steps_of(branch),
-            gate,
-            None if gate is None else gate.stride(0),
             shift,
             shift.stride(0),
             scale,
@@ -105,55 +101,42 @@ def gated_norm(
     return stream, out
 
 
-@gated_norm.register_fake
+@add_norm_modulate.register_fake
 def _(
     x_BTSD: Tensor,
     branch_BTSD: Tensor,
-    gate_BD: Tensor | None,
     shift_BD: Tensor,
     scale_BD: Tensor,
     out_dtype: torch.dtype,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_BTSD), like_contiguous(x_BTSD, dtype=out_dtype)
+    return torch.empty_like(dense_rows(x_BTSD)), like_contiguous(x_BTSD, dtype=out_dtype)
 
 
-@torch.library.custom_op("opensora::gated_norm_backward", mutates_args=())
-def gated_norm_backward(
+@torch.library.custom_op("opensora::add_norm_modulate_backward", mutates_args=())
+def add_norm_modulate_backward(
     dstream_BTSD: Tensor,
     dout_BTSD: Tensor,
     stream_BTSD: Tensor,
-    branch_BTSD: Tensor | None,
-    gate_BD: Tensor | None,
     scale_BD: Tensor,
     branch_dtype: torch.dtype,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients.
-
-    Args:
-        branch_BTSD: None where there is no gate, whose gradient alone it is read for.
-    Returns:
-        That of x, with its strides, of the branch, contiguous, and of shift, scale and gate, if any, float32 [2 or 3, B, D].
-    """
+    """The gradient of x, with its strides, that of the branch, contiguous, and those of shift and scale, float32 [2, B, D]."""
     B, T, S, D = stream_BTSD.shape
-    dstream, dout, stream, scale = map(dense_rows, (dstream_BTSD, dout_BTSD, stream_BTSD, scale_BD))
-    branch, gate = (None if t is None else dense_rows(t) for t in (branch_BTSD, gate_BD))
-    dx, dbranch = torch.empty_like(stream_BTSD), like_contiguous(stream, dtype=branch_dtype)
+    dstream, dout, stream = map(dense_rows, (dstream_BTSD, dout_BTSD, stream_BTSD))
+    (scale,) = of_samples(stream, scale_BD)
+    dx, dbranch = torch.empty_like(stream), like_contiguous(stream, dtype=branch_dtype)
     rows = rows_per_program(B * T * S, least=FEWEST_ROWS, most=MOST_ROWS)
-    sums = partial_sums(2 if gate is None else 3, stream, rows=rows)
+    sums = partial_sums(2, stream, rows=rows)
     if stream.numel():
-        _backward[(sums.shape[2], B)](
+        _add_norm_modulate_backward[(sums.shape[2], B)](
             dstream,
             steps_of(dstream),
             dout,
             steps_of(dout),
             stream,
             steps_of(stream),
-            branch,
-            None if branch is None else steps_of(branch),
-            gate,
-            None if gate is None else gate.stride(0),
             scale,
             scale.stride(0),
             dx,
@@ -173,42 +156,39 @@ def gated_norm_backward(
     return dx, dbranch, sums.sum(dim=2)
 
 
-@gated_norm_backward.register_fake
+@add_norm_modulate_backward.register_fake
 def _(
     dstream_BTSD: Tensor,
     dout_BTSD: Tensor,
     stream_BTSD: Tensor,
-    branch_BTSD: Tensor | None,
-    gate_BD: Tensor | None,
     scale_BD: Tensor,
     branch_dtype: torch.dtype,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sums = scale_BD.new_empty((2 if gate_BD is None else 3, *scale_BD.shape), dtype=torch.float32)
-    return torch.empty_like(stream_BTSD), like_contiguous(stream_BTSD, dtype=branch_dtype), sums
+    sums = scale_BD.new_empty((2, *scale_BD.shape), dtype=torch.float32)
+    return torch.empty_like(dense_rows(stream_BTSD)), like_contiguous(stream_BTSD, dtype=branch_dtype), sums
 
 
 def _keep(ctx, inputs, output) -> None:
-    _, branch_BTSD, gate_BD, shift_BD, scale_BD, _, ctx.eps = inputs
-    # The stream is kept by what follows, too; a branch without a gate is needed no more.
-    ctx.save_for_backward(output[0], None if gate_BD is None else branch_BTSD, gate_BD, scale_BD)
+    _, branch_BTSD, shift_BD, scale_BD, _, ctx.eps = inputs
+    ctx.save_for_backward(output[0], scale_BD)  # the stream is kept by what follows, too; the branch is needed no more
     ctx.shift_dtype, ctx.branch_dtype = shift_BD.dtype, branch_BTSD.dtype
 
 
 def _gradients(ctx, dstream_BTSD: Tensor, dout_BTSD: Tensor):
-    kept = ctx.saved_tensors  # once: recomputation frees each as it is given
-    _, _, gate_BD, scale_BD = kept
-    dx, dbranch, sums = gated_norm_backward(dstream_BTSD, dout_BTSD, *kept, ctx.branch_dtype, ctx.eps)
-    dgate = None if gate_BD is None else sums[2].to(gate_BD.dtype)
-    return dx, dbranch, dgate, sums[0].to(ctx.shift_dtype), sums[1].to(scale_BD.dtype), None, None
+    stream_BTSD, scale_BD = ctx.saved_tensors
+    dx, dbranch, (dshift, dscale) = add_norm_modulate_backward(
+        dstream_BTSD, dout_BTSD, stream_BTSD, scale_BD, ctx.branch_dtype, ctx.eps
+    )
+    return dx, dbranch, dshift.to(ctx.shift_dtype), dscale.to(scale_BD.dtype), None, None
 
 
-gated_norm.register_autograd(_gradients, setup_context=_keep)
+add_norm_modulate.register_autograd(_gradients, setup_context=_keep)
 
 
 @triton.jit(do_not_specialize=["L", "S"])
-def _forward(
-    x, x_steps, branch, branch_steps, gate, gate_step, shift, shift_step, scale, scale_step, stream, stream_steps, out, out_steps,
+def _add_norm_modulate_forward(
+    x, x_steps, branch, branch_steps, shift, shift_step, scale, scale_step, stream, stream_steps, out, out_steps,
     L, S, D, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
@@ -217,8 +197,6 @@ def _forward(
     inside = (row < L)[:, None] & (column < D)[None, :]
     value = load_rows(x, row_starts(sample, row, S, x_steps), column, inside)
     added = load_rows(branch, row_starts(sample, row, S, branch_steps), column, inside)
-    if gate is not None:
-        added *= load_row(gate, gate_step, sample, column, D)[None, :]
     stored = (value + added).to(stream.dtype.element_ty)
     store_rows(stream, row_starts(sample, row, S, stream_steps), column, inside, stored)
     normal, _ = normalised(stored.to(tl.float32), inside, D, eps)
@@ -228,9 +206,8 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["rows", "L", "S"])
-def _backward(
-    dstream, dstream_steps, dout, dout_steps, stream, stream_steps, branch, branch_steps, gate, gate_step, scale, scale_step,
-    dx, dx_steps, dbranch, dbranch_steps, sums, rows, L, S, D, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+def _add_norm_modulate_backward(
+    dstream, dstream_steps, dout, dout_steps, stream, stream_steps, scale, scale_step, dx, dx_steps, dbranch, dbranch_steps, sums, rows, L, S, D, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
@@ -238,7 +215,6 @@ def _backward(
     by = 1.0 + load_row(scale, scale_step, sample, column, D)
     shift_sum = tl.zeros([BLOCK], dtype=tl.float32)
     scale_sum = tl.zeros([BLOCK], dtype=tl.float32)
-    gate_sum = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(chunk * rows, min(L, (chunk + 1) * rows), ROWS):
         row = start + tl.arange(0, ROWS)
         inside = (row < L)[:, None] & (column < D)[None, :]
@@ -250,12 +226,6 @@ def _backward(
         scale_sum += tl.sum(dy * normal, axis=0)
         total = norm_gradient(dy * by[None, :], normal, rstd, D) + past
         store_rows(dx, row_starts(sample, row, S, dx_steps), column, inside, total)
-        if gate is not None:
-            added = load_rows(branch, row_starts(sample, row, S, branch_steps), column, inside)
-            gate_sum += tl.sum(total * added, axis=0)
-            total *= load_row(gate, gate_step, sample, column, D)[None, :]
         store_rows(dbranch, row_starts(sample, row, S, dbranch_steps), column, inside, total)
     store_sum(sums, 0, sample, chunk, tl.num_programs(0), column, D, shift_sum)
     store_sum(sums, 1, sample, chunk, tl.num_programs(0), column, D, scale_sum)
-    if gate is not None:
-        store_sum(sums, 2, sample, chunk, tl.num_programs(0), column, D, gate_sum)
