@@ -19,6 +19,7 @@ from opensora_dist.core.types import Region, Thw
 from opensora_dist.models.layers import Block, CaptionEmbedder, FinalLayer, PatchEmbed, TimestepEmbedder, linear_flops
 from opensora_dist.models.positions import Positions
 from opensora_dist.ops.compiled import begin_forward
+from opensora_dist.ops.samples import captions
 from opensora_dist.parallel.sequence.base import Shard
 from opensora_dist.parallel.sequence.local import whole
 from opensora_dist.parallel.sequence.pack import Pack, Part, Tokens
@@ -166,8 +167,9 @@ class VideoTransformer(nn.Module, ABC):
         t_B6D = self.t_block(t_BD).unflatten(-1, (6, -1))
         # Once for all blocks: in backward what they give for the caption is summed over ranks in one piece.
         text_BYD = self.tensor.enter(self.y_embedder(text_BYE))
+        of_text = captions(text_mask_BY, samples=len(text_BYD), keys=text_BYD.shape[1], device=text_BYD.device)
         for i, block in enumerate(self.blocks):
-            x = block(x, shard=tokens, t_B6D=t_B6D, text_BYD=text_BYD, text_mask_BY=text_mask_BY, tpe_tD=tpe if i == 0 else None)
+            x = block(x, shard=tokens, t_B6D=t_B6D, text_BYD=text_BYD, captions=of_text, tpe_tD=tpe if i == 0 else None)
         x = self.final_layer(x, shard=tokens, t_BD=t_BD)
         pieces = tokens.split(x) if isinstance(tokens, Pack) else [x]
         out_dtype = torch.float64 if dtype == torch.float64 else torch.float32

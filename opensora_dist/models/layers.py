@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from opensora_dist.core.types import Axis, Thw
 from opensora_dist.ops.compiled import compiles, region, replayed_region
 from opensora_dist.ops.fused import add_norm_modulate, gated, linear_gelu, norm_modulate
-from opensora_dist.ops.samples import cross_attention
+from opensora_dist.ops.samples import Captions, cross_attention
 from opensora_dist.parallel.offload import Around
 from opensora_dist.parallel.recompute import Recompute, Store, recompute, recompute_traced, tiled
 from opensora_dist.parallel.sequence.base import Shard
@@ -90,14 +90,14 @@ class CrossAttention(nn.Module):
         kv_BY2NK: Tensor = self.kv_linear(text_BYD).unflatten(-1, (2, self.heads, -1))
         return kv_BY2NK
 
-    def forward(self, x_BTSD: Tensor, *, shard: Tokens, kv_BY2NK: Tensor, text_mask_BY: Tensor | None) -> Tensor:
+    def forward(self, x_BTSD: Tensor, *, shard: Tokens, kv_BY2NK: Tensor, captions: Captions) -> Tensor:
         """
         Args:
             x_BTSD: Tokens of ``shard``, or of a pack all of them.
         """
         q_BTSC = self.q_linear(x_BTSD)
         q_QNK = q_BTSC.flatten(0, 2).unflatten(-1, (self.heads, -1))
-        attended = cross_attention(q_QNK, kv_BY2NK, text_mask_BY, runs=shard.runs(x_BTSD))
+        attended = cross_attention(q_QNK, kv_BY2NK, captions, runs=shard.runs(x_BTSD))
         out: Tensor = self.proj(attended.reshape(q_BTSC.shape))
         return out
 
@@ -158,7 +158,7 @@ class Block(nn.Module, ABC):
         shard: Tokens,
         t_B6D: Tensor,
         text_BYD: Tensor,
-        text_mask_BY: Tensor | None,
+        captions: Captions,
         tpe_tD: Tensor | None = None,
     ) -> Tensor:
         """
@@ -167,16 +167,16 @@ class Block(nn.Module, ABC):
             shard: Which tokens these are, and how they meet the others.
             t_B6D: The timestep's part of shift, scale and gate for attention and for the MLP.
             text_BYD: Embedded caption, which has entered ``tensor``.
-            text_mask_BY: bool, True where a text token is valid; None if all are.
+            captions: Which of its tokens are valid.
             tpe_tD: Temporal positions of these frames, [t, D], for the one block that adds them; of a pack, of each token: [1, L, D].
         """
 
         def run(x: Tensor, shard: Tokens) -> Tensor:
-            return self._run(x, shard=shard, t_B6D=t_B6D, text_BYD=text_BYD, text_mask_BY=text_mask_BY, tpe_tD=tpe_tD)
+            return self._run(x, shard=shard, t_B6D=t_B6D, text_BYD=text_BYD, captions=captions, tpe_tD=tpe_tD)
 
         def kept(store: Store | None) -> Tensor:
             if compiles() and self._is_one_graph(shard):
-                return self._traced(x_BtsD, shard, t_B6D, text_BYD, text_mask_BY, tpe_tD)
+                return self._traced(x_BtsD, shard, t_B6D, text_BYD, captions, tpe_tD)
             if self.recompute == "none":
                 return run(x_BtsD, shard)
             return recompute(lambda x, tape: run(x, shard.taped(tape)), x_BtsD, how=self.recompute, store=store)
@@ -196,13 +196,13 @@ class Block(nn.Module, ABC):
         shard: Tokens,
         t_B6D: Tensor,
         text_BYD: Tensor,
-        text_mask_BY: Tensor | None,
+        captions: Captions,
         tpe_TD: Tensor | None,
     ) -> Tensor:
         """``forward`` as one graph: what is computed again is the compiler's to arrange."""
 
         def run(x: Tensor) -> Tensor:
-            return self._run(x, shard=shard, t_B6D=t_B6D, text_BYD=text_BYD, text_mask_BY=text_mask_BY, tpe_tD=tpe_TD)
+            return self._run(x, shard=shard, t_B6D=t_B6D, text_BYD=text_BYD, captions=captions, tpe_tD=tpe_TD)
 
         return run(x_BTSD) if self.recompute == "none" else recompute_traced(run, x_BTSD, how=self.recompute)
 
@@ -213,7 +213,7 @@ class Block(nn.Module, ABC):
         shard: Tokens,
         t_B6D: Tensor,
         text_BYD: Tensor,
-        text_mask_BY: Tensor | None,
+        captions: Captions,
         tpe_tD: Tensor | None,
     ) -> Tensor:
         modulation_B611D = (self.scale_shift_table + t_B6D)[:, :, None, None]
@@ -222,7 +222,7 @@ class Block(nn.Module, ABC):
         tp = self.tensor
 
         def cross_and_mlp(x: Tensor) -> Tensor:
-            part = self.cross_attn(tp.enter(x), shard=shard, kv_BY2NK=kv_BY2NK, text_mask_BY=text_mask_BY)
+            part = self.cross_attn(tp.enter(x), shard=shard, kv_BY2NK=kv_BY2NK, captions=captions)
             attended = tp.leave(part, self.cross_attn.proj, tape=shard.tape)
             x, x_mlp = shard.each(add_norm_modulate, x, attended, of=(shift_mlp, scale_mlp))
             # What is sent is outside: a tile is run again in backward.

@@ -11,19 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opensora_dist.ops.flash import flash_attention, takes
-from opensora_dist.ops.precision import accumulation_dtype
+from opensora_dist.ops.choice import current, interpreted
+from opensora_dist.ops.flash import MOST_SEQUENCES, dense_rows, flash_attention, takes
+from opensora_dist.ops.precision import accumulation_dtype, compute_dtype
 
-# Flash attention's kernels, torch's and the package's, put the batch on a grid axis on which CUDA allows no more, and nobody looks at
-# that (torch 2.11 to 2.13; pytorch issue 146704, flash-attention issue 1786): the launch fails with "invalid configuration argument".
-# Attention over time has a batch of samples x tokens per frame: 19 clips of 720p are enough. The memory-efficient kernel cuts its batch
-# itself.
-_CUDA_MAX_BATCH = 65_535
-# And their backward adds up the gradient of queries in rows of 128 and heads of a multiple of 32, which it finds by 32 bits: beyond, it
+# Attention over time has a batch of samples x tokens per frame: of 720p 19 clips are more than ``MOST_SEQUENCES``. (The memory-efficient
+# kernel cuts its batch itself.) And the backward of flash kernels adds up the gradient of queries in rows of 128 and heads of a multiple of 32, which it finds by 32 bits: beyond, it
 # reads and writes anywhere (flash-attention pull request 1500 mended it there in 2025; torch carries an older copy). Over 16 frames at
 # XL/2 that is a batch of 10,922.
 _CUDA_MAX_SUMS = 2**31
 _CUDA_MAX_HEAD = 256  # of the flash kernels
+_TRITON_MAX_HEAD = 128  # of the package's own: wider tiles don't fit registers
 _REFERENCE_SCORES = 1 << 24  # numbers that the reference holds of an L x M matrix at once
 
 
@@ -47,6 +45,20 @@ def attention(q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor, *, mask_BM: Tensor
     return F.scaled_dot_product_attention(q_BNLK, k_BNMK, v_BNMK, attn_mask=(mask_BM | empty_B1)[:, None, None])
 
 
+def triton_takes(like: Tensor, *, head_dim: int) -> bool:
+    """Whether the choice is Triton's kernels, and those of few frames, captions and packs compute with such queries, keys and values.
+
+    They are laid out for halves: of float32 tiles take twice the registers. Triton's interpreter, for tests, has no such limits.
+
+    Args:
+        like: Queries, or what the linear is given that makes them.
+    """
+    if current().kernels != "triton" or head_dim > _TRITON_MAX_HEAD:
+        return False
+    dtype = compute_dtype(like)
+    return dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and interpreted())
+
+
 def _attend_in_parts(q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor, *, max_batch: int) -> Tensor:
     attend = flash_attention if takes(q_BNLK) else F.scaled_dot_product_attention
     if len(q_BNLK) <= max_batch:
@@ -59,7 +71,7 @@ def _flash_batch(q_BNLK: Tensor) -> int:
     """The largest batch of one call."""
     _, N, L, K = q_BNLK.shape
     sums = N * (L + -L % 128) * (K + -K % 32)
-    return min(_CUDA_MAX_BATCH, max(1, _CUDA_MAX_SUMS // max(1, sums)))
+    return min(MOST_SEQUENCES, max(1, _CUDA_MAX_SUMS // max(1, sums)))
 
 
 # --- attention whose parts can be put together: keys that are not all here at once
@@ -142,20 +154,15 @@ def _in_parts(kernel: Callable[..., Tensors], tensors: Tensors, *, max_batch: in
     return tuple(torch.cat(results) for results in zip(*parts))
 
 
-def _dense_rows(*tensors: Tensor) -> Tensors:
-    """With the head dim contiguous, which kernels take for granted; gradients that were broadcast come without."""
-    return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
-
-
 def _cpu_forward(q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor) -> Tensors:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_dense_rows(q_BNLK, k_BNMK, v_BNMK))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*dense_rows(q_BNLK, k_BNMK, v_BNMK))
     return out, lse
 
 
 def _cpu_backward(
     grad_BNLK: Tensor, q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor, out_BNLK: Tensor, lse_BNL: Tensor
 ) -> Tensors:
-    tensors = _dense_rows(grad_BNLK, q_BNLK, k_BNMK, v_BNMK, out_BNLK)
+    tensors = dense_rows(grad_BNLK, q_BNLK, k_BNMK, v_BNMK, out_BNLK)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, lse_BNL, 0.0, False)
     return dq, dk, dv
 
@@ -182,7 +189,7 @@ def _cuda_backward(
 def _padded(*tensors: Tensor) -> Tensors:
     """Zeros up to a head dim that the kernels of CUDA take, a multiple of 8: they change no score and no output."""
     missing = -tensors[0].shape[-1] % 8
-    return _dense_rows(*(F.pad(tensor, (0, missing)) if missing else tensor for tensor in tensors))
+    return dense_rows(*(F.pad(tensor, (0, missing)) if missing else tensor for tensor in tensors))
 
 
 def _reference_forward(q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor) -> Tensors:

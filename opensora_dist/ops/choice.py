@@ -19,10 +19,13 @@ Compile = Literal["off", "blocks", "graphs"]
 AskedAttention = Literal["auto", "sdpa", "flash_attn"]
 Attention = Literal["sdpa", "flash_attn_2", "flash_attn_3"]
 _FLASH: dict[Attention, tuple[str, str, tuple[int, int] | None]] = {
-    "flash_attn_3": ("flash_attn_interface", "flash_attn_varlen_func", (9, 0)),
-    "flash_attn_2": ("flash_attn", "flash_attn_varlen_func", None),
+    "flash_attn_3": ("flash_attn_interface", "flash_attn_3", (9, 0)),
+    "flash_attn_2": ("flash_attn", "flash_attn", None),
 }
-"""Module, what it must have, and the one compute capability it is for, best first; all want at least 8.0."""
+"""Module, where it registers operators, and the one compute capability it is for, best first; all want at least 8.0."""
+
+
+_FLASH_FUNCTION = "flash_attn_varlen_func"  # of packages that have it, one is used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +57,15 @@ def current() -> Choice:
     return _now
 
 
-def use(choice: Choice) -> None:
-    """From now on, in this process. Backward of what was computed before goes by what computed it."""
-    global _now
-    _now = choice
-
-
 @contextmanager
 def using(choice: Choice) -> Iterator[None]:
-    """``use`` within; for tests and benchmarks, which compare."""
-    before = _now
-    use(choice)
+    """Within, in this process. What backward computes again (``parallel.recompute``) goes by the choice at that time."""
+    global _now
+    before, _now = _now, choice
     try:
         yield
     finally:
-        use(before)
+        _now = before
 
 
 def choose(
@@ -101,7 +98,7 @@ def choose(
             problems.append(
                 "run.kernels=triton computes in float32 inside, and run.dtype=float64 asks for more; use run.kernels=torch"
             )
-    flash, missing = (None, []) if attention == "sdpa" else _flash_attn(device, dtype)
+    flash, missing = (None, []) if attention == "sdpa" else _flash_attn(device, dtype, compile=compile)
     if attention == "flash_attn" and flash is None:
         problems.append(f"run.attention=flash_attn can't be had: {'; '.join(missing)}; use run.attention=auto or sdpa")
     if problems:
@@ -109,8 +106,12 @@ def choose(
     return Choice(kernels=kernels, compile=compile, attention=flash or "sdpa")
 
 
-def _flash_attn(device: torch.device, dtype: str) -> tuple[Attention | None, list[str]]:
-    """The best flash-attn of this machine, or why there is none."""
+def _flash_attn(device: torch.device, dtype: str, *, compile: Compile) -> tuple[Attention | None, list[str]]:
+    """The best flash-attn of this machine, or why there is none.
+
+    Args:
+        compile: Unless off, it is called within graphs, and so has to be an operator that torch knows.
+    """
     missing = []
     if device.type != "cuda":
         missing.append(f"it needs a GPU, and the run is on {device.type}")
@@ -119,16 +120,20 @@ def _flash_attn(device: torch.device, dtype: str) -> tuple[Attention | None, lis
     if missing:
         return None, missing
     capability = torch.cuda.get_device_capability(device)
-    for version, (name, function, only) in _FLASH.items():
+    for version, (name, operators, only) in _FLASH.items():
         if capability < (8, 0) or (only is not None and capability != only):
             missing.append(f"{name} is not for compute capability {capability[0]}.{capability[1]}")
             continue
         try:
-            getattr(importlib.import_module(name), function)
+            getattr(importlib.import_module(name), _FLASH_FUNCTION)
         except (ImportError, AttributeError) as error:
             missing.append(f"{name}: {error}")
-        else:
+            continue
+        if compile == "off" or hasattr(getattr(torch.ops, operators), "_flash_attn_forward"):
             return version, []
+        missing.append(
+            f"run.compile={compile} wants an operator {operators}::_flash_attn_forward, which this build of {name} lacks"
+        )
     return None, [*missing, "pip install flash-attn --no-build-isolation, next to a CUDA toolkit"]
 
 

@@ -12,6 +12,10 @@ from torch import Tensor
 from opensora_dist.ops.choice import current
 
 _MAX_HEAD = 256
+MOST_SEQUENCES = 65_535
+"""Of one call. Flash attention's kernels, torch's and the package's, put sequences on a grid axis on which CUDA allows no more, and
+nobody looks at that (torch 2.11 to 2.13; pytorch issue 146704, flash-attention issue 1786): the launch fails with "invalid configuration
+argument"."""
 
 
 def takes(tensor: Tensor) -> bool:
@@ -25,15 +29,15 @@ def takes(tensor: Tensor) -> bool:
 
 
 def flash_attention(q_BNLK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor) -> Tensor:
-    """``ops.attention.attention`` by flash-attn, which has tokens before heads. No more than 65,535 sequences: they are a grid axis."""
-    q, k, v = (_dense(tensor.transpose(1, 2)) for tensor in (q_BNLK, k_BNMK, v_BNMK))
+    """``ops.attention.attention`` by flash-attn, which has tokens before heads. At most ``MOST_SEQUENCES``."""
+    q, k, v = dense_rows(*(tensor.transpose(1, 2) for tensor in (q_BNLK, k_BNMK, v_BNMK)))
     return _first(_module().flash_attn_func(q, k, v)).transpose(1, 2)
 
 
 def flash_varlen(
     q_QNK: Tensor, k_MNK: Tensor, v_MNK: Tensor, *, q_ends: Tensor, k_ends: Tensor, most_q: int, most_k: int
 ) -> Tensor:
-    """Attention of each sample to its own keys; every sample with queries has keys.
+    """Attention of each sample to its own keys; every sample with queries has keys. At most ``MOST_SEQUENCES`` of them.
 
     Args:
         q_QNK: Queries of all samples, one sample after the other.
@@ -43,7 +47,7 @@ def flash_varlen(
     Returns:
         [Q, N, K].
     """
-    q, k, v = (_dense(tensor) for tensor in (q_QNK, k_MNK, v_MNK))
+    q, k, v = dense_rows(q_QNK, k_MNK, v_MNK)
     return _first(_module().flash_attn_varlen_func(q, k, v, q_ends, k_ends, most_q, most_k))
 
 
@@ -62,5 +66,6 @@ def _first(given: Tensor | tuple[Tensor, ...]) -> Tensor:
     return given if isinstance(given, Tensor) else given[0]
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def dense_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """With the head dim contiguous, which kernels take for granted; gradients that were broadcast come without."""
+    return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)

@@ -4,24 +4,21 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from opensora_dist.ops.attention import attention
-from opensora_dist.ops.choice import current
-from opensora_dist.ops.precision import compute_dtype
+from opensora_dist.ops.attention import attention, triton_takes
 
 _LONGEST = 128
 """Of ``opensora_kernels.short_attention``, which is imported only where it is used."""
 
 
-def reads_in_place(frames: int, like: Tensor) -> bool:
+def reads_in_place(frames: int, like: Tensor, *, head_dim: int) -> bool:
     """Whether ``frames_attention`` of so many frames reads what a QKV linear gives where it lies: then nobody need transpose its input.
 
     Args:
         like: What the linear is given.
     """
-    return current().kernels == "triton" and frames <= _LONGEST and compute_dtype(like) != torch.float64
+    return frames <= _LONGEST and triton_takes(like, head_dim=head_dim)
 
 
 def frames_attention(qkv_BTS3NK: Tensor) -> Tensor:
@@ -33,7 +30,7 @@ def frames_attention(qkv_BTS3NK: Tensor) -> Tensor:
         [B, T, S, C]; where it was read in place, in memory as ``qkv`` is, else with frames innermost.
     """
     B, T, S = qkv_BTS3NK.shape[:3]
-    if reads_in_place(T, qkv_BTS3NK):
+    if reads_in_place(T, qkv_BTS3NK, head_dim=qkv_BTS3NK.shape[-1]):
         from opensora_kernels.short_attention import short_attention as kernel
 
         out: Tensor = kernel(qkv_BTS3NK)

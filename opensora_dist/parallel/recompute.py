@@ -33,8 +33,8 @@ _ATTENTION_BELOW = frozenset(
     (
         "opensora::short_attention",
         "opensora::varlen_attention",
-        "flashattn::_flash_attn_forward",
-        "flashattn::_flash_attn_varlen_forward",
+        "flash_attn::_flash_attn_forward",
+        "flash_attn::_flash_attn_varlen_forward",
         "flash_attn_3::_flash_attn_forward",
         "flash_attn_3::fwd",
     )

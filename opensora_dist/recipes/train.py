@@ -35,7 +35,7 @@ from opensora_dist.observe.metrics import MetricLog
 from opensora_dist.observe.progress import TrainProgress
 from opensora_dist.observe.report import write_report
 from opensora_dist.observe.trackers import build_trackers
-from opensora_dist.ops.choice import choose, current, use
+from opensora_dist.ops.choice import choose, current, using
 from opensora_dist.ops.compiled import keep_compiled
 from opensora_dist.parallel.failures import lost_contact_said
 from opensora_dist.parallel.keys import Keys
@@ -138,7 +138,7 @@ def train_rank(config: TrainConfig, mesh: Mesh, *, on_start: Callable[[], None] 
         share_blocks(model, mesh)
         run = config.run
         operators = choose(run.kernels, device=mesh.device, dtype=run.dtype, compile=run.compile, attention=run.attention)
-        use(replace(operators, dynamic_shapes=len(order.latents) > 1))
+        stack.enter_context(using(replace(operators, dynamic_shapes=len(order.latents) > 1)))
         _log.info("%s", current())
         if config.run.compile != "off":
             _log.info("what is compiled is kept in %s", keep_compiled(expand(config.run.compile_cache)))

@@ -8,13 +8,17 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from sequence_cases import Shape, make_inputs, make_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora_dist.core.errors import ConfigError
+from opensora_dist.core.types import Thw
 from opensora_dist.ops import attention as ops
-from opensora_dist.ops import choice
+from opensora_dist.ops import choice, samples
 from opensora_dist.ops.choice import Choice, choose, using
-from opensora_dist.ops.samples import cross_attention, packed_attention
+from opensora_dist.ops.frames import reads_in_place
+from opensora_dist.ops.samples import Ends, captions, cross_attention, packed_attention
 
 MODULES = {"flash_attn_2": "flash_attn", "flash_attn_3": "flash_attn_interface"}
 VERSIONS = pytest.mark.parametrize("version", MODULES)
@@ -106,6 +110,11 @@ def assert_near(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(one.float(), other.float(), rtol=2e-2, atol=2e-2 * float(other.abs().max()) + 1e-6)
 
 
+def across(q: Tensor, kv: Tensor, mask: Tensor | None, *, runs: list[tuple[int, int]]) -> Tensor:
+    of = captions(mask, samples=len(kv), keys=kv.shape[1], device=q.device)
+    return cross_attention(q, kv, of, runs=runs)
+
+
 @VERSIONS
 def test_attention_is_the_packages_with_tokens_before_heads(installed, version):
     (qkv,) = draws((2, 5, 3, 3, 16))  # [B, L, 3, N, K], as a linear gives it
@@ -123,9 +132,9 @@ def test_captions_with_masks_in_any_pattern_go_through_its_function_for_many_len
     runs = [(2, 6), (1, 9)]
     q, kv = draws((21, 2, 16), (3, 5, 2, 2, 16))
     mask = torch.tensor([[True, False, True, True, False], [False] * 5, [False, False, True, False, True]]) if masked else None
-    wanted = gradients(cross_attention(q, kv, mask, runs=runs), [q, kv])
+    wanted = gradients(across(q, kv, mask, runs=runs), [q, kv])
     with using(Choice(attention=version)):
-        found = gradients(cross_attention(q, kv, mask, runs=runs), [q, kv])
+        found = gradients(across(q, kv, mask, runs=runs), [q, kv])
     assert_near(found, wanted)
     assert installed[version].calls == ["flash_attn_varlen_func"]
     if mask is not None:
@@ -137,10 +146,10 @@ def test_captions_with_masks_in_any_pattern_go_through_its_function_for_many_len
 def test_a_pack_of_several_shapes_is_one_call_and_of_one_shape_a_batch(installed, version):
     (qkv,) = draws((2 * 6 + 9, 3, 2, 16))
     runs = [(2, 6), (1, 9)]
-    wanted = gradients(packed_attention(qkv, runs=runs), [qkv])
+    wanted = gradients(packed_attention(qkv, runs=runs, ends=Ends()), [qkv])
     with using(Choice(attention=version)):
-        found = gradients(packed_attention(qkv, runs=runs), [qkv])
-        packed_attention(qkv, runs=[(3, 7)])
+        found = gradients(packed_attention(qkv, runs=runs, ends=Ends()), [qkv])
+        packed_attention(qkv, runs=[(3, 7)], ends=Ends())
     assert_near(found, wanted)
     assert installed[version].calls == ["flash_attn_varlen_func", "flash_attn_func"]
 
@@ -151,6 +160,67 @@ def test_what_flash_attn_does_not_take_is_torchs(installed, dtype, K):
     with using(Choice(attention="flash_attn_2")):
         torch.testing.assert_close(ops.attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
     assert not installed["flash_attn_2"].calls
+
+
+def test_more_sequences_than_a_grid_has_places_for_are_attended_to_shape_by_shape(installed, monkeypatch):
+    monkeypatch.setattr(samples, "MOST_SEQUENCES", 2)
+    q, kv, qkv = draws((21, 2, 16), (3, 5, 2, 2, 16), (21, 3, 2, 16))
+    runs, mask = [(2, 6), (1, 9)], torch.ones(3, 5, dtype=torch.bool)
+    wanted = [across(q, kv, mask, runs=runs), packed_attention(qkv, runs=runs, ends=Ends())]
+    with using(Choice(attention="flash_attn_2")):
+        found = [across(q, kv, mask, runs=runs), packed_attention(qkv, runs=runs, ends=Ends())]
+    assert_near(found, wanted)
+    assert "flash_attn_varlen_func" not in installed["flash_attn_2"].calls
+
+
+class TinyKernels(TorchDispatchMode):
+    """What makes small integers: where samples end, and which keys take part."""
+
+    MAKERS = {"arange", "argsort", "sort", "cumsum", "zeros", "amax"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        first = out[0] if isinstance(out, tuple) else out
+        if func.overloadpacket.__name__ in self.MAKERS and not first.is_floating_point():
+            self.made.append(func.overloadpacket.__name__)
+        return out
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attn_2"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_where_samples_end_is_made_once_for_all_blocks_and_never_for_torchs(installed, attention, packed):
+    shapes = [Shape(Thw(3, 2, 2), batch=2, heads=2, width=16), Shape(Thw(2, 2, 3), batch=1, heads=2, width=16)][: 1 + packed]
+    made = []
+    for depth in (1, 4):
+        model = make_model("stdit", shapes[0], depth=depth).bfloat16()
+        inputs = [make_inputs(shape, group=0, dtype=torch.bfloat16) for shape in shapes]
+        of = [torch.cat([getattr(one, name) for one in inputs]) for name in ("timestep_B", "text_BYE", "text_mask_BY")]
+        xs = [one.x_BCTHW for one in inputs]
+        with using(Choice(attention=attention)), torch.no_grad(), TinyKernels() as counted:
+            model(xs if packed else xs[0], *of)
+        made.append(counted.made)
+    assert made[0] == made[1], "of one block, and of four"
+    assert bool(made[0]) == (attention != "sdpa")
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dim, taken",
+    [(torch.bfloat16, 72, True), (torch.float16, 128, True), (torch.bfloat16, 136, False), (torch.float32, 72, False)],
+    ids=str,
+)
+def test_kernels_attend_in_halves_and_to_heads_of_128_at_most_but_for_the_interpreter(monkeypatch, dtype, head_dim, taken):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = torch.empty(1, 4, 2, head_dim, dtype=dtype)
+    assert not ops.triton_takes(x, head_dim=head_dim)
+    with using(Choice(kernels="triton")):
+        assert ops.triton_takes(x, head_dim=head_dim) == reads_in_place(4, x, head_dim=head_dim) == taken
+        assert not reads_in_place(129, x, head_dim=head_dim)
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert ops.triton_takes(x.float(), head_dim=64) and not ops.triton_takes(x.double(), head_dim=64)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +239,23 @@ def test_auto_takes_version_3_on_hopper_and_2_from_ampere_on(installed, monkeypa
     assert chosen.attention == found and found.replace("_", "-") in str(chosen)
     assert choose("torch", device=GPU, dtype="float32", attention="auto").attention == "sdpa"
     assert choose("torch", device=GPU, dtype="bfloat16", attention="sdpa").attention == "sdpa"
+
+
+@VERSIONS
+def test_a_build_without_operators_is_not_called_within_compiled_graphs(installed, monkeypatch, version):
+    capability = {"flash_attn_2": (8, 0), "flash_attn_3": (9, 0)}[version]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    asked = {"device": GPU, "dtype": "bfloat16", "compile": "blocks"}
+    assert choose("torch", attention="auto", **asked).attention == "sdpa"
+    with pytest.raises(
+        ConfigError, match=r"run.compile=blocks wants an operator flash_attn.*::_flash_attn_forward.*auto or sdpa"
+    ):
+        choose("torch", attention="flash_attn", **asked)
+    namespace = {"flash_attn_2": "flash_attn", "flash_attn_3": "flash_attn_3"}[version]
+    with torch.library._scoped_library(namespace, "FRAGMENT") as library:
+        library.define("_flash_attn_forward(Tensor q) -> Tensor")
+        for attention in ("auto", "flash_attn"):
+            assert choose("torch", attention=attention, **asked).attention == version
 
 
 def test_flash_attn_asked_for_and_not_there_says_all_that_is_missing(monkeypatch):

@@ -13,6 +13,7 @@ from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.types import Thw
 from opensora_dist.models.base import ModelIo
 from opensora_dist.models.registry import build_model
+from opensora_dist.ops.samples import Captions
 from opensora_dist.parallel.sequence.local import whole
 
 IO = ModelIo(in_channels=3, out_channels=5, text_width=7, max_tokens=6)
@@ -107,7 +108,12 @@ def test_a_caption_without_valid_tokens_leaves_the_projection_bias_only():
     assert torch.equal(run(model, c), run(model, other))
     attn = model.blocks[0].cross_attn
     x = torch.ones(2, 1, 3, 16).double()
-    out = attn(x, shard=whole(Thw(1, 1, 3)), kv_BY2NK=attn.keys_and_values(torch.ones(2, 5, 16).double()), text_mask_BY=c.mask)
+    out = attn(
+        x,
+        shard=whole(Thw(1, 1, 3)),
+        kv_BY2NK=attn.keys_and_values(torch.ones(2, 5, 16).double()),
+        captions=Captions(mask_GY=c.mask),
+    )
     torch.testing.assert_close(out, attn.proj.bias.expand_as(out), rtol=0, atol=0)
 
 

@@ -37,7 +37,7 @@ class Local(Scheme):
         if axis is Axis.SPACE:
             return self_attention(attn, x_BtsD.flatten(0, 1)).view(x_BtsD.shape)
         if axis is Axis.TIME:
-            if reads_in_place(T, x_BtsD):
+            if reads_in_place(T, x_BtsD, head_dim=attn.head_dim):
                 qkv_BTS3NK = attn.qkv(x_BtsD).view(B, T, S, 3, attn.heads, -1)
                 out: Tensor = attn.proj(frames_attention(qkv_BTS3NK))
                 return out

@@ -12,7 +12,7 @@ Source: NaViT (Patch n' Pack), arXiv 2307.06304; segments of spatial and tempora
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from opensora_dist.core.types import Axis
 from opensora_dist.ops.frames import frames_attention, reads_in_place
-from opensora_dist.ops.samples import packed_attention
+from opensora_dist.ops.samples import Ends, packed_attention
 from opensora_dist.parallel.recompute import Tape
 from opensora_dist.parallel.sequence.base import Before, First, Projections, Shard, TensorOrTensors, Then
 
@@ -60,6 +60,7 @@ class Pack:
 
     parts: tuple[Part, ...]
     tape: Tape | None = None
+    ends: Ends = field(default_factory=Ends, compare=False)
 
     def taped(self, tape: Tape | None) -> Pack:
         """As ``Shard.taped``."""
@@ -102,15 +103,16 @@ class Pack:
         for i, part in enumerate(self.parts):
             if part.shard.crosses(axis):
                 crossing.setdefault(part.shard.scheme.name, []).append(i)
-        if not crossing and (axis is not Axis.TIME or _reads_in_place(self.parts, input_11LD)):
-            return then(x, attn.proj(_attended(attn, input_11LD, axis, self.parts)))
+        if not crossing and (axis is not Axis.TIME or _reads_in_place(attn, self.parts, input_11LD)):
+            return then(x, attn.proj(_attended(attn, input_11LD, axis, self.parts, ends=self.ends)))
         inputs = self.split(input_11LD)
         here = sorted({*range(len(self.parts))}.difference(*crossing.values()))
         outputs: dict[int, Tensor] = {}
 
         def attend_here() -> None:
             if here and not outputs:
-                outputs.update(zip(here, _attend_here(attn, [inputs[i] for i in here], axis, [self.parts[i] for i in here])))
+                parts = [self.parts[i] for i in here]
+                outputs.update(zip(here, _attend_here(attn, [inputs[i] for i in here], axis, parts, ends=self.ends)))
 
         for numbers in crossing.values():
             shards = [self.parts[i].shard for i in numbers]
@@ -120,31 +122,33 @@ class Pack:
         return then(x, self.join([outputs[i] for i in range(len(self.parts))]))
 
 
-def _attend_here(attn: Projections, inputs_BtsD: Sequence[Tensor], axis: Axis, parts: Sequence[Part]) -> list[Tensor]:
+def _attend_here(
+    attn: Projections, inputs_BtsD: Sequence[Tensor], axis: Axis, parts: Sequence[Part], *, ends: Ends
+) -> list[Tensor]:
     """Parts whose sequences are whole on this rank: one projection for all, one attention per shape or for all."""
-    if axis is not Axis.TIME or _reads_in_place(parts, inputs_BtsD[0]):
+    if axis is not Axis.TIME or _reads_in_place(attn, parts, inputs_BtsD[0]):
         x_11RD: Tensor = _Join.apply(*inputs_BtsD)  # type: ignore[no-untyped-call]
-        out_11RD = attn.proj(_attended(attn, x_11RD, axis, parts))
+        out_11RD = attn.proj(_attended(attn, x_11RD, axis, parts, ends=ends))
         rows = torch.split(out_11RD[0, 0], [prod(part.shape) for part in parts])
         return [out_RD.view(*part.shape, -1) for part, out_RD in zip(parts, rows, strict=True)]
     x_11RD = _Join.apply(*(x.transpose(1, 2) for x in inputs_BtsD))  # type: ignore[no-untyped-call]
-    out_11RD = attn.proj(_of_sequences(attn.qkv(x_11RD), attn, runs=[part.sequences(axis) for part in parts]))
+    out_11RD = attn.proj(_of_sequences(attn.qkv(x_11RD), attn, runs=[part.sequences(axis) for part in parts], ends=ends))
     rows = torch.split(out_11RD[0, 0], [prod(part.shape) for part in parts])
     return [
         out_RD.view(B, s, t, -1).transpose(1, 2) for (B, t, s), out_RD in zip((part.shape for part in parts), rows, strict=True)
     ]
 
 
-def _reads_in_place(parts: Sequence[Part], x: Tensor) -> bool:
+def _reads_in_place(attn: Projections, parts: Sequence[Part], x: Tensor) -> bool:
     """Whether attention over frames wants no token moved, of none of the parts."""
-    return all(reads_in_place(part.shape[1], x) for part in parts)
+    return all(reads_in_place(part.shape[1], x, head_dim=attn.head_dim) for part in parts)
 
 
-def _attended(attn: Projections, x_11RD: Tensor, axis: Axis, parts: Sequence[Part]) -> Tensor:
+def _attended(attn: Projections, x_11RD: Tensor, axis: Axis, parts: Sequence[Part], *, ends: Ends) -> Tensor:
     """The attentions of tokens that lie as the residual stream has them, before the last projection: [1, 1, R, C]."""
     qkv_11RE = attn.qkv(x_11RD)
     if axis is not Axis.TIME:
-        return _of_sequences(qkv_11RE, attn, runs=[part.sequences(axis) for part in parts])
+        return _of_sequences(qkv_11RE, attn, runs=[part.sequences(axis) for part in parts], ends=ends)
     pieces = torch.split(qkv_11RE[0, 0], [prod(part.shape) for part in parts])
     outs = [
         frames_attention(qkv_RE.view(*part.shape, 3, attn.heads, attn.head_dim))
@@ -154,9 +158,9 @@ def _attended(attn: Projections, x_11RD: Tensor, axis: Axis, parts: Sequence[Par
     return out_11RC
 
 
-def _of_sequences(qkv_11RE: Tensor, attn: Projections, *, runs: Sequence[tuple[int, int]]) -> Tensor:
+def _of_sequences(qkv_11RE: Tensor, attn: Projections, *, runs: Sequence[tuple[int, int]], ends: Ends) -> Tensor:
     qkv_R3NK = qkv_11RE[0, 0].view(-1, 3, attn.heads, attn.head_dim)
-    return packed_attention(qkv_R3NK, runs=runs).flatten(1)[None, None]
+    return packed_attention(qkv_R3NK, runs=runs, ends=ends).flatten(1)[None, None]
 
 
 class _Join(torch.autograd.Function):

@@ -17,6 +17,7 @@ from opensora_dist.core.types import Axis, Region, Thw
 from opensora_dist.models.base import ModelIo, VideoTransformer
 from opensora_dist.models.layers import Block
 from opensora_dist.models.registry import build_model
+from opensora_dist.ops.samples import captions
 from opensora_dist.parallel.keys import Keys
 from opensora_dist.parallel.recompute import Recompute
 from opensora_dist.parallel.sequence.base import Shard, Traffic
@@ -126,8 +127,9 @@ class Subject:
 
     def forward(self, x_BtsD: Tensor, shard: Shard) -> Tensor:
         """The block's output."""
+        of_text = captions(None, samples=self.case.batch, keys=self.case.text_tokens, device=self.device)
         with self.autocast():
-            out: Tensor = self.block(x_BtsD, shard=shard, t_B6D=self._t_B6D, text_BYD=self._text_BYD, text_mask_BY=None)
+            out: Tensor = self.block(x_BtsD, shard=shard, t_B6D=self._t_B6D, text_BYD=self._text_BYD, captions=of_text)
         return out
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
