@@ -63,7 +63,7 @@ class Ran:
     """One kernel (on a GPU) or operator (on a CPU).
 
     Args:
-        name: Its own; where that says nothing (a kernel of Triton may be called ``_forward``), with the operator's that launched it before it.
+        name: Its own; where that says nothing, with the operator's that launched it before it.
         start_us: Since any moment.
         own_us: Its time without that of others inside it.
         end_us: As ``start_us``.
