@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -248,6 +249,15 @@ def test_the_command_prints_layouts_money_and_json(capsys):
     assert totals["dollars"] == pytest.approx(2 * totals["gpu_hours"]) and totals["mfu"] == pytest.approx(0.45, abs=0.02)
     assert found["layouts"][0]["problem"] is None and found["parameters"] == 759_620_768
     assert totals["checkpoint_bytes"] == 16 * 759_620_768
+
+
+def test_the_levers_in_the_docs_are_what_their_command_prints(capsys):
+    page = Path("docs/plan.md").read_text()
+    command, shown = re.search(r"```sh\nopensora-dist (plan [^\n]+)\n```\n\n((?: {4}[^\n]+\n)+)", page).groups()
+    assert main(command.split()) == 0
+    said = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    lines = [line[4:] for line in shown.splitlines()]
+    assert len(lines) > 8 and lines == said[said.index(lines[0]) :][: len(lines)]
 
 
 def test_a_run_that_fits_nowhere_is_exit_code_1(capsys):
