@@ -1,12 +1,14 @@
 """Does each kernel beat what torch.compile makes of its reference, and how near its limit is it?
 
     python benchmarks/kernels.py --out benchmarks/results --page docs/kernels.md
+    python benchmarks/kernels.py --from benchmarks/results/h100/kernels.json --page docs/kernels.md    # what was measured; needs no GPU
 
 On a GPU: every kernel of ``kernels/opensora_kernels``, forward and backward, on what a block of XL/2 gives it under bfloat16 autocast (a
 residual stream and a modulation in float32) at the three published shapes, against its reference in eager torch and under torch.compile.
 Forms take turns round by round; a call's time is by CUDA events, with the host far enough ahead that its launches don't count. Writes
 ``<out>/<gpu>/kernels.json`` and a table into the page. A kernel is kept where it is the faster one at every shape: upper quartile of its
-time over torch.compile's, forward and backward together, at most 1. Exit code 2 without a GPU.
+time over torch.compile's, forward and backward together, at most 1. What is measured is written after each case. Exit code 1: a kernel
+gave something else than its reference, or an error, which is its row; 2: there is no GPU.
 """
 
 # B samples, T frames, S tokens per frame, D width, H hidden width, N heads, K head dim, Y text tokens, Q queries, M keys
@@ -14,6 +16,7 @@ time over torch.compile's, forward and backward together, at most 1. Exit code 2
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,12 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_dist.core.io import write_json
+from opensora_dist.core.io import read_json, write_json
 from opensora_dist.plan.hardware import gpu_for_device
 from opensora_dist.recipes.bench.figures import Spread
 from opensora_dist.recipes.bench.page import write_table
 from opensora_dist.recipes.bench.rounds import take_turns
-from opensora_dist.recipes.bench.show import about, percent, three
+from opensora_dist.recipes.bench.show import DASH, about, percent, three
 
 EPS = 1e-6
 F32, BF16 = torch.float32, torch.bfloat16
@@ -208,7 +211,8 @@ def difference(ours: Callable[..., Any], theirs: Callable[..., Any], inputs: Seq
     for form, kept in ((ours, found), (theirs, right)):
         outs, grads = call(form, inputs)
         kept += [*(out.detach() for out in outs), *torch.autograd.grad(outs, inputs, grads)]
-    return max(float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in zip(found, right, strict=True))
+    apart = [(a.float() - b.float()).abs().max() / b.float().abs().max() for a, b in zip(found, right, strict=True)]
+    return float(torch.stack(apart).max())  # NaN, where there is any
 
 
 def timed_s(work: Callable[[], object], *, calls: int) -> float:
@@ -225,16 +229,25 @@ def timed_s(work: Callable[[], object], *, calls: int) -> float:
 
 
 def measure(name: str, shape: Shape, *, device: torch.device, rounds: int, calls: int) -> dict[str, Any]:
-    """Times of the three forms by round: ``times[form]`` is a list of [forward, backward], seconds.
+    """Times of the three forms by round: ``times[form]`` is a list of [forward, backward], seconds; or ``error``, and no times."""
+    about_it = {"kernel": name, "shape": asdict(shape), "bytes": list(KERNELS[name].bytes_moved(shape))}
+    try:
+        inputs, ours, theirs = KERNELS[name].prepare(shape, device)
+        off = difference(ours, theirs, inputs)
+        if not off <= LARGEST_DIFFERENCE:
+            error = f"off its reference by {off:.2g}, of the largest value: nothing to be timed"
+            return {**about_it, "difference": off if math.isfinite(off) else None, "error": error}
+        times = _times(inputs, ours, theirs, rounds=rounds, calls=calls)
+    except RuntimeError as error:
+        return {**about_it, "difference": None, "error": f"{type(error).__name__}: {error}"}
+    return {**about_it, "difference": off, "times": times}
 
-    Raises:
-        RuntimeError: The kernel gives something else than its reference.
-    """
-    inputs, ours, theirs = KERNELS[name].prepare(shape, device)
-    off = difference(ours, theirs, inputs)
-    if not off <= LARGEST_DIFFERENCE:
-        raise RuntimeError(f"{name} at {shape.name} is off its reference by {off:.2g}, of the largest value: nothing to be timed")
-    forms = {"eager": theirs, "compile": torch.compile(theirs), "ours": ours}
+
+def _times(
+    inputs: list[Tensor], ours: Callable[..., Any], theirs: Callable[..., Any], *, rounds: int, calls: int
+) -> dict[str, list[list[float]]]:
+    # For the sizes of the case alone, as a training with one shape has it: a second shape would be compiled for symbols.
+    forms = {"eager": theirs, "compile": torch.compile(theirs, dynamic=False), "ours": ours}
     passes = []
     for form in forms.values():
         outs, grads = call(form, inputs)
@@ -242,14 +255,7 @@ def measure(name: str, shape: Shape, *, device: torch.device, rounds: int, calls
         backward = partial(torch.autograd.grad, outs, inputs, grads, retain_graph=True)
         passes.append(lambda works=(forward, backward): [timed_s(work, calls=calls) for work in works])
     table = take_turns(passes, rounds=rounds, warmup=2)
-    times = {form: [row[i] for row in table] for i, form in enumerate(forms)}
-    return {
-        "kernel": name,
-        "shape": asdict(shape),
-        "bytes": list(KERNELS[name].bytes_moved(shape)),
-        "difference": off,
-        "times": times,
-    }
+    return {form: [row[i] for row in table] for i, form in enumerate(forms)}
 
 
 def ratios(case: dict[str, Any], other: str) -> Spread:
@@ -259,7 +265,7 @@ def ratios(case: dict[str, Any], other: str) -> Spread:
 
 def verdict(cases: Sequence[dict[str, Any]]) -> str:
     """Of one kernel, from its cases."""
-    return "keep" if all(ratios(case, "compile").high <= 1 for case in cases) else "drop"
+    return "keep" if all("error" not in case and ratios(case, "compile").high <= 1 for case in cases) else "drop"
 
 
 def results_table(record: dict[str, Any]) -> str:
@@ -273,6 +279,9 @@ def results_table(record: dict[str, Any]) -> str:
     ]
     for case in record["cases"]:
         cells = [case["kernel"], case["shape"]["name"]]
+        if "error" in case:
+            lines.append("| " + " | ".join([*cells, *[DASH] * 8, f"drop: {_in_a_cell(case['error'])}"]) + " |")
+            continue
         for way in range(2):
             seconds = Spread.of([times[way] for times in case["times"]["ours"]]).median
             rate = case["bytes"][way] / seconds
@@ -283,6 +292,11 @@ def results_table(record: dict[str, Any]) -> str:
         cells.append(verdict([c for c in record["cases"] if c["kernel"] == case["kernel"]]))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _in_a_cell(said: str) -> str:
+    """Of an error its first line, in a table of Markdown."""
+    return said.strip().splitlines()[0].replace("|", "/")
 
 
 def limits_table(*, bytes_per_s: float) -> str:
@@ -298,15 +312,26 @@ def limits_table(*, bytes_per_s: float) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """The command line."""
+def arguments() -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of results; a folder of the GPU's name is made in it")
     parser.add_argument("--page", type=Path, help="Markdown page whose table is replaced")
+    parser.add_argument(
+        "--from", type=Path, dest="stored", metavar="FILE", help="show what this kernels.json has, and time nothing"
+    )
     parser.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS), metavar="NAME")
     parser.add_argument("--rounds", type=int, default=7, help=f"{FEWEST_ROUNDS} or more (default: %(default)s)")
     parser.add_argument("--calls", type=int, default=20, help="of a pass; its time is that of one (default: %(default)s)")
+    return parser
+
+
+def main() -> int:
+    """The command line."""
+    parser = arguments()
     args = parser.parse_args()
+    if args.stored is not None:
+        return _show(read_json(args.stored), page=args.page)
     if args.rounds < FEWEST_ROUNDS or args.calls < 1:
         parser.error(f"--rounds must be {FEWEST_ROUNDS} or more, and is {args.rounds}; --calls 1 or more, and is {args.calls}")
     if not torch.cuda.is_available():
@@ -316,12 +341,6 @@ def main() -> int:
     device = torch.device("cuda")
     name = torch.cuda.get_device_name(device)
     gpu = gpu_for_device(name)
-    cases = []
-    for kernel in args.kernels:
-        for shape in PUBLISHED:
-            print(f"{kernel}, {shape.name}", flush=True)
-            cases.append(measure(kernel, shape, device=device, rounds=args.rounds, calls=args.calls))
-            torch.cuda.empty_cache()
     record = {
         "format": 1,
         "kind": "kernels",
@@ -329,16 +348,26 @@ def main() -> int:
         "memory_bytes_per_s": None if gpu is None else gpu.memory_bytes_per_s,
         "rounds": args.rounds,
         "calls": args.calls,
-        "cases": cases,
+        "cases": [],
         **about(1),
     }
+    for kernel in args.kernels:
+        for shape in PUBLISHED:
+            print(f"{kernel}, {shape.name}", flush=True)
+            record["cases"].append(measure(kernel, shape, device=device, rounds=args.rounds, calls=args.calls))
+            torch.cuda.empty_cache()
+            if args.out is not None:
+                write_json(args.out / ("gpu" if gpu is None else gpu.name) / "kernels.json", record)
+    return _show(record, page=args.page)
+
+
+def _show(record: dict[str, Any], *, page: Path | None) -> int:
+    """1 where a kernel has an error."""
     table = results_table(record)
     print(table)
-    if args.out is not None:
-        write_json(args.out / ("gpu" if gpu is None else gpu.name) / "kernels.json", record)
-    if args.page is not None:
-        write_table(args.page, table)
-    return 0
+    if page is not None:
+        write_table(page, table)
+    return 1 if any("error" in case for case in record["cases"]) else 0
 
 
 if __name__ == "__main__":

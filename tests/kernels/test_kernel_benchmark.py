@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -62,6 +64,63 @@ def test_the_table_has_rates_shares_ratios_and_a_verdict():
     *_, row = bench.results_table(record).splitlines()
     wanted = "gated | tiny | 1e+03 | 1 | 25% | 2e+03 | 2 | 50% | 0.25 [0.25, 0.25] | 0.50 [0.50, 0.50] | keep"
     assert row.strip("| ").replace("1000", "1e+03").replace("2000", "2e+03") == wanted
+
+
+def _not_its_reference(shape, device):
+    inputs = bench._tokens(shape, device, torch.float32)
+    return inputs, lambda x: 2 * x, lambda x: x
+
+
+def _no_number(shape, device):
+    inputs = bench._tokens(shape, device, torch.float32, torch.float32)
+    return inputs, lambda x, y: (x, y * torch.nan), lambda x, y: (x, 1 * y)
+
+
+def _out_of_memory(shape, device):
+    raise torch.OutOfMemoryError("out of | memory\nmore")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (_not_its_reference, "off its reference by 1"),
+        (_no_number, "off its reference by nan"),
+        (_out_of_memory, "OutOfMemoryError: out of / memory"),
+    ],
+)
+def test_a_kernel_that_is_off_its_reference_or_fails_is_a_row_that_drops_it(prepare, said, monkeypatch):
+    monkeypatch.setitem(bench.KERNELS, "gated", dataclasses.replace(bench.KERNELS["gated"], prepare=prepare))
+    failed = bench.measure("gated", TINY, device=torch.device("cpu"), rounds=5, calls=1)
+    assert "times" not in failed and bench.verdict([case("gated", ours=1.0, compiled=2.0), failed]) == "drop"
+    record = {"gpu": "NVIDIA H100", "memory_bytes_per_s": 4e9, "rounds": 5, "cases": [failed]}
+    row = bench.results_table(record).splitlines()[-1]
+    assert row.startswith("| gated | tiny | - |") and f"drop: {said}" in row and row.count("|") == 12
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_stored_record_is_shown_without_a_gpu(tmp_path, monkeypatch, capsys, wrong):
+    cases = [case("gated", ours=1.0, compiled=2.0)]
+    cases += [{**case("bias_gelu", ours=1.0, compiled=2.0), "error": "wrong"}] if wrong else []
+    stored = {"gpu": "NVIDIA H100", "memory_bytes_per_s": 4e9, "rounds": 5, "cases": cases}
+    (tmp_path / "kernels.json").write_text(json.dumps(stored))
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--from", str(tmp_path / "kernels.json")])
+    assert bench.main() == wrong
+    assert bench.results_table(stored) in capsys.readouterr().out
+
+
+def test_each_case_is_written_when_it_is_measured(tmp_path, monkeypatch):
+    """With a GPU that is pretended, and measurements that are made up."""
+    written = []
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--kernels", "gated", "--out", str(tmp_path)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+    monkeypatch.setattr(bench, "about", lambda _world: {})
+    monkeypatch.setattr(bench, "measure", lambda kernel, *_args, **_more: case(kernel, ours=1.0, compiled=2.0))
+    monkeypatch.setattr(bench, "write_json", lambda path, record: written.append((path, len(record["cases"]))))
+    assert bench.main() == 0
+    assert written == [(tmp_path / "h100/kernels.json", done) for done in (1, 2, 3)]
 
 
 def test_the_limits_of_the_docs_are_what_the_formulas_give():
