@@ -251,7 +251,9 @@ def lines(rows: Sequence[Row]) -> list[str]:
             f"{row.step_s:.3g}",
             f"{timed.step_s:.3g}",
             f"{row.time_ratio:.2f}",
-            ("yes" if row.holds else "**no**") + (" (its time is fitted)" if row.fitted else ""),
+            ("yes" if row.holds else "**no**")
+            + (" (its time is fitted)" if row.fitted else "")
+            + (" (nobody saw its peak)" if row.memory_ratio is None else ""),
         ]
         said.append(f"| {' | '.join(cells)} |")
     predicted = [row for row in rows if not row.fitted]
