@@ -2,7 +2,8 @@
 
 There, q, k, v of a rank's tokens are computed rank by rank, each product straight into the message of the rank that has those heads
 (``QkvMessages``). Back, the output projection's gradient is (``project_home``). Gradients of weights are products into slices of one
-gradient, and the queries', keys' and values' parts of dx are added up by the products that make them.
+gradient, and the queries', keys' and values' parts of dx are added up as they come: in float32 where linears compute in halves, so that
+what one product would have given is rounded as often, once.
 
 The two other ways, out of messages, are sums over ranks: the projection of what each rank gives of its heads, and dx of what each
 gives of q, k and v. There are two forms of such a sum, and the one that moves fewer numbers is used. Product by product, each but the
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opensora_dist.core.types import Axis
-from opensora_dist.ops.precision import compute_dtype
+from opensora_dist.ops.precision import accumulation_dtype, compute_dtype
 from opensora_dist.parallel.recompute import Tape
 from opensora_dist.parallel.sequence.base import Linear, Projections, cast, to_sequences
 
@@ -115,15 +116,15 @@ class _Sums:
     tensors: dict[int, Tensor] = field(default_factory=dict)
 
     def zeros(self, index: int, like: Tensor) -> Tensor:
-        """The ``index``-th, 0 at first."""
+        """The ``index``-th, 0 at first; in the precision of sums."""
         if index not in self.tensors:
-            self.tensors[index] = torch.zeros_like(like)
+            self.tensors[index] = torch.zeros_like(like, dtype=accumulation_dtype(like.dtype))
         return self.tensors[index]
 
-    def take(self, count: int) -> list[Tensor | None]:
+    def take(self, dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
         """All of them, once: a second backward starts anew."""
-        taken, self.tensors = [self.tensors.get(i) for i in range(count)], {}
-        return taken
+        taken, self.tensors = self.tensors, {}
+        return [taken[i].to(dtype) if i in taken else None for i, dtype in enumerate(dtypes)]
 
 
 class _Summed(torch.autograd.Function):
@@ -132,7 +133,7 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sums: _Sums, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.sums = sums
+        ctx.sums, ctx.dtypes = sums, [tensor.dtype for tensor in tensors]
         same = tuple(tensor.view_as(tensor) for tensor in tensors)
         ctx.mark_non_differentiable(
             *(tensor for tensor, trained in zip(same, ctx.needs_input_grad[1:], strict=True) if not trained)
@@ -140,8 +141,8 @@ class _Summed(torch.autograd.Function):
         return same
 
     @staticmethod
-    def backward(ctx: Any, *grads: None) -> tuple[Tensor | None, ...]:
-        return None, *ctx.sums.take(len(grads))
+    def backward(ctx: Any, *_grads: None) -> tuple[Tensor | None, ...]:
+        return None, *ctx.sums.take(ctx.dtypes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,21 +185,38 @@ class _Message:
             products = [(grad_PRmc.permute(1, 2, 0, 3).flatten(1), rows_mPhKD.flatten(0, 3))]
         for grad_RC, rows_CD in products:
             if 0 in self.of_x.tensors:
-                self.of_x.tensors[0].flatten(0, -2).addmm_(grad_RC, rows_CD)
+                _add_product(self.of_x.tensors[0].view(1, -1, x_lGD.shape[-1]), grad_RC[None], rows_CD[None])
             else:
-                self.of_x.tensors[0] = (grad_RC @ rows_CD).view(x_lGD.shape)
+                self.of_x.tensors[0] = _product(grad_RC[None], rows_CD[None]).view(x_lGD.shape)
 
     def add_weight_grad(self, grad_PRmc: Tensor, x_RD: Tensor, weight: Tensor) -> None:
         """What came back gives to dW: into its slices."""
         P = len(grad_PRmc)
         x_PRD = x_RD.expand(P, *x_RD.shape)
         for i, sum_PhKD in enumerate(self.of(self.of_parameters.zeros(0, weight))):
-            sum_PhKD.view(P, -1, x_RD.shape[1]).baddbmm_(grad_PRmc[:, :, i].mT, x_PRD)
+            _add_product(sum_PhKD.view(P, -1, x_RD.shape[1]), grad_PRmc[:, :, i].mT, x_PRD)
 
     def add_bias_grad(self, grad_PRmc: Tensor, bias: Tensor) -> None:
         """What came back gives to the bias's gradient."""
         sum_mPhK = self.of(self.of_parameters.zeros(1, bias))
-        sum_mPhK += grad_PRmc.sum(1).transpose(0, 1).view_as(sum_mPhK)
+        sum_mPhK += grad_PRmc.sum(1, dtype=sum_mPhK.dtype).transpose(0, 1).view_as(sum_mPhK)
+
+
+def _add_product(sum_BXY: Tensor, a_BXZ: Tensor, b_BZY: Tensor) -> None:
+    """``sum += a @ b``."""
+    if sum_BXY.dtype == a_BXZ.dtype:
+        sum_BXY.baddbmm_(a_BXZ, b_BZY)
+    else:
+        sum_BXY += _product(a_BXZ, b_BZY)
+
+
+def _product(a_BXZ: Tensor, b_BZY: Tensor) -> Tensor:
+    """``a @ b``, not rounded to halves: a GPU adds up in float32 anyway."""
+    exact = accumulation_dtype(a_BXZ.dtype)
+    with torch.autocast(a_BXZ.device.type, enabled=False):
+        if a_BXZ.is_cuda and exact != a_BXZ.dtype:
+            return torch.bmm(a_BXZ, b_BZY, out_dtype=exact)
+        return torch.bmm(a_BXZ.to(exact), b_BZY.to(exact))  # CPUs have no product of halves that gives float32
 
 
 class _Write(torch.autograd.Function):
