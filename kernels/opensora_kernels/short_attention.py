@@ -41,8 +41,8 @@ def short_attention(qkv_BTS3NK: Tensor) -> Tensor:
 
     Args:
         qkv_BTS3NK: As the linear gives it, or rows that came from other ranks: the first three dims may have any strides. T at most
-            ``LONGEST``, K at most ``WIDEST_HEAD``. float16 or bfloat16: products of float32 take no tensor core, are compiled for minutes
-            and spill kilobytes, and are here for Triton's interpreter alone.
+            ``LONGEST``, K at most ``WIDEST_HEAD``. float16 or bfloat16: of float32, products take no tensor core and a
+            thread spills kilobytes; that is for Triton's interpreter alone.
     Returns:
         [B, T, S, N, K], dense, its first three dims in memory in the order of those of ``qkv_BTS3NK``.
     """

@@ -74,8 +74,8 @@ def varlen_attention(
     """As ``reference``, with scores and sums in float32.
 
     Args:
-        q_QNK: Rows at any distance from each other. K at most ``WIDEST_HEAD``. float16 or bfloat16: products of float32 take no tensor core,
-            are compiled for minutes and spill kilobytes, and are here for Triton's interpreter alone.
+        q_QNK: Rows at any distance from each other. K at most ``WIDEST_HEAD``. float16 or bfloat16: of float32, products take no
+            tensor core and a thread spills kilobytes; that is for Triton's interpreter alone.
         kv_M2NK: Likewise.
     Returns:
         [Q, N, K], dense, and the log of each query's sum of exponentials, float32 [N, Q]; 0 where there is no key.
