@@ -207,7 +207,8 @@ def _add_norm_modulate_forward(
 
 @triton.jit(do_not_specialize=["rows", "L", "S"])
 def _add_norm_modulate_backward(
-    dstream, dstream_steps, dout, dout_steps, stream, stream_steps, scale, scale_step, dx, dx_steps, dbranch, dbranch_steps, sums, rows, L, S, D, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    dstream, dstream_steps, dout, dout_steps, stream, stream_steps, scale, scale_step,
+    dx, dx_steps, dbranch, dbranch_steps, sums, rows, L, S, D, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
