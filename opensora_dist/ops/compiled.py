@@ -166,16 +166,30 @@ def keep_compiled(folder: Path) -> Path:
     """From now on, what is compiled is kept in ``folder``, and looked up there; the environment's TORCHINDUCTOR_CACHE_DIR goes first.
 
     Returns:
-        The folder.
+        The folder, without symbolic links.
     Raises:
-        ConfigError: Others than its owner may write there, or it isn't this user's: what is found in it is run.
+        ConfigError: Others than this user could write there, or put another folder in its place: what is found in it is run.
     """
-    folder = Path(os.environ.setdefault(CACHE_VARIABLE, str(folder)))
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    asked = Path(os.environ.get(CACHE_VARIABLE) or folder)
+    asked.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = asked.resolve()
     about = folder.stat()
-    if about.st_uid != os.geteuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ConfigError(
-            f"run.compile_cache={str(folder)!r} can be written by others than you, and what is found there is run; "
-            f"use a folder of your own (chmod 700), by run.compile_cache or {CACHE_VARIABLE}"
-        )
+    if about.st_uid != os.geteuid() or about.st_mode & _OTHERS_WRITE:
+        raise _not_only_yours(asked, folder)
+    for parent in folder.parents:
+        about = parent.stat()
+        # Where the sticky bit is set, as in /tmp, each takes away only what is theirs.
+        if about.st_uid not in (0, os.geteuid()) or (about.st_mode & _OTHERS_WRITE and not about.st_mode & stat.S_ISVTX):
+            raise _not_only_yours(asked, parent)
+    os.environ[CACHE_VARIABLE] = str(folder)  # a link that is changed later leads nowhere else
     return folder
+
+
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+def _not_only_yours(asked: Path, folder: Path) -> ConfigError:
+    return ConfigError(
+        f"run.compile_cache={str(asked)!r}: {folder} can be written by others than you, and what is found in the cache is run; "
+        f"use a folder of your own (chmod 700), by run.compile_cache or {CACHE_VARIABLE}"
+    )

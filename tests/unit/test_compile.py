@@ -244,6 +244,25 @@ def test_the_cache_is_a_folder_that_only_its_owner_can_write(tmp_path, monkeypat
         keep_compiled(folder)
 
 
+def test_nobody_else_can_put_another_folder_in_the_place_of_the_cache(tmp_path, monkeypatch):
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    shared.mkdir()
+    own.mkdir()
+    (shared / "link").symlink_to(own)
+    assert keep_compiled(shared / "link") == own.resolve() and os.environ[CACHE_VARIABLE] == str(own.resolve())
+    monkeypatch.delenv(CACHE_VARIABLE)
+    (shared / "cache").mkdir(mode=0o700)
+    (own / "link").symlink_to(shared / "cache")
+    shared.chmod(0o777)
+    for folder in (shared / "cache", own / "link"):
+        with pytest.raises(ConfigError, match=f"{shared} can be written by others"):
+            keep_compiled(folder)
+    assert CACHE_VARIABLE not in os.environ
+    shared.chmod(0o1777)
+    assert keep_compiled(shared / "cache") == (shared / "cache").resolve()
+
+
 _RUN = """
 import sys
 from pathlib import Path
