@@ -115,11 +115,11 @@ def test_each_case_is_written_when_it_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
     monkeypatch.setattr(bench, "about", lambda _world: {})
     monkeypatch.setattr(bench, "measure", lambda kernel, *_args, **_more: case(kernel, ours=1.0, compiled=2.0))
     monkeypatch.setattr(bench, "write_json", lambda path, record: written.append((path, len(record["cases"]))))
-    assert bench.main() == 0
+    with torch._functorch.config.patch(donated_buffer=True):  # whose attributes a monkeypatch doesn't put back
+        assert bench.main() == 0
     assert written == [(tmp_path / "h100/kernels.json", done) for done in (1, 2, 3)]
 
 
