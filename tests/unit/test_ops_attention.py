@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sequence_cases import Shape, make_inputs, make_model
+from tiny_kernels import TinyKernels
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora_dist.core.errors import ConfigError
 from opensora_dist.core.types import Thw
@@ -171,23 +171,6 @@ def test_more_sequences_than_a_grid_has_places_for_are_attended_to_shape_by_shap
         found = [across(q, kv, mask, runs=runs), packed_attention(qkv, runs=runs, ends=Ends())]
     assert_near(found, wanted)
     assert "flash_attn_varlen_func" not in installed["flash_attn_2"].calls
-
-
-class TinyKernels(TorchDispatchMode):
-    """What makes small integers: where samples end, and which keys take part."""
-
-    MAKERS = {"arange", "argsort", "sort", "cumsum", "zeros", "amax"}
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        first = out[0] if isinstance(out, tuple) else out
-        if func.overloadpacket.__name__ in self.MAKERS and not first.is_floating_point():
-            self.made.append(func.overloadpacket.__name__)
-        return out
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attn_2"])
