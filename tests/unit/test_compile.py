@@ -144,7 +144,6 @@ def test_a_run_of_one_shape_has_graphs_of_its_sizes_and_of_symbols_once_another_
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_watched_module_inside_of_a_compiled_block_breaks_no_graph_and_is_not_timed():
     model = _model("dit", depth=1)
     Faults(FaultConfig(slow_rank="0@x1.1"), run_dir=Path("unused"), rank=0).slow_down(model.blocks[0].mlp.fc2)
@@ -163,7 +162,7 @@ class _Events:
         self.written.append((name, fields["step"], fields["seconds"]))
 
 
-def test_recording_of_cuda_graphs_is_said_though_nothing_was_compiled(monkeypatch):
+def test_recording_of_cuda_graphs_is_said_though_nothing_was_compiled():
     compilations, events = Compilations(), _Events()
     compiling = Compiling(compilations, logbook=events)
     compiling.start(step=0)
@@ -179,6 +178,7 @@ def test_recording_of_cuda_graphs_is_said_though_nothing_was_compiled(monkeypatc
     assert said[:2] == ("compiled", 7) and said[2] > 0 and compilations.sofar.graphs == 0
 
 
+@pytest.mark.slow
 def test_what_is_counted_is_what_was_compiled():
     compilations = Compilations()
     compilations.start()
