@@ -119,19 +119,19 @@ def main() -> int:
 
 
 def measure(out: Path, *, names: Sequence[str] | None) -> None:
-    """Runs ``bench network`` and every step, and writes all of them into one file."""
+    """Runs ``bench network`` and every step, into one file."""
     chosen = [name for i, name in enumerate(STEPS) if names is None or i < 2 or name in names]
     with tempfile.TemporaryDirectory() as folder:
         network = Path(folder) / "network.json"
         _run("network", "--nproc", "2", "--pin", "--device", "cpu", "--width", "384", "--out", str(network))
-        steps = {}
+        steps: dict[str, Any] = {}
+        found = {"format": 1, "kind": "plan", "network": read_json(network), "memory_bytes_per_s": _memory_rate(), "steps": steps}
         for name in chosen:
             began = time.perf_counter()
             _run("step", *_HOW, *STEPS[name], "--out", folder)
             steps[name] = read_json(Path(folder) / "step.json")
+            write_json(out, found)  # after each, so that a run that is cut off keeps what it has
             print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-        found = {"format": 1, "kind": "plan", "network": read_json(network), "memory_bytes_per_s": _memory_rate(), "steps": steps}
-    write_json(out, found)
 
 
 def _run(*words: str) -> None:
