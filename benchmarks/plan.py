@@ -123,20 +123,25 @@ def measure(out: Path, *, names: Sequence[str] | None) -> None:
     chosen = [name for i, name in enumerate(STEPS) if names is None or i < 2 or name in names]
     with tempfile.TemporaryDirectory() as folder:
         network = Path(folder) / "network.json"
-        _run("network", "--nproc", "2", "--pin", "--device", "cpu", "--width", "384", "--out", str(network))
+        _run("network", "--nproc", "2", "--pin", "--device", "cpu", "--width", "384", "--out", network.name, folder=folder)
         steps: dict[str, Any] = {}
         found = {"format": 1, "kind": "plan", "network": read_json(network), "memory_bytes_per_s": _memory_rate(), "steps": steps}
         for name in chosen:
             began = time.perf_counter()
-            _run("step", *_HOW, *STEPS[name], "--out", folder)
+            _run("step", *_HOW, *STEPS[name], "--out", ".", folder=folder)
             steps[name] = read_json(Path(folder) / "step.json")
             write_json(out, found)  # after each, so that a run that is cut off keeps what it has
             print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
 
 
-def _run(*words: str) -> None:
+def _run(*words: str, folder: str) -> None:
+    """In ``folder``, so that no path of this machine gets into what is stored."""
     done = subprocess.run(
-        [sys.executable, "-m", "opensora_dist", "bench", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "opensora_dist", "bench", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
     )
     if done.returncode:
         raise ConfigError(f"bench {' '.join(words)} failed: {done.stderr[-2000:]}")

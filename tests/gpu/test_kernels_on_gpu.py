@@ -30,7 +30,7 @@ def test_elements_beyond_two_to_the_31st_are_found(device):
     R = 2**31 // H + 17
     needed = 6 * R * H * 2  # input, output, their gradients, and room
     if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] < needed:
-        pytest.skip(f"needs {needed / 2**30:.0f} GiB of a GPU")
+        pytest.skip(f"run it on a GPU with {needed / 2**30:.0f} GiB free")
     from opensora_kernels.bias_gelu import bias_gelu, reference
 
     generator = torch.Generator(device).manual_seed(0)

@@ -55,7 +55,7 @@ def chosen(device: torch.device, *, dtype: str, name: str) -> Choice:
         return Choice()
     choice = choose(**({"kernels": "torch"} | CHOICES[name]), device=device, dtype=dtype)
     if name == "the fastest attention" and choice.attention == "sdpa":
-        pytest.skip("no flash-attn here for this precision, so that this is torch's attention")
+        pytest.skip("no flash-attn here for this precision, so that this is torch's attention: install flash-attn")
     return choice
 
 

@@ -22,7 +22,7 @@ from opensora_dist.ops import attention, frames
 COMPILED = os.environ.get("OPENSORA_KERNEL_TESTS") == "cuda"
 DTYPE = torch.bfloat16 if COMPILED else torch.float32
 IN_FLOAT32 = pytest.mark.skipif(
-    COMPILED, reason="of float32 compiled kernels are of no use, and nobody calls them: the interpreter does"
+    COMPILED, reason="compiled, nobody calls these kernels in float32: unset OPENSORA_KERNEL_TESTS, and the interpreter runs them"
 )
 DTYPES = pytest.mark.parametrize(
     "dtype", [pytest.param(dtype, marks=[IN_FLOAT32] * (dtype == torch.float32)) for dtype in TOLERANCES], ids=str

@@ -127,7 +127,7 @@ def test_the_limits_of_the_docs_are_what_the_formulas_give():
     assert bench.limits_table(bytes_per_s=gpu_of("h100").memory_bytes_per_s) in (ROOT / "docs/kernels.md").read_text()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run it where torch sees none")
 def test_without_a_gpu_it_says_so_and_exits_with_2(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["kernels.py"])
     assert bench.main() == 2
